@@ -1,0 +1,226 @@
+"""python -m experiments list | plan | run | status: the only command line that trains."""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from experiments.harness import catalogue
+from experiments.harness.estimate import measured
+from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, record_of
+from experiments.harness.spec import PROFILES, Spec, SpecError
+
+Target = Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]
+Profile = Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")]
+Seeds = Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")]
+Set = Annotated[
+    tuple[str, ...],
+    arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
+]
+Results = Annotated[Path, arg(metavar="DIR", help="The results root.")]
+
+
+def list_() -> int:
+    """Show the experiments, their tables and the number of cells in each profile."""
+    for name, experiment in catalogue.catalogue().items():
+        counts = ", ".join(f"{p}: {len(experiment.runs[p])}" for p in PROFILES if p in experiment.runs)
+        print(f"{experiment.table}  {name:<14} {experiment.summary}\n{'':24}cells in {counts}")
+        if experiment.tuning:
+            grids = ", ".join(f"{p}: {len(experiment.tuning[p])}" for p in PROFILES if p in experiment.tuning)
+            print(f"{'':24}grid {name}-tuning, cells in {grids}")
+    print(f"\nTargets: {', '.join(catalogue.targets())}. Next: python -m experiments plan table1")
+    return 0
+
+
+def plan(
+    target: Positional[Target],
+    profile: Profile = "cpu",
+    seeds: Seeds = None,
+    set: Set = (),
+    jobs: int | None = None,
+    results: Results = DEFAULT_ROOT,
+) -> int:
+    """Print the runs of a target, which are done, and the time still needed.
+
+    Args:
+        jobs: Workers at a time; left out: one for each core.
+    """
+    from experiments.harness.pool import default_jobs, duration
+
+    specs = _specs(target, profile, seeds, set)
+    results = results.absolute()
+    estimate, left, unknown = measured(results), 0.0, 0
+    for spec in specs:
+        done = record_of(spec, results).done
+        seconds = estimate.seconds(spec)
+        if not done:
+            left, unknown = left + (seconds or 0), unknown + (seconds is None)
+        when = "done" if done else "time unknown" if seconds is None else f"about {duration(seconds)}"
+        print(f"{spec.run_id}  {when:<14} {spec.title}")
+    waiting = [spec for spec in specs if not record_of(spec, results).done]
+    print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
+    if waiting:
+        jobs = jobs or default_jobs(waiting[0].device) or 1
+        words = f"About {duration(left / jobs)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
+        more = f"; {unknown} of them have no measured step time yet" if unknown else ""
+        print(f"{words}{more}.")
+    return 0
+
+
+def run(
+    target: Positional[Target],
+    profile: Profile = "cpu",
+    seeds: Seeds = None,
+    set: Set = (),
+    jobs: int | None = None,
+    results: Results = DEFAULT_ROOT,
+    data_root: Path | None = None,
+    redo: bool = False,
+) -> int:
+    """Train the runs of a target that are not done. Ctrl-C stops cleanly; the same command goes on.
+
+    Args:
+        jobs: Workers at a time; left out: one for each core, or one for each GPU.
+        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
+        redo: Delete the target's finished and unfinished runs first, and train them anew.
+    """
+    from experiments.harness.provenance import command_line, environment
+
+    if jobs is not None and jobs < 1:
+        raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
+    specs = _specs(target, profile, seeds, set)
+    results = results.absolute()
+    for spec in specs if redo else ():
+        with record_of(spec, results).locked():
+            record_of(spec, results).remove()
+    waiting = [spec for spec in specs if not record_of(spec, results).done]
+    if not waiting:
+        print(f"All {len(specs)} runs of {target} ({profile}) are done; nothing to train.")
+        return 0
+    for spec in waiting:
+        record_of(spec, results).create(spec)
+    session = environment(command_line())
+
+    from experiments.harness import pool
+
+    _check_device(waiting)
+    _check_data(waiting, data_root)
+    print(f"Training {len(waiting)} runs of {target} ({profile}); {len(specs) - len(waiting)} are done.", flush=True)
+    outcome = pool.run(
+        waiting,
+        results,
+        jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
+        environment=session,
+        estimate=measured(results),
+        data_root=str(data_root) if data_root else None,
+    )
+    for spec, failure in outcome.failed.items():
+        print(f"\nFAILED {spec.run_id} {spec.title}\n{failure.rstrip()}", file=sys.stderr)
+    if outcome.failed:
+        print(f"\n{len(outcome.failed)} of {len(waiting)} runs failed; the others are done.", file=sys.stderr)
+    if outcome.interrupted:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 1 if outcome.failed else 0
+
+
+def status(
+    target: Positional[Target],
+    profile: Profile = "cpu",
+    seeds: Seeds = None,
+    set: Set = (),
+    results: Results = DEFAULT_ROOT,
+) -> int:
+    """Say of each run of a target whether it is done, running, begun, failed or not begun."""
+    counts: Counter[str] = Counter()
+    for spec in _specs(target, profile, seeds, set):
+        state, words = _state(record_of(spec, results.absolute()), spec)
+        counts[state] += 1
+        print(f"{spec.run_id}  {state:<9} {spec.title}{words}")
+    print("\n" + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".")
+    return 0
+
+
+def _state(record: Record, spec: Spec) -> tuple[str, str]:
+    try:
+        if record.done:
+            return "done", ""
+        if not record.folder.exists():
+            return "not begun", ""
+        lines = record.metrics()
+        epoch = f": epoch {lines[-1]['epoch']} of {spec.epochs}" if lines else ""
+        if record.busy:
+            return "running", epoch
+        if failure := record.failure():
+            return "failed", f": {failure}"
+        return ("begun", epoch) if lines or record.checkpoint.exists() else ("not begun", "")
+    except RecordError as error:
+        return "damaged", f": {error}"
+
+
+def _specs(target: str, profile: str, seeds: int | None, changes: tuple[str, ...]) -> list[Spec]:
+    specs = catalogue.runs(target, profile, seeds)
+    if not specs:
+        raise SpecError(f"{target} has no runs in the profile {profile!r}.")
+    if not changes:
+        return specs
+    fields = dict(_change(text) for text in changes)
+    return list(dict.fromkeys(Spec.from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
+    if name not in {field.name for field in dataclasses.fields(Spec)}:
+        known = ", ".join(field.name for field in dataclasses.fields(Spec))
+        raise SpecError(f"Unknown field {name!r}; the fields are: {known}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _check_device(specs: list[Spec]) -> None:
+    from experiments.harness.pool import default_jobs
+
+    if any(spec.device == "cuda" for spec in specs) and not default_jobs("cuda"):
+        raise SpecError(
+            "These runs need a GPU and this machine has none that torch can use: take --profile cpu here, or run "
+            "the same command on a machine with a GPU."
+        )
+
+
+def _check_data(specs: list[Spec], data_root: Path | None) -> None:
+    """Fetch and verify each data set once, before any worker starts."""
+    from experiments.harness.data import load_cifar
+
+    for dataset in dict.fromkeys(spec.dataset for spec in specs):
+        load_cifar(dataset, data_root)
+
+
+def main() -> None:
+    """Run the command line; a mistake in it ends with one sentence and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    commands: dict[str, Callable[..., int]] = {"list": list_, "plan": plan, "run": run, "status": status}
+    from experiments.harness.data import DataError
+
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)
+    except (SpecError, RecordError, DataError) as error:
+        print(error, file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Image classifiers for 32 x 32 inputs, by the names that specs use.
+
+torchvision and timm have the architectures but not all in CIFAR's form: these are the three-stage ResNet of He et
+al. 2016 (arXiv 1512.03385, section 4.2), the Wide ResNet of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), and the
+libraries' ResNet-50 and ViT at CIFAR's resolution.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def build(name: str, classes: int) -> nn.Module:
+    """The model of that name, freshly initialised from torch's global generator."""
+    return MODELS[name](classes)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, normalised after each, with a projection where the shape changes."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class PreactivationBlock(nn.Module):
+    """Normalisation and ReLU before each 3x3 convolution; the shortcut is the identity where it can be."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        x = x if self.shortcut is None else self.shortcut(y)
+        return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+def resnet(depth: int, classes: int, width: int = 16) -> nn.Module:
+    """CIFAR ResNet of 6n + 2 layers in stages of `width`, 2 `width` and 4 `width` channels."""
+    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    stages = _stages(BasicBlock, (depth - 2) // 6, width, width)
+    return _initialised(nn.Sequential(*stem, *stages, *_head(4 * width, classes)))
+
+
+def wide_resnet(depth: int, widen: int, classes: int) -> nn.Module:
+    """WRN-depth-widen: 6n + 4 layers in stages of 16, 32 and 64 times `widen` channels, no dropout."""
+    stages = _stages(PreactivationBlock, (depth - 4) // 6, 16, 16 * widen)
+    last = [nn.BatchNorm2d(64 * widen), nn.ReLU()]
+    return _initialised(
+        nn.Sequential(
+            nn.Conv2d(3, 16, 3, 1, 1, bias=False), *stages, *last, *_head(64 * widen, classes)
+        )
+    )
+
+
+def imagenet_resnet50(classes: int) -> nn.Module:
+    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, as CIFAR's size asks for."""
+    from torchvision.models import resnet50
+
+    model = resnet50(num_classes=classes)
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    model.maxpool = nn.Identity()
+    return _initialised(model)
+
+
+def vit(classes: int, *, patch: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> nn.Module:
+    """timm's Vision Transformer (arXiv 2010.11929) over 32 x 32 images, averaging the tokens."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32,
+        patch_size=patch,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+        num_classes=classes,
+        global_pool="avg",
+    )
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "linear": lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes)),
+    "resnet8": lambda classes: resnet(8, classes),
+    "resnet20": lambda classes: resnet(20, classes),
+    "resnet50": imagenet_resnet50,
+    "wrn-10-1": lambda classes: wide_resnet(10, 1, classes),
+    "wrn-28-10": lambda classes: wide_resnet(28, 10, classes),
+    "vit-micro": lambda classes: vit(classes, patch=8, width=64, depth=4, heads=4),
+    "vit-small": lambda classes: vit(classes, patch=4, width=384, depth=7, heads=12, mlp_ratio=1.0),
+}
+
+
+def _stages(
+    block: Callable[[int, int, int], nn.Module], blocks: int, channels_in: int, width: int
+) -> list[nn.Module]:
+    layers = []
+    for stride, channels in ((1, width), (2, 2 * width), (2, 4 * width)):
+        for index in range(blocks):
+            layers.append(block(channels_in, channels, stride if index == 0 else 1))
+            channels_in = channels
+    return layers
+
+
+def _head(channels: int, classes: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+
+
+def _initialised(model: nn.Module) -> nn.Module:
+    """He initialisation of the convolutions (arXiv 1502.01852, fan-out), torch's defaults elsewhere."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model

@@ -1,0 +1,77 @@
+"""Where a result comes from: code, versions and machine. Standard library only."""
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRAINING_CODE = ("msam", "experiments/harness")
+"""What a run's numbers depend on, beside its spec."""
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "transformers", "datasets")
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Provenance of this session, as it is when called: call it before the work starts.
+
+    Returns:
+        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `code` (a hash of
+        the training code as it lies on the disk), `command`, `python`, `packages`, `cpu`, `system`, `started`.
+    """
+    status = _git("status", "--porcelain", "--", ".", ":!results")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "code": code_hash(),
+        "command": command,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def code_hash() -> str:
+    """Sixteen hexadecimal digits over the names and contents of the training code's files."""
+    digest = hashlib.sha256()
+    for folder in TRAINING_CODE:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def command_line() -> str:
+    """The command this process was started with, as a person would type it."""
+    return " ".join(["python -m experiments", *sys.argv[1:]])
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,212 @@
+"""What a run is: one frozen value whose hash names the run's folder.
+
+Standard library only, so that listing, planning and analysing never wait for torch.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+PROFILES = ("smoke", "cpu", "paper")
+
+SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}
+"""How many paired seeds (0, 1, ...) a profile runs unless told otherwise."""
+
+METHODS = ("base", "control", "sam", "msam")
+"""In the order of the tables' rows."""
+
+RECIPE = 1
+"""Raised whenever the meaning of training changes, so that old runs are no longer taken for new ones."""
+
+CHOICES = {
+    "profile": PROFILES,
+    "kind": ("train",),
+    "dataset": ("cifar10", "cifar100"),
+    "model": ("linear", "resnet8", "resnet20", "resnet50", "wrn-10-1", "wrn-28-10", "vit-micro", "vit-small"),
+    "augmentation": ("none", "crop-flip"),
+    "base_optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine",),
+    "precision": ("float32", "bfloat16"),
+    "device": ("cpu", "cuda"),
+}
+
+
+class SpecError(ValueError):
+    """A spec that cannot be run. The message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One run. Every field that can change its numbers is here, and nothing else is.
+
+    A field equal to its default is left out of the hash: a field that a later version adds, with the
+    default that means "as before", leaves the names of finished runs alone.
+    """
+
+    profile: str
+    dataset: str
+    model: str
+    base_optimizer: str
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    rho: float = 0.0
+    """Radius of the perturbation: its L2 norm over all parameters together."""
+    micro_batches: int = 1
+    """m, the number of micro-batches a mini-batch is split into (not the examples in one)."""
+    seed: int = 0
+    kind: str = "train"
+    train_examples: int | None = None
+    """Size of the training subset, drawn once per data set whatever the seed; None takes all."""
+    test_examples: int | None = None
+    """None takes the whole test set."""
+    holdout_examples: int = 0
+    """If positive: the run is scored on this many training images it never trains on, not on the test set."""
+    augmentation: str = "none"
+    label_smoothing: float = 0.0
+    momentum: float = 0.9
+    """Of SGD; AdamW keeps torch's betas."""
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    clip_norm: float | None = None
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    """Of one worker process: bit-for-bit equality holds for equal threads only."""
+    recipe: int = RECIPE
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before anything expensive starts.
+
+        Raises:
+            SpecError: with a sentence that names the field, its value and what is allowed.
+        """
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), annotation))
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                _refuse(name, getattr(self, name), f"one of {', '.join(allowed)}")
+        for name in ("learning_rate", "epochs", "batch_size", "micro_batches", "threads", "recipe"):
+            if not getattr(self, name) > 0:
+                _refuse(name, getattr(self, name), "greater than 0")
+        for name in ("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"):
+            if not getattr(self, name) >= 0:
+                _refuse(name, getattr(self, name), "0 or greater")
+        for name in ("train_examples", "test_examples", "clip_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                _refuse(name, getattr(self, name), "greater than 0, or left out")
+        if not 0 <= self.label_smoothing < 1:
+            _refuse("label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        if self.micro_batches > self.batch_size:
+            _refuse(
+                "micro_batches",
+                self.micro_batches,
+                f"at most the batch size, {self.batch_size} here: every micro-batch needs an example",
+            )
+        if self.train_examples is not None and self.train_examples < self.batch_size:
+            _refuse("batch_size", self.batch_size, f"at most the {self.train_examples} training examples")
+        if self.warmup_epochs >= self.epochs:
+            _refuse("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
+
+    @property
+    def method(self) -> str:
+        """`base`, `control` (plain gradients over the same micro-batches), `sam` or `msam`."""
+        if self.rho == 0:
+            return "base" if self.micro_batches == 1 else "control"
+        return "sam" if self.micro_batches == 1 else "msam"
+
+    @property
+    def run_id(self) -> str:
+        """Twelve hexadecimal digits of a SHA-256 over the fields that differ from their defaults."""
+        text = json.dumps(self._told(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def title(self) -> str:
+        """One line for people: what is trained, how, and with which seed."""
+        how = {
+            "base": self.base_optimizer,
+            "control": f"{self.base_optimizer} over m={self.micro_batches}",
+            "sam": f"SAM rho={self.rho:g}",
+            "msam": f"mSAM m={self.micro_batches} rho={self.rho:g}",
+        }[self.method]
+        scored = " (held-out)" if self.holdout_examples else ""
+        return f"{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{scored}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Spec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            SpecError: for unknown or missing fields, and for values that `__post_init__` refuses.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - set(known)):
+            raise SpecError(f"Unknown field {unknown[0]!r} in a spec; the fields are: {', '.join(known)}.")
+        required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+        if missing := [n for n in required if n not in fields]:
+            raise SpecError(f"A spec lacks the field {missing[0]!r}; it needs {', '.join(required)}.")
+        return cls(**fields)
+
+    def _told(self) -> dict[str, Any]:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {k: v for k, v in self.to_dict().items() if k == "recipe" or v != defaults[k]}
+
+
+def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Spec]:
+    """A block of Table 1: base optimizer, the control over the same micro-batches, SAM and mSAM."""
+    return [
+        base,
+        replace(base, micro_batches=micro_batches),
+        replace(base, rho=sam_rho),
+        replace(base, micro_batches=micro_batches, rho=msam_rho),
+    ]
+
+
+def tuning_grid(
+    base: Spec, *, micro_batches: int, learning_rates: Sequence[float], rhos: Sequence[float]
+) -> list[Spec]:
+    """The grid that chooses a block's hyper-parameters on held-out training images, the same for every method.
+
+    First the base optimizer's learning rate; then, at the one that `base` has, rho for SAM and for mSAM.
+    """
+    return [
+        *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
+        *(replace(base, rho=rho) for rho in rhos),
+        *(replace(base, micro_batches=micro_batches, rho=rho) for rho in rhos),
+    ]
+
+
+def with_seeds(cells: Iterable[Spec], seeds: int) -> list[Spec]:
+    """Every cell at seeds 0, ..., seeds - 1; seed by seed, so that an interrupted sweep has whole rows."""
+    cells = list(cells)
+    return list(dict.fromkeys(replace(cell, seed=seed) for seed in range(seeds) for cell in cells))
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type: an int may stand for a float, and nothing else for anything."""
+    allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(value) is int and float in allowed and int not in allowed:
+        value = float(value)
+    if type(value) not in allowed:
+        words = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
+        _refuse(name, value, f"of type {words}")
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse(name, value, "a finite number")
+    return value
+
+
+def _refuse(name: str, value: Any, allowed: str) -> typing.NoReturn:
+    raise SpecError(f"{name} is {value!r}, but must be {allowed}.")

@@ -1,0 +1,285 @@
+"""The one training loop."""
+
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import msam
+from experiments.harness.record import Record, record_of, replacing
+from experiments.harness.spec import Spec
+from experiments.harness.task import Task, build_task
+
+CHECK_EVERY = 50
+"""Steps between looks at the losses, each of which waits for the device."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; its checkpoint is written."""
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a checkpoint holds beside the states of model, optimizer and generators."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Time spent in this run, over all sessions."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps of the current epoch, as are the sharpnesses."""
+    sharpness: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    """One mean for each look at the losses."""
+
+
+def train(
+    spec: Spec,
+    root: Path,
+    *,
+    data_root: str | None = None,
+    environment: Mapping[str, Any] | None = None,
+    checkpoint_seconds: float = 20.0,
+    report: Callable[[int, int], None] = lambda step, steps: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left alone.
+
+    Args:
+        spec: The run.
+        root: The results root; the record is `root/runs/<run_id>/`.
+        data_root: A folder to look for data in first.
+        environment: Provenance of this session, for the record.
+        checkpoint_seconds: Least time between checkpoints. It does not change the run's numbers.
+        report: Called with (steps done, steps in all) as the run goes on.
+        stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
+
+    Raises:
+        Interrupted: if `stop` said so.
+        RunLocked: if another process trains this run.
+        Diverged: if a loss is not finite; like any other failure it is also in the record.
+    """
+    record = record_of(spec, root)
+    with record.locked():
+        if record.done:
+            return
+        record.create(spec)
+        record.clear_failure()
+        try:
+            _train(spec, record, data_root, environment or {}, checkpoint_seconds, report, stop)
+        except Interrupted:
+            raise
+        except Exception as error:
+            record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise
+
+
+def _train(
+    spec: Spec,
+    record: Record,
+    data_root: str | None,
+    environment: Mapping[str, Any],
+    checkpoint_seconds: float,
+    report: Callable[[int, int], None],
+    stop: Callable[[], bool],
+) -> None:
+    torch.set_num_threads(spec.threads)
+    torch.manual_seed(spec.seed)
+    task = build_task(spec, data_root)
+    record.add_environment({**environment, **task.data, "threads": torch.get_num_threads()})
+    steps = spec.epochs * task.steps_per_epoch
+    optimizer = build_optimizer(spec, task.model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
+    state = (task.model, optimizer, scheduler)
+    progress = load_checkpoint(record, *state)
+    record.rewind(progress.step // task.steps_per_epoch)
+    clock, saved = _Clock(progress), time.monotonic()
+    seen: list[msam.Step] = []
+
+    task.model.train()
+    for batch in _batches_from(task, progress.step, steps):
+        if stop():
+            _look(seen, progress, clock)
+            save_checkpoint(record, progress, *state)
+            raise Interrupted(f"Stopped before step {progress.step + 1} of {steps}.")
+
+        optimizer.zero_grad()
+        seen.append(
+            msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
+        )
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        progress.step += 1
+
+        end_of_epoch = progress.step % task.steps_per_epoch == 0
+        checkpoint_due = time.monotonic() - saved > checkpoint_seconds
+        if len(seen) == CHECK_EVERY or end_of_epoch or checkpoint_due:
+            _look(seen, progress, clock)
+        if end_of_epoch:
+            epoch = progress.step // task.steps_per_epoch
+            record.append(_epoch_line(epoch, progress, scheduler.get_last_lr()[0]))
+        if checkpoint_due:
+            save_checkpoint(record, progress, *state)
+            saved = time.monotonic()
+        report(progress.step, steps)
+
+    last = record.metrics()[-1]
+    scores = task.evaluate()
+    clock.tick(0)
+    save_weights(record, task.model)
+    record.finish(
+        {
+            **scores,
+            "epoch_loss": last["train_loss"],
+            "sharpness": last["sharpness"],
+            "epochs": spec.epochs,
+            "steps": steps,
+            "parameters": sum(p.numel() for p in task.model.parameters()),
+            "wall_seconds": round(progress.seconds, 3),
+            "step_seconds": statistics.median(progress.step_seconds),
+        }
+    )
+
+
+def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The stock base optimizer over all parameters, weight decay on all of them alike."""
+    if spec.base_optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        spec.learning_rate,
+        momentum=spec.momentum,
+        weight_decay=spec.weight_decay,
+        nesterov=spec.nesterov,
+    )
+
+
+def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate's factor at a step (from 0): linear warm-up, then half a cosine down to 0."""
+    steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    return factor
+
+
+def save_checkpoint(
+    record: Record,
+    progress: Progress,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """Write all that the rest of the run depends on, in one rename."""
+    content = {
+        "progress": vars(progress),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+    with replacing(record.checkpoint) as temporary:
+        torch.save(content, temporary)
+
+
+def load_checkpoint(
+    record: Record,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> Progress:
+    """Take everything back to the last checkpoint; without one, progress is at its start."""
+    if not record.checkpoint.exists():
+        return Progress()
+    content = torch.load(record.checkpoint, map_location="cpu", weights_only=True)
+    if "progress" not in content:  # killed between the final weights and the summary: train again
+        return Progress()
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict(content["scheduler"])
+    torch.set_rng_state(content["generator"])
+    if content["cuda_generators"]:
+        torch.cuda.set_rng_state_all(content["cuda_generators"])
+    return Progress(**content["progress"])
+
+
+def save_weights(record: Record, model: torch.nn.Module) -> None:
+    """Replace the checkpoint by the final weights alone."""
+    with replacing(record.checkpoint) as temporary:
+        torch.save({"model": model.state_dict()}, temporary)
+
+
+class _Clock:
+    """Adds the time since the last tick to the run's own."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.last = progress, time.monotonic()
+
+    def tick(self, steps: int) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.last
+        if steps:
+            self.progress.step_seconds.append((now - self.last) / steps)
+        self.last = now
+
+
+def _batches_from(task: Task, step: int, steps: int) -> Iterator[Any]:
+    """The mini-batches of the steps from `step` (counted from 0) to the last."""
+    while step < steps:
+        epoch, position = divmod(step, task.steps_per_epoch)
+        for batch in task.batches(epoch, position):
+            yield batch
+            step += 1
+
+
+def _look(seen: list[msam.Step], progress: Progress, clock: _Clock) -> None:
+    """Fetch the losses of the steps since the last look.
+
+    Raises:
+        Diverged: naming the first step, from 1, whose loss is not finite.
+    """
+    if not seen:
+        return
+    losses = torch.stack([s.loss for s in seen]).tolist()
+    sharpness = torch.stack([s.sharpness for s in seen]).tolist()
+    first = progress.step - len(seen) + 1
+    for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
+        if not math.isfinite(loss + rise):
+            raise Diverged(
+                f"failed at step {step}: its loss is {loss}, {loss + rise} at the perturbed weights. "
+                "Lower learning_rate or rho."
+            )
+    progress.losses += losses
+    progress.sharpness += sharpness
+    clock.tick(len(seen))
+    seen.clear()
+
+
+def _epoch_line(epoch: int, progress: Progress, learning_rate: float) -> dict[str, Any]:
+    """The epoch's means for metrics.jsonl; the next epoch starts empty."""
+    line = {
+        "epoch": epoch,
+        "step": progress.step,
+        "train_loss": statistics.fmean(progress.losses),
+        "sharpness": statistics.fmean(progress.sharpness),
+        "learning_rate": learning_rate,
+        "seconds": round(progress.seconds, 3),
+    }
+    progress.losses.clear()
+    progress.sharpness.clear()
+    return line

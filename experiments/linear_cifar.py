@@ -1,0 +1,40 @@
+"""A linear model on the same images: the floor that every family of Table 1 has to beat.
+
+    python -m experiments run linear_cifar --profile cpu
+
+Softmax regression on the pixels by AdamW; its learning rate is chosen by the same grid on held-out images. The two
+rows are for the subsets of the ResNets (1,024 images) and of the ViT (10,240). Seconds a run.
+"""
+
+from dataclasses import replace
+
+from experiments.harness.spec import Spec
+
+TABLE = "table1"
+
+SMOKE = Spec(
+    profile="smoke",
+    dataset="cifar10",
+    model="linear",
+    train_examples=64,
+    test_examples=250,
+    base_optimizer="adamw",
+    learning_rate=1e-3,
+    epochs=4,
+    batch_size=32,
+)
+
+SMALL = replace(
+    SMOKE, profile="cpu", train_examples=1024, test_examples=None, epochs=20, batch_size=128, learning_rate=3e-4
+)
+LARGE = replace(SMALL, train_examples=10_240, epochs=8, learning_rate=3e-4)
+
+RUNS = {"smoke": [SMOKE], "cpu": [SMALL, LARGE]}
+
+TUNING = {
+    "cpu": [
+        replace(cell, holdout_examples=5000, learning_rate=learning_rate)
+        for cell in (SMALL, LARGE)
+        for learning_rate in (3e-5, 1e-4, 3e-4, 1e-3)
+    ]
+}

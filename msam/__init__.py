@@ -1,0 +1,10 @@
+"""mSAM: micro-batch-averaged sharpness-aware minimization (arXiv 2302.09693), as a gradient.
+
+`msam.backward` takes the place of `loss.backward()`; optimizer, scheduler and clipping stay as they are.
+"""
+
+from msam.gradient import Step, backward
+from msam.microbatch import split
+
+__version__ = "0.1.0"
+__all__ = ["Step", "backward", "split"]
