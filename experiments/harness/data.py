@@ -141,8 +141,8 @@ def load_cifar(name: str, root: Path | None = None) -> Cifar:
     Args:
         name: `"cifar10"` or `"cifar100"`.
         root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz`
-            and its `.json` out of our cache. None: the folder that the environment variable `MSAM_DATA` names,
-            if it is set. A root without the set is passed over.
+            and its `.json` out of our cache. None: the folder that the environment variable `MSAM_DATA`
+            names, if it is set. A root without the set is passed over.
 
     Raises:
         DataError: A file does not match its checksum, the cache is of no use, or no source could be reached.
@@ -174,14 +174,10 @@ def load_cifar(name: str, root: Path | None = None) -> Cifar:
 
 
 def _refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
-    raise DataError(
-        f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}"
-    )
+    raise DataError(f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}")
 
 
-def _verified(
-    name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str
-) -> Cifar:
+def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> Cifar:
     """Compares shapes and sha256 sums and wraps the arrays up; `sums` None: none are known."""
     for key, count in zip(("train", "test"), _SETS[name].counts, strict=True):
         for part, shape in ((f"{key}_images", (count, 32, 32, 3)), (f"{key}_labels", (count,))):
@@ -228,12 +224,11 @@ def _read_folder(name: str, root: Path) -> Cifar | None:
         return found
     batches, archive = root / known.folder, root / known.archive
     if any((batches / file).exists() for file in (*known.train_md5, *known.test_md5)):
-        where, arrays = (
-            batches,
-            _decode_batches(name, batches, lambda file: (batches / file).read_bytes(), _DELETE),
-        )
+        where = batches
+        arrays = _decode_batches(name, where, lambda file: (batches / file).read_bytes(), _DELETE)
     elif archive.exists():
-        where, arrays = archive, _decode_archive(name, archive, _DELETE)
+        where = archive
+        arrays = _decode_archive(name, where, _DELETE)
     else:
         return None
     return _verified(name, arrays, where, f"{known.title}, read from {where}", known.sha256, _DELETE)
@@ -259,7 +254,8 @@ def _decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: 
                 content = read(file)
             except FileNotFoundError:
                 raise DataError(
-                    f"{where / file} is missing while others of its set are there. {mend}"
+                    f"{where / file} is missing while others of its set are there. Put it there, or point "
+                    f"--data-root at a folder that holds the set intact."
                 ) from None
             found = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if found != expected:
@@ -309,14 +305,10 @@ def _read_npz(name: str, folder: Path) -> Cifar | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
             arrays = {part: np.ascontiguousarray(npz[part]) for part in _ORDER}
-    except (
-        Exception
-    ) as error:  # a damaged archive raises nearly anything: BadZipFile, EOFError, RuntimeError, ...
+    except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, EOFError, RuntimeError, ...
         expected = "; ".join(f"sha256 {sum_} for {part}" for part, sum_ in sums.items())
         found = f"{_file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
-        raise DataError(
-            f"{path} is truncated or altered: expected {expected}; found {found}. {_DELETE}"
-        ) from error
+        raise DataError(f"{path} is truncated or altered: expected {expected}; found {found}. {_DELETE}") from error
     return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
 
 
