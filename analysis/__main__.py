@@ -1,0 +1,160 @@
+"""python -m analysis: the tables of the runs that are there, and the committed ones."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from experiments.harness import catalogue
+from experiments.harness.record import DEFAULT_ROOT, RecordError
+from experiments.harness.spec import PROFILES, SpecError, with_seeds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.collect import Collected, Results
+    from analysis.publish import Target
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Write and print the tables of the runs in a results folder, beside what is committed and published.
+
+    The files go to RESULTS/local/PROFILE/; with --publish to RESULTS/PROFILE/, which is committed.
+    """
+
+    targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
+    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and its grid if it has runs."""
+    profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
+    """Size of the runs: smoke, cpu or paper."""
+    seeds: Annotated[int | None, arg(metavar="N")] = None
+    """Look at the seeds 0, ..., N - 1 of each cell. Left out: the profile's own number."""
+    results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT
+    """The results root."""
+    publish: bool = False
+    """Write the committed files; refused if a run is missing, of another commit, or of an unclean tree."""
+    from_committed: bool = False
+    """Draw the committed tables again from the committed runs, and do nothing else."""
+
+
+def run(arguments: Arguments) -> str:
+    """Do what the command line says.
+
+    Returns:
+        What there is to print.
+
+    Raises:
+        SpecError, RecordError, Refused: for a mistake in the command line or the folders.
+    """
+    if arguments.profile not in PROFILES:
+        raise SpecError(f"Unknown profile {arguments.profile!r}; the profiles are {', '.join(PROFILES)}.")
+    root = arguments.results.absolute()
+    if arguments.from_committed:
+        return _from_committed(arguments, root)
+
+    from analysis.collect import Results, collect, write_files
+    from analysis.publish import publish
+    from analysis.render import table_files
+
+    found = collect(root)
+    results = Results.of(run for run in found.finished if run.spec.profile == arguments.profile)
+    targets = _targets(arguments, results)
+    documents = [target.document(results.runs, found.failures) for target in targets]
+    committed = [_committed(root / arguments.profile, target.name) for target in targets]
+    if arguments.publish:
+        publish(root / arguments.profile, arguments.profile, targets, results)
+        folder = root / arguments.profile
+    else:
+        folder = root / "local" / arguments.profile
+        write_files(folder, results.texts() | table_files(documents))
+    parts = [d.terminal(c) for d, c in zip(documents, committed, strict=True)]
+    return "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
+
+
+def _from_committed(arguments: Arguments, root: Path) -> str:
+    if arguments.publish or arguments.targets or arguments.seeds is not None:
+        raise SpecError("--from-committed draws all committed tables as they are: leave targets and flags out.")
+
+    from analysis.publish import redraw
+
+    return "\n".join(f"Written: {path}" for path in redraw(root / arguments.profile, arguments.profile))
+
+
+def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
+    from analysis.publish import missing, target
+
+    where = (arguments.profile, arguments.results.absolute())
+    if arguments.targets:
+        return [target(name, *where, arguments.seeds) for name in dict.fromkeys(arguments.targets)]
+    chosen = [target("table1", *where, arguments.seeds)]
+    if "table1-tuning" in catalogue.targets() and catalogue.cells("table1-tuning", arguments.profile):
+        grid = target("table1-tuning", *where)
+        if len(missing(grid, results)) < len(grid.runs):
+            chosen.append(grid)
+    return chosen
+
+
+def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
+    from analysis.collect import parse
+    from analysis.render import COMMITTED
+
+    path = folder / "tables" / f"{name}.csv"
+    try:
+        table = parse(path.read_text(encoding="utf-8")) if path.exists() else None
+        if table is not None and (lost := sorted(COMMITTED - set(table.columns))):
+            raise ValueError(f"it has no column {lost[0]!r}")
+        return table
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} cannot be read ({error}): restore it with git.") from error
+
+
+def _neighbours(targets: "list[Target]") -> list[str]:
+    from analysis import published
+
+    cells = [cell for target in targets if not target.tuning for cell in target.cells]
+    rows = published.neighbours((c.model for c in cells), (c.dataset for c in cells))
+    lines = published.lines(rows)
+    return ["Published elsewhere\n" + "\n".join(lines)] if lines else []
+
+
+def _gaps(targets: "list[Target]", results: "Results", found: "Collected") -> list[str]:
+    """What is missing, what failed and what could not be read."""
+    from analysis.publish import missing, missing_line
+
+    lines = []
+    for target in targets:
+        if gaps := missing(target, results):
+            lines.append(missing_line(target, gaps))
+        if further := _further(target, results):
+            lines.append(f"{target.name} has {further} runs with higher seeds, left out here: name --seeds.")
+    lines += [f"Left alone: {problem}" for problem in found.problems]
+    return ["\n".join(lines)] if lines else []
+
+
+def _further(target: "Target", results: "Results") -> int:
+    """How many finished runs of the table's cells have seeds that it does not look at."""
+    highest = max(results.runs["seed"], default=0)
+    ids = {run.run_id for run in with_seeds(target.cells, 1 + highest)} - {run.run_id for run in target.runs}
+    return int(results.runs["run_id"].isin(ids).sum())
+
+
+def main() -> None:
+    """Run the command line; a mistake in it ends with a sentence and exit status 2."""
+    arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
+
+    from analysis.publish import Refused
+
+    try:
+        print(run(arguments))
+    except (SpecError, RecordError, Refused) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

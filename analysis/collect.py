@@ -1,0 +1,398 @@
+"""Run folders -> data frames -> the files of `results/`, and back without loss.
+
+runs.csv           one row a run: what it was, what came out, and the code and machine behind it
+curves.csv         one row an epoch of a run
+provenance.jsonl   one line a run: every session that worked on it
+"""
+
+import dataclasses
+import io
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.harness.record import Record, RecordError, replacing
+from experiments.harness.spec import METHODS, Spec
+
+FIRST = (
+    "run_id",
+    "profile",
+    "dataset",
+    "model",
+    "method",
+    "base_optimizer",
+    "rho",
+    "micro_batches",
+    "seed",
+)
+SUMMARY = (
+    "test_accuracy",
+    "test_loss",
+    "holdout_accuracy",
+    "holdout_loss",
+    "train_accuracy",
+    "train_loss",
+    "sharpness",
+    "wall_seconds",
+    "step_seconds",
+    "steps",
+    "parameters",
+)
+PROVENANCE = ("commit", "dirty", "code", "data_checksum", "cpu", "gpu")
+
+UNKNOWN = "unknown"
+"""Stands for a commit or code hash that no session noted."""
+
+_PRIVATE = ("host", "hostname", "node", "user", "cwd", "path", "paths", "executable", "argv")
+"""Keys of a session that name a machine or a person, and stay out of files that are committed."""
+
+_DTYPES = {str: "string", int: "Int64", float: "Float64", bool: "boolean"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, read."""
+
+    spec: Spec
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that was begun and has no summary."""
+
+    spec: Spec
+    failure: str | None
+    """Why its last attempt failed; None if it is at work or was interrupted."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """All that a results root holds."""
+
+    finished: tuple[Run, ...]
+    unfinished: tuple[Unfinished, ...]
+    problems: tuple[str, ...]
+    """A sentence for each folder that could not be read; nothing was done to it."""
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why runs failed, by run_id."""
+        return {u.spec.run_id: u.failure for u in self.unfinished if u.failure is not None}
+
+
+def collect(root: Path) -> Collected:
+    """Read every folder of `root/runs`; what cannot be read becomes a sentence and is left alone.
+
+    Raises:
+        RecordError: if `root` is not a folder that can be listed.
+    """
+    finished, unfinished, problems = [], [], []
+    for folder in _folders(root):
+        record = Record(folder.parent.parent, folder.name)
+        try:
+            run = _read(record)
+        except RecordError as error:
+            problems.append(plain(str(error)))
+            continue
+        if isinstance(run, Unfinished):
+            unfinished.append(run)
+            continue
+        if not run.sessions:
+            problems.append(f"{record.folder} has no readable env.json: its commit and machine are unknown.")
+        finished.append(run)
+    return Collected(tuple(finished), tuple(unfinished), tuple(problems))
+
+
+@dataclass(frozen=True)
+class Results:
+    """The contents of runs.csv, curves.csv and provenance.jsonl."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    provenance: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def of(cls, runs: Iterable[Run]) -> "Results":
+        """The files' contents for these runs."""
+        runs = list(runs)
+        sessions = {run.spec.run_id: [_public(s) for s in run.sessions] for run in runs}
+        return cls(frame(runs), curves(runs), sessions)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Read the three files.
+
+        Raises:
+            RecordError: if one of them is missing or damaged.
+        """
+        try:
+            lines = [json.loads(line) for line in _text(folder / "provenance.jsonl").splitlines()]
+            provenance = {line["run_id"]: line["sessions"] for line in lines}
+            runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
+            if lost := sorted(set(FIRST) - set(runs.columns)):
+                raise ValueError(f"runs.csv has no column {lost[0]!r}")
+            return cls(runs, curves, provenance)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"The published files of {folder} cannot be read ({plain(str(error))}): restore them with git."
+            ) from error
+
+    def only(self, run_ids: Collection[str]) -> "Results":
+        """The part that belongs to these runs."""
+        return Results(
+            self.runs[self.runs["run_id"].isin(run_ids)],
+            self.curves[self.curves["run_id"].isin(run_ids)],
+            {k: v for k, v in self.provenance.items() if k in run_ids},
+        )
+
+    def joined(self, other: "Results") -> "Results":
+        """Both together; the runs must differ."""
+        return Results(
+            _runs([*_rows(self.runs), *_rows(other.runs)]),
+            _curves([*_rows(self.curves), *_rows(other.curves)]),
+            self.provenance | other.provenance,
+        )
+
+    def texts(self) -> dict[str, str]:
+        """The three files' texts by name; equal contents give equal bytes."""
+        lines = [
+            json.dumps({"run_id": run_id, "sessions": self.provenance[run_id]}, sort_keys=True) + "\n"
+            for run_id in sorted(self.provenance)
+        ]
+        return {
+            "runs.csv": csv_text(self.runs),
+            "curves.csv": csv_text(self.curves),
+            "provenance.jsonl": "".join(lines),
+        }
+
+
+def frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row a run: the columns of `FIRST`, the other fields of the spec, the summary, `PROVENANCE`."""
+    return _runs([_row(run) for run in runs])
+
+
+def curves(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row for each line of a run's metrics: `run_id`, `epoch`, then whatever the line says."""
+    return _curves([_plain_keys(line) | {"run_id": r.spec.run_id} for r in runs for line in r.metrics])
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """The table as CSV: floats with all the digits that they need, nothing for what is missing."""
+    return table.to_csv(index=False, lineterminator="\n")
+
+
+def parse(text: str) -> pd.DataFrame:
+    """The inverse of `csv_text`."""
+    table = pd.read_csv(io.StringIO(text), dtype="string", keep_default_na=False, na_values=[""])
+    known = _known_dtypes()
+    return pd.DataFrame({name: _typed(table[name], known.get(str(name))) for name in table})
+
+
+def write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write each text to its place below `folder`, file by file: a reader sees the old or the new one.
+
+    Raises:
+        RecordError: if the folder cannot be written.
+    """
+    try:
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise RecordError(
+            f"{folder} cannot be written ({error.strerror}): make room, or choose another folder with --results."
+        ) from error
+
+
+def plain(text: str) -> str:
+    """The text on one line, without control characters and without halves of surrogate pairs."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        raise RecordError(f"There is no results folder {root}: name the one that holds runs/ with --results.")
+    try:
+        return sorted(p for p in (root / "runs").iterdir() if not p.name.startswith(".") and not _empty(p))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RecordError(f"{root / 'runs'} cannot be read ({error.strerror}).") from error
+
+
+def _empty(folder: Path) -> bool:
+    """Whether the folder holds nothing but a lock: a run that is about to begin, or was removed."""
+    try:
+        return folder.is_dir() and all(path.name == "lock" for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _read(record: Record) -> Run | Unfinished:
+    if not record.folder.is_dir():
+        raise RecordError(f"{record.folder} is not a run's folder: move it out of the results.")
+    spec = record.spec()
+    if not record.done:
+        failure = record.failure()
+        return Unfinished(spec, None if failure is None else plain(failure)[:200])
+    try:
+        sessions = record.environments()
+    except RecordError:
+        sessions = []
+    return Run(spec, record.summary(), record.metrics(), sessions)
+
+
+def _row(run: Run) -> dict[str, Any]:
+    sessions = run.sessions or [{}]
+    row = {
+        "run_id": run.spec.run_id,
+        "method": run.spec.method,
+        **run.spec.to_dict(),
+        "commit": _together(sessions, "commit") or UNKNOWN,
+        "dirty": _any([session.get("dirty") for session in sessions]),
+        "code": _together(sessions, "code") or UNKNOWN,
+        "data_checksum": _together(sessions, "data_checksum"),
+        "cpu": _together(sessions, "cpu"),
+        "gpu": _together(sessions, "gpu"),
+    }
+    for key, value in _plain_keys(run.summary).items():
+        if key not in row:
+            row[key] = value
+        elif row[key] != value:
+            row[f"summary_{key}"] = value
+    return row
+
+
+def _together(sessions: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    """What the sessions say, each different thing once; None if none of them says anything."""
+    said = [s.get(key) for s in sessions]
+    if all(value is None for value in said):
+        return None
+    return "+".join(dict.fromkeys(UNKNOWN if v is None else _unpath(plain(str(v))) for v in said))
+
+
+def _any(flags: Sequence[Any]) -> bool | None:
+    """True if one is, None if one is not known."""
+    if any(flag is True for flag in flags):
+        return True
+    return False if all(flag is False for flag in flags) else None
+
+
+def _plain_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {plain(str(key)): _scalar(value) for key, value in values.items()}
+
+
+def _scalar(value: Any) -> Any:
+    """A value for one cell; the record writes numbers that are not finite as their names."""
+    if isinstance(value, str):
+        return float(value) if value in ("nan", "inf", "-inf") else plain(value)
+    if isinstance(value, Mapping | list):
+        return plain(json.dumps(value))
+    return value
+
+
+def _public(value: Any) -> Any:
+    """A session's entry without names of machines and people, and with paths cut to their last part."""
+    if isinstance(value, Mapping):
+        return {str(k): _public(v) for k, v in value.items() if str(k).lower() not in _PRIVATE}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _unpath(plain(value)) if isinstance(value, str) else value
+
+
+def _unpath(text: str) -> str:
+    """The text with every absolute path cut to its last part; web addresses stay."""
+    return re.sub(r"(?:file://|(?<![\w.:/)\]}]))/(?:[^\s/'\"=,;:]+/)*([^\s/'\"=,;:]*)/?", r"\1", text)
+
+
+def _runs(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = sorted(rows, key=_order)
+    known = [*FIRST, *(f.name for f in dataclasses.fields(Spec) if f.name not in FIRST)]
+    told = {key for row in rows for key in row} - set(known) - set(PROVENANCE)
+    summary = [*(k for k in SUMMARY if k in told), *sorted(told - set(SUMMARY))]
+    return _table(rows, [*known, *summary, *PROVENANCE])
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("micro_batches", "rho", "learning_rate", "seed", "run_id")
+    place = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
+    return (
+        row["profile"],
+        row["dataset"],
+        row["model"],
+        row["base_optimizer"],
+        place,
+        *(row[n] for n in names),
+    )
+
+
+def _curves(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = sorted(rows, key=lambda row: row["run_id"])
+    told = sorted({key for row in rows for key in row} - {"run_id", "epoch"})
+    return _table(rows, ["run_id", "epoch", *told])
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows as a frame that has been through CSV: it is what reading the written file gives."""
+    return parse(csv_text(pd.DataFrame(list(rows), columns=columns, dtype=object)))
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not pd.isna(v)} for row in table.astype(object).to_dict("records")]
+
+
+def _typed(texts: pd.Series, dtype: str | None) -> pd.Series:
+    """A column as its type; if that is not known, as the narrowest one that all of its texts fit."""
+    for name in [dtype] if dtype else ["Int64", "Float64", "boolean"]:
+        try:
+            return pd.Series([pd.NA if pd.isna(t) else _PYTHON[name](t) for t in texts], dtype=name)
+        except (ValueError, OverflowError):
+            if dtype:
+                raise
+    return texts
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    if text not in ("True", "False"):
+        raise ValueError(f"{text!r} is neither True nor False")
+    return text == "True"
+
+
+_PYTHON = {"string": str, "Int64": _number, "Float64": float, "boolean": _flag}
+
+
+def _known_dtypes() -> dict[str, str]:
+    dtypes = {name: _dtype(hint) for name, hint in typing.get_type_hints(Spec).items()}
+    texts = ("run_id", "method", *PROVENANCE)
+    return dtypes | dict.fromkeys(texts, "string") | {"dirty": "boolean"}
+
+
+def _dtype(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    return _DTYPES[hint]
+
+
+def _text(path: Path) -> str:
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()

@@ -1,0 +1,211 @@
+"""The committed results: what may be published, and the tables that follow from what was."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import render, tables
+from analysis.collect import UNKNOWN, Results, write_files
+from experiments.harness import catalogue
+from experiments.harness.record import DEFAULT_ROOT, RecordError
+from experiments.harness.spec import Spec, SpecError, with_seeds
+
+TABLES = ("table1",)
+"""The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
+
+
+class Refused(Exception):
+    """A table that may not be published. The message has a sentence for each reason, with its mend."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one table is made of."""
+
+    name: str
+    cells: tuple[Spec, ...]
+    seeds: int
+    used: tuple[Spec, ...] = ()
+    """Of a grid: the cells of the table that it was run for."""
+    root: Path = DEFAULT_ROOT
+    """The results root that the runs belong to."""
+
+    @property
+    def tuning(self) -> bool:
+        """Whether this is the grid of a table."""
+        return self.name.endswith("-tuning")
+
+    @property
+    def runs(self) -> list[Spec]:
+        """The runs that the table expects."""
+        return with_seeds(self.cells, self.seeds)
+
+    def document(self, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> render.Document:
+        """The table of these cells."""
+        if self.tuning:
+            return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
+        return render.document_1(self.name, frame, self.cells, self.seeds, failures)
+
+
+def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None) -> Target:
+    """A table, an experiment or one of their grids, looked up in the catalogue.
+
+    Raises:
+        SpecError: for an unknown name, or one that has no cells in this profile.
+    """
+    runs = catalogue.runs(name, profile, seeds)
+    if not runs:
+        raise SpecError(f"{name} has no runs in the profile {profile!r}: choose another with --profile.")
+    used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
+    cells = tuple(dict.fromkeys(replace(run, seed=0) for run in runs))
+    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root)
+
+
+def publishable(profile: str) -> list[Target]:
+    """The tables and grids that have cells in this profile, with the profile's own number of seeds."""
+    names = [name + end for name in TABLES for end in ("", "-tuning") if name + end in catalogue.targets()]
+    return [target(name, profile) for name in names if catalogue.cells(name, profile)]
+
+
+def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Results) -> list[Path]:
+    """Write the chosen tables and their runs into the committed folder of a profile, all or nothing.
+
+    Rows of other tables that are committed already stay; other rows of the chosen tables go. Every committed
+    table is then drawn again from the committed files, as `redraw` does.
+
+    Args:
+        folder: `results/<profile>`.
+        profile: the profile.
+        chosen: the tables to publish.
+        results: all finished runs.
+
+    Returns:
+        The files written.
+
+    Raises:
+        Refused: if a run is missing, or runs come from several commits, an unclean tree or an unknown commit.
+        RecordError: if the committed files are damaged, or the folder cannot be written.
+    """
+    reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, results), *mixed(t, results)]]
+    if reasons:
+        raise Refused("\n".join(reasons))
+    before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
+    fresh = results.only({run.run_id for t in chosen for run in t.runs})
+    after = before.only(_kept(before, profile, chosen)).joined(fresh)
+    tables_now = drawn(folder, profile, after)
+    for other in tables_now:
+        if mixed(other, after) and not mixed(other, before):
+            reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
+    if reasons:
+        raise Refused("\n".join(reasons))
+    texts = {**after.texts(), **_tables(tables_now, after)}
+    write_files(folder, texts)
+    return [folder / name for name in texts]
+
+
+def redraw(folder: Path, profile: str) -> list[Path]:
+    """Write the committed tables again, from the committed runs alone.
+
+    Returns:
+        The files written.
+
+    Raises:
+        RecordError: if nothing is committed, or it is damaged.
+    """
+    if not (folder / "runs.csv").exists():
+        raise RecordError(
+            f"There is no {folder / 'runs.csv'} yet: `python -m analysis --profile {profile} --publish` writes it."
+        )
+    results = Results.read(folder)
+    texts = _tables(drawn(folder, profile, results), results)
+    write_files(folder, texts)
+    return [folder / name for name in texts]
+
+
+def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
+    """The tables of a committed folder: those it has files of, and those whose every cell has a run.
+
+    A table's number of seeds is that of its cell with the fewest, for cells may be shared with larger tables.
+    """
+    ids = set(results.runs["run_id"])
+    found = []
+    for t in publishable(profile):
+        counts = [_seeds(cell, ids) for cell in t.cells]
+        if any(counts) and (all(counts) or (folder / "tables" / f"{t.name}.csv").exists()):
+            found.append(replace(t, seeds=min(filter(None, counts))))
+    return found
+
+
+def mixed(t: Target, results: Results) -> list[str]:
+    """Why a table's runs may not stand together in one committed table."""
+    rows = results.runs[results.runs["run_id"].isin({run.run_id for run in t.runs})]
+    # A grid's second stage needs the outcome of its first to be written down, so its commits differ: what
+    # must be one is the code that trained.
+    column, word = ("code", "versions of the training code") if t.tuning else ("commit", "commits")
+    redo = f"commit your changes and train them again with `{_command(t)} --redo`"
+    said = sorted({part for cell in rows[column] for part in cell.split("+")} - {UNKNOWN})
+    reasons = []
+    if len(said) > 1:
+        told = ", ".join(part[:12] for part in said)
+        reasons.append(f"{t.name} has runs from several {word} ({told}): {redo}.")
+    if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
+        reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
+    if unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum()):
+        reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {redo}.")
+    return reasons
+
+
+def missing(t: Target, results: Results) -> list[Spec]:
+    """The runs that a table expects and has no score of."""
+    rows = results.runs.set_index("run_id")
+    score = "holdout_accuracy" if t.tuning else "test_accuracy"
+    return [run for run in t.runs if run.seed not in tables.values(rows, run, t.seeds, score).index]
+
+
+def missing_line(t: Target, gaps: Sequence[Spec]) -> str:
+    """A sentence that counts the missing runs and says how to make them."""
+    count = f"{len(gaps)} of its {len(t.runs)} runs"
+    return f"{t.name} lacks {count}, first {gaps[0].title}: `{_command(t)}` makes them."
+
+
+def _missing(t: Target, results: Results) -> list[str]:
+    gaps = missing(t, results)
+    return [missing_line(t, gaps)] if gaps else []
+
+
+def _not_a_table(t: Target) -> list[str]:
+    if t.name.removesuffix("-tuning") in TABLES:
+        return []
+    return [f"{t.name} is an experiment, a part of a table: publish the table itself ({', '.join(TABLES)})."]
+
+
+def _kept(before: Results, profile: str, chosen: Sequence[Target]) -> set[str]:
+    """The committed runs of tables that are not published now."""
+    names = {t.name for t in chosen}
+    others = [t.cells for t in publishable(profile) if t.name not in names]
+    fresh = {run.run_id for t in chosen for run in t.runs}
+    seeds = 1 + int(before.runs["seed"].max()) if len(before.runs) else 0
+    return {run.run_id for cells in others for run in with_seeds(cells, seeds)} - fresh
+
+
+def _seeds(cell: Spec, ids: set[str]) -> int:
+    """How many of seeds 0, 1, ... a cell has runs of, up to the first gap."""
+    seeds = 0
+    while replace(cell, seed=seeds).run_id in ids:
+        seeds += 1
+    return seeds
+
+
+def _tables(targets: Sequence[Target], results: Results) -> dict[str, str]:
+    return render.table_files([t.document(results.runs) for t in targets])
+
+
+def _command(t: Target) -> str:
+    profile = t.cells[0].profile
+    usual = catalogue.TUNING_SEEDS if t.tuning else catalogue.SEEDS.get(profile)
+    seeds = "" if t.seeds == usual else f" --seeds {t.seeds}"
+    where = "" if t.root == DEFAULT_ROOT else f" --results {shlex.quote(str(t.root))}"
+    return f"python -m experiments run {t.name} --profile {profile}{seeds}{where}"

@@ -1,0 +1,213 @@
+"""Published results that stand nearest to the paper's, each with its source and how it was read.
+
+The mSAM paper's own tables could not be obtained, so no row here is the mSAM paper's. Foret et al.'s "SAM"
+is already m-SAM: each of 8 devices perturbs for its own 32 of the batch's 256 examples.
+
+Grades: A, read in the source's own text, table or run log (or an excerpt of it); B, read in a third party's
+note of it. Spreads are those of the source (its own kind of interval), not ours.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+
+DISCLAIMER = (
+    "The mSAM paper's own tables could not be obtained: none of these numbers is the mSAM paper's. The "
+    "settings differ from ours; spreads are as the sources print them."
+)
+FORET_NOTE = (
+    "Foret et al.'s SAM is already m-SAM: 8 devices, each perturbing for its own 32 of the batch's 256 examples."
+)
+ERROR_NOTE = "printed as an error, shown as 100 minus it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """One row of somebody else's table: accuracies in percent, with the spread as printed."""
+
+    family: str
+    """Of the model: ResNet, WRN or ViT."""
+    dataset: str
+    setting: str
+    base: str = ""
+    sam: str = ""
+    other: str = ""
+    """Accuracies of further methods, with their names."""
+    source: str
+    grade: str
+    from_error: bool = False
+    """Whether the source prints errors, which are shown here as 100 minus them."""
+
+
+def accuracy(error: str) -> str:
+    """An error as printed, `3.5±0.1` say, as an accuracy with the same spread: `96.5±0.1`."""
+    value, mark, spread = error.partition("±")
+    return f"{100 - Decimal(value)}{mark}{spread}"
+
+
+def _foret(setting: str, cifar10: tuple[str, str], cifar100: tuple[str, str]) -> tuple[Neighbour, ...]:
+    return tuple(
+        Neighbour(
+            family="WRN",
+            dataset=dataset,
+            setting=f"WRN-28-10, {setting}",
+            base=accuracy(base),
+            sam=accuracy(sam),
+            source="Foret et al. 2021, Table 1",
+            grade="A",
+            from_error=True,
+        )
+        for dataset, (base, sam) in (("CIFAR-10", cifar10), ("CIFAR-100", cifar100))
+    )
+
+
+def _rw_sam(
+    family: str, setting: str, table: str, cifar10: tuple[str, str, str], cifar100: tuple[str, str, str]
+) -> tuple[Neighbour, ...]:
+    return tuple(
+        Neighbour(
+            family=family,
+            dataset=dataset,
+            setting=setting,
+            base=base,
+            sam=sam,
+            other=f"RW-SAM {other}",
+            source=f"RW-SAM, {table}",
+            grade="B",
+        )
+        for dataset, (base, sam, other) in (("CIFAR-10", cifar10), ("CIFAR-100", cifar100))
+    )
+
+
+def _momentum_sam(family: str, setting: str, base: str, sam: str, asam: str) -> Neighbour:
+    return Neighbour(
+        family=family,
+        dataset="CIFAR-100",
+        setting=f"{setting}, rho tuned, 68% intervals",
+        base=base,
+        sam=sam,
+        other=f"ASAM {asam}",
+        source="Momentum-SAM (Becker et al.), Table 1",
+        grade="A",
+    )
+
+
+NEIGHBOURS = (
+    *_rw_sam("ResNet", "ResNet-18", "Table 1", ("95.62", "95.99", "96.24"), ("78.91", "78.90", "79.31")),
+    *_rw_sam("ResNet", "ResNet-50", "Table 1", ("95.64", "96.06", "96.34"), ("79.55", "80.31", "80.83")),
+    _momentum_sam("ResNet", "ResNet-50 (CIFAR variant), lr 0.1, wd 1e-3", "81.46±0.13", "83.36±0.17", "83.30±0.06"),
+    Neighbour(
+        family="ResNet",
+        dataset="CIFAR-100",
+        setting="ResNet-18, 200 epochs, batch 128, lr 0.05 cosine, wd 1e-3, cutout, rho 0.2, seed 1, last epoch",
+        sam="80.78",
+        other="Friendly-SAM 81.19 (lambda 0.6), 81.32 (lambda 0.95)",
+        source="nblt/F-SAM@2e2f989, run logs",
+        grade="A",
+    ),
+    Neighbour(
+        family="ResNet",
+        dataset="CIFAR-100",
+        setting="ResNet-18, 200 epochs, batch 256, lr 0.1, wd 5e-4, rho 0.1, seed 1, last epoch",
+        sam="78.07",
+        other="Eigen-SAM 78.51",
+        source="RitianLuo/EigenSAM@d541077, run log",
+        grade="A",
+    ),
+    *(
+        Neighbour(
+            family="ResNet",
+            dataset=dataset,
+            setting='"R20x4-BN-ReLU", 200 epochs, batch 256, seed 42, tuned per method (SAM rho 0.3)',
+            base=base,
+            sam=sam,
+            source="cs-giung/giung2-dev, projects/sam/README.md (search excerpt)",
+            grade="A",
+        )
+        for dataset, base, sam in (("CIFAR-10", "95.35", "96.20"), ("CIFAR-100", "76.57", "78.96"))
+    ),
+    Neighbour(
+        family="ResNet",
+        dataset="CIFAR-10",
+        setting="ResNet-32, 0% label noise, 3 runs",
+        base="94.50±0.11",
+        sam="94.80±0.12",
+        other="ASAM 94.88±0.12",
+        source="ASAM, Table 6",
+        grade="B",
+    ),
+    *_foret(
+        "200 epochs, basic augmentation, batch 256, lr 0.1, wd 5e-4, rho 0.05 (CIFAR-10) or 0.1 (CIFAR-100), "
+        "5 runs, 95% intervals; SGD: the better of the same and twice the epochs",
+        ("3.5±0.1", "2.7±0.1"),
+        ("18.8±0.2", "16.5±0.2"),
+    ),
+    *_foret("200 epochs, basic setting with cutout", ("2.6±0.1", "2.3±0.1"), ("16.9±0.1", "14.9±0.2")),
+    *_foret("200 epochs, basic setting with AutoAugment", ("2.3±0.1", "2.1±<0.1"), ("15.8±0.2", "13.6±0.2")),
+    *_foret("1800 epochs, basic augmentation, lr 0.05, wd 1e-3", ("3.5±0.1", "2.4±0.1"), ("19.1±0.1", "16.3±0.2")),
+    *_rw_sam("WRN", "WRN-28-10", "Table 1", ("96.47", "96.91", "97.11"), ("81.55", "83.25", "83.52")),
+    _momentum_sam(
+        "WRN",
+        "WRN-28-10, 200 epochs, batch 256, lr 0.5 cosine, wd 5e-4, label smoothing 0.1, flip, crop, cutout",
+        "81.51±0.09",
+        "84.16±0.12",
+        "84.74±0.13",
+    ),
+    _momentum_sam("WRN", "WRN-16-4", "76.90±0.15", "79.25±0.10", "79.96±0.13"),
+    Neighbour(
+        family="WRN",
+        dataset="CIFAR-10",
+        setting="WRN-28-10 replication, 200 epochs, batch 128, rho 0.05",
+        sam="96.74",
+        source="S-Sairam/sam-optimizer, README",
+        grade="A",
+    ),
+    *_rw_sam("ViT", "ViT-B/16, fine-tuned", "Table 2b", ("98.24", "98.40", "98.58"), ("88.71", "89.63", "89.89")),
+)
+
+
+def family(model: str) -> str | None:
+    """The family that a model of ours belongs to, or None."""
+    found = re.match(r"resnet|wrn|vit", model)
+    return {"resnet": "ResNet", "wrn": "WRN", "vit": "ViT"}[found.group()] if found else None
+
+
+def neighbours(models: Iterable[str], datasets: Iterable[str]) -> list[Neighbour]:
+    """The published rows of the same families of models on the same data sets."""
+    families = {family(model) for model in models}
+    names = {{"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(dataset) for dataset in datasets}
+    return [n for n in NEIGHBOURS if n.family in families and n.dataset in names]
+
+
+def lines(rows: Iterable[Neighbour]) -> list[str]:
+    """The rows as text, one line each, after the two sentences that they need."""
+    rows = list(rows)
+    if not rows:
+        return []
+    return [*_remarks(rows), *(_line(row) for row in rows)]
+
+
+def markdown(rows: Iterable[Neighbour]) -> str:
+    """The rows as a Markdown table under their own heading."""
+    from tabulate import tabulate
+
+    rows = list(rows)
+    body = [[r.dataset, _setting(r), r.base, r.sam, r.other, f"{r.source} ({r.grade})"] for r in rows]
+    headers = ["dataset", "setting", "base", "SAM", "other", "source (grade)"]
+    table = tabulate(body, headers=headers, tablefmt="github", disable_numparse=True)
+    return "\n\n".join(["### Published elsewhere: test accuracy %", *_remarks(rows), table]) + "\n"
+
+
+def _remarks(rows: list[Neighbour]) -> list[str]:
+    return [DISCLAIMER, *([FORET_NOTE] if any("Foret" in row.source for row in rows) else [])]
+
+
+def _setting(row: Neighbour) -> str:
+    return f"{row.setting} ({ERROR_NOTE})" if row.from_error else row.setting
+
+
+def _line(row: Neighbour) -> str:
+    numbers = [f"base {row.base}" if row.base else "", f"SAM {row.sam}" if row.sam else "", row.other]
+    told = ", ".join(filter(None, numbers))
+    return f"{row.dataset}, {_setting(row)}: {told}. {row.source} (grade {row.grade})."

@@ -1,0 +1,256 @@
+"""A table's numbers as people read them: Markdown, LaTeX and plain text from one value.
+
+Text from run records is data: every form escapes all of its cells and lines.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from analysis import published, tables
+from analysis.collect import csv_text
+from analysis.statistics import Interval
+from experiments.harness.spec import Spec
+
+TITLES = {"table1": "Table 1: test accuracy"}
+
+SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
+NOTES_1 = (
+    f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
+    "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
+    "The test accuracy is that of the last epoch, never of the best one.",
+)
+NOTES_TUNING = (
+    f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at.",
+)
+
+_CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho")
+
+COMMITTED = frozenset({*_CELL, "mean", "half_width", "n"})
+"""The columns that a committed table needs to be shown beside ours."""
+
+LINEAR = "linear model (floor)"
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+} | {c: f"\\{c}" for c in "&%$#_{}"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A table as text, not yet escaped for any format."""
+
+    name: str
+    title: str
+    origin: str
+    """Profile, machine, commit."""
+    cells: pd.DataFrame
+    claims: tuple[str, ...]
+    notes: tuple[str, ...]
+    numbers: pd.DataFrame
+
+    def files(self) -> dict[str, str]:
+        """The table's files by name."""
+        return {
+            f"{self.name}.md": self.markdown(),
+            f"{self.name}.csv": csv_text(self.numbers),
+            f"{self.name}.tex": self.latex(),
+        }
+
+    def markdown(self) -> str:
+        """Heading, origin, table, claims and notes."""
+        cells = self.cells.map(markdown_text)
+        body = cells.to_markdown(index=False, disable_numparse=True, colalign=["left"] * cells.shape[1])
+        lines = [f"- {markdown_text(line)}\n" for line in self.claims]
+        notes = [f"{markdown_text(line)}\n" for line in self.notes]
+        parts = [f"### {markdown_text(self.title)}\n", f"{markdown_text(self.origin)}\n", f"{body}\n"]
+        return "\n".join([*parts, *(["".join(lines)] if lines else []), *notes])
+
+    def latex(self) -> str:
+        """A `tabular` with booktabs rules, then claims and notes as paragraphs."""
+        cells = self.cells.map(latex_text)
+        cells.columns = [latex_text(name) for name in cells.columns]
+        body = cells.style.hide(axis="index").to_latex(hrules=True, column_format="l" * cells.shape[1])
+        lines = [self.title + ".", self.origin, *self.claims, *self.notes]
+        return body + "".join(f"\\par\\noindent {latex_text(line)}\n" for line in lines)
+
+    def terminal(self, committed: pd.DataFrame | None = None) -> str:
+        """Plain text, a small table for each data set and model, with the committed numbers beside ours."""
+        cells = self.cells
+        if committed is not None:
+            cells = cells.assign(committed=_committed(self.numbers, committed))
+        parts = [f"{self.title}\n{self.origin}"]
+        for _, rows in cells.groupby(self.numbers["block"], sort=True):
+            body = rows.drop(columns=["dataset", "model"])
+            told = tabulate(body, headers=list(body.columns), showindex=False, disable_numparse=True)
+            parts.append(f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}\n{told}")
+        return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
+
+
+def document_1(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """Table 1, or the part of it that one experiment fills, ready to be written."""
+    numbers = tables.table_1(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "model": [LINEAR if row.model == "linear" else row.model for row in rows],
+            "method": numbers["label"],
+            "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
+            "test accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            "over base": [_signed(tables.interval(row, "over_base")) for row in rows],
+            "over SAM": [_signed(tables.interval(row, "over_sam")) for row in rows],
+            "train accuracy %": [_number(row.train_accuracy, ".2f") for row in rows],
+            "time": [_time(row) for row in rows],
+        }
+    )
+    warnings = tables.warnings(frame, numbers)
+    return Document(
+        name=name,
+        title=TITLES.get(name, f"{name}: test accuracy"),
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=text,
+        claims=tuple(tables.claims(numbers)),
+        notes=(*warnings, *notes, *NOTES_1),
+        numbers=numbers,
+    )
+
+
+def document_tuning(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+    used: Sequence[Spec] = (),
+) -> Document:
+    """The grid of a table, ready to be written; `used` are the cells of the table itself."""
+    numbers = tables.tuning_table(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "model": numbers["model"],
+            "method": numbers["label"],
+            "learning rate": [f"{row.learning_rate:g}" for row in rows],
+            "weight decay": [f"{row.weight_decay:g}" for row in rows],
+            "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
+            "held-out accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            "choice": [_choice(row) for row in rows],
+        }
+    )
+    warnings, table = tables.warnings(frame, numbers), name.removesuffix("-tuning")
+    return Document(
+        name=name,
+        title=f"The grid of {TITLES.get(table, table).partition(':')[0]}: held-out accuracy",
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=text,
+        claims=tuple(tables.choices(numbers, cells, used)),
+        notes=(*warnings, *notes, *NOTES_TUNING),
+        numbers=numbers,
+    )
+
+
+def table_files(documents: Iterable[Document]) -> dict[str, str]:
+    """The files of all tables by their path below a results folder, and the published rows beside them."""
+    documents = list(documents)
+    found = {f"tables/{name}": text for document in documents for name, text in document.files().items()}
+    numbers = [d.numbers for d in documents if not d.name.endswith("-tuning")]
+    models, datasets = ([v for n in numbers for v in n[key]] for key in ("model", "dataset"))
+    rows = published.neighbours(models, datasets)
+    return found | ({"tables/published.md": published.markdown(rows)} if rows else {})
+
+
+def markdown_text(text: str) -> str:
+    """The text with everything escaped that Markdown or HTML would read as markup."""
+    return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text.replace("&", "&amp;"))
+
+
+def latex_text(text: str) -> str:
+    """The text with everything escaped that LaTeX would read as a command."""
+    return "".join(_LATEX.get(c, c) for c in text)
+
+
+def spread(found: Interval) -> str:
+    """`mean ± half-width (n)`, or what is known of it; `not run` without values."""
+    if not found.n:
+        return "not run"
+    return f"{found.mean:.2f} (1)" if found.n == 1 else f"{found.mean:.2f} ± {found.half_width:.2f} ({found.n})"
+
+
+def _score(row: Any) -> str:
+    return spread(Interval(row.mean, row.half_width, int(row.n)))
+
+
+def _signed(found: Interval) -> str:
+    if not found.n:
+        return ""
+    return f"{found.mean:+.2f} (1)" if found.n == 1 else f"{found.mean:+.2f} ± {found.half_width:.2f} ({found.n})"
+
+
+def _number(value: float, form: str) -> str:
+    return "" if pd.isna(value) else format(value, form)
+
+
+def _time(row: Any) -> str:
+    seconds = _number(row.wall_seconds, ".0f" if row.wall_seconds >= 10 else ".1f")
+    ratio = "" if pd.isna(row.relative_time) else f" (x{row.relative_time:.2f})"
+    return f"{seconds} s{ratio}" if seconds else ""
+
+
+def _choice(row: Any) -> str:
+    edge = "" if row.edge in ("interior", "only value") else f" (at the edge: {row.edge})"
+    if row.chosen:
+        return f"chosen{edge}"
+    return f"best so far{edge}" if row.best else ""
+
+
+def _row_notes(numbers: pd.DataFrame, failures: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """For each row a mark like ` [1]` or nothing, and the notes that the marks stand for."""
+    texts = [_missing(row, failures) for row in numbers.itertuples()]
+    distinct = list(dict.fromkeys(filter(None, texts)))
+    marks = [f" [{distinct.index(text) + 1}]" if text else "" for text in texts]
+    return marks, [f"[{number}] {text}" for number, text in enumerate(distinct, start=1)]
+
+
+def _missing(row: Any, failures: Mapping[str, str]) -> str:
+    """Which of a cell's runs are missing and why; nothing if all are there, or if none was begun."""
+    gaps = list(zip(row.missing_seeds.split(), row.missing_run_ids.split(), strict=True))
+    told = [f"seed {seed}" + (f" failed: {failures[i]}" if i in failures else "") for seed, i in gaps]
+    if not gaps or (not row.n and not any(i in failures for _, i in gaps)):
+        return ""
+    return f"{len(gaps)} of {row.expected} runs missing ({'; '.join(told)})."
+
+
+def _origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
+    rows = tables.used(frame, numbers)
+    begin = f"Profile {cells[0].profile}, {seeds} seed{'s' if seeds > 1 else ''} a cell"
+    if rows.empty:
+        return f"{begin}; nothing has run yet."
+    machines = "; ".join(tables.machines(rows)) or "an unknown machine"
+    commits = sorted(commit[:12] for commit in rows["commit"].unique())
+    return f"{begin}; {machines}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
+
+
+def _committed(numbers: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+    """For each row of ours, what is committed for the same cell."""
+    known = {tuple(getattr(row, key) for key in _CELL): _score(row) for row in committed.itertuples()}
+    return [known.get(tuple(getattr(row, key) for key in _CELL), "") for row in numbers.itertuples()]

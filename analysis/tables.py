@@ -1,0 +1,288 @@
+"""The tables' numbers, as the paper names the tables: functions from one frame of runs to one frame of cells.
+
+Accuracies and their differences are percentages here; everything else keeps the unit of the records.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from analysis.statistics import Interval, mean_interval, paired_difference
+from experiments.harness.spec import Spec, SpecError
+
+DIGITS = 6
+"""Of the numbers in a table's CSV: the last bits of a mean may differ from machine to machine."""
+
+_BASE = {"sgd": "SGD", "adamw": "AdamW"}
+
+_TUNED = ("learning_rate", "weight_decay", "rho")
+"""What a grid varies, and what may differ between a method and the one it is compared with."""
+
+
+def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """Test accuracy of each cell, and its differences to the base optimizer and to SAM, paired by seed.
+
+    Args:
+        frame: one row a finished run, as `collect.frame` makes it.
+        cells: specs at seed 0; a row each, gathered in blocks that share all but rho, m and tuned values.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+
+    Returns:
+        One row a cell. The first base cell and the first SAM cell of a block are its references.
+    """
+    runs, rows = frame.set_index("run_id"), []
+    labels = _labels(cells, ("dataset", "model", "rho"))
+    for number, block in enumerate(_blocks(cells, ("micro_batches", "seed", *_TUNED))):
+        base = next((cell for cell in block if cell.method == "base"), None)
+        sam = next((cell for cell in block if cell.method == "sam"), None)
+        for cell in block:
+            row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds, "test_accuracy")}
+            over_base = base if cell != base else None
+            over_sam = sam if cell.method in ("sam", "msam") and cell != sam else None
+            row |= _difference("over_base", cell, over_base, runs, seeds)
+            row |= _difference("over_sam", cell, over_sam, runs, seeds)
+            train = mean_interval(100 * values(runs, cell, seeds, "train_accuracy"))
+            seconds = mean_interval(values(runs, cell, seeds, "wall_seconds")).mean
+            usual = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
+            row |= {
+                "train_accuracy": train.mean,
+                "wall_seconds": seconds,
+                "relative_time": seconds / usual if usual else float("nan"),
+            }
+            rows.append(row)
+    return _numbers(rows)
+
+
+def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """Held-out accuracy of each cell of a grid, and which one it chooses for each method.
+
+    Args:
+        frame: one row a finished run.
+        cells: the grid at seed 0. A method's cells share everything but learning rate, weight decay and rho.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+
+    Returns:
+        One row a cell. `chosen` marks the best mean of a method whose runs are all there, `best` the best
+        mean so far; `edge` says where a cell lies in its grid: `interior`, or `low` or `high` and the field.
+
+    Raises:
+        SpecError: for a cell that is scored on the test set, which chooses nothing here.
+    """
+    for cell in cells:
+        if not cell.holdout_examples:
+            raise SpecError(f"The grid's cell {cell.title!r} has no held-out part: give it holdout_examples.")
+    runs, rows = frame.set_index("run_id"), []
+    labels = _labels(cells, ("dataset", "model", *_TUNED))
+    for number, group in enumerate(_blocks(cells, ("seed", *_TUNED), by_method=True)):
+        group = sorted(group, key=lambda cell: [getattr(cell, name) for name in _TUNED])
+        found = [_identity(cell, runs, seeds, "holdout_accuracy") for cell in group]
+        means = [row["mean"] for row in found if row["n"]]
+        best = next((i for i, row in enumerate(found) if row["n"] and row["mean"] == max(means)), None)
+        complete = all(row["n"] == seeds for row in found)
+        for i, (cell, row) in enumerate(zip(group, found, strict=True)):
+            marks = {"best": i == best, "chosen": complete and i == best, "edge": _edge(cell, group)}
+            rows.append({"block": number, "label": labels[cell], **row, **marks})
+    return _numbers(rows)
+
+
+def claims(numbers: pd.DataFrame) -> list[str]:
+    """What each block of `table_1` says about SAM over its base optimizer and about mSAM over SAM."""
+    lines = []
+    for _, block in numbers.groupby("block", sort=True):
+        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
+        parts = []
+        for row in block.itertuples():
+            if row.method == "sam" and "base" in names:
+                parts.append(f"{row.label} over {names['base']}: {verdict(interval(row, 'over_base'))}")
+            if row.method == "msam" and "sam" in names:
+                parts.append(f"{row.label} over {names['sam']}: {verdict(interval(row, 'over_sam'))}")
+        if parts:
+            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}: {'; '.join(parts)}.")
+    return lines
+
+
+def choices(numbers: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] = ()) -> list[str]:
+    """What each grid of `tuning_table` chose, whether inside the grid, and whether the table uses it.
+
+    Args:
+        numbers: what `tuning_table` returned for `cells`.
+        cells: the grid.
+        used: the cells of the table that the grid was run for.
+    """
+    lines = []
+    for number, group in enumerate(_blocks(cells, ("seed", *_TUNED), by_method=True)):
+        rows = numbers[numbers["block"] == number]
+        name = f"{group[0].model}, {group[0].dataset}, {rows['label'].iloc[0]}"
+        chosen = rows[rows["chosen"]]
+        if chosen.empty:
+            lines.append(f"{name}: undecided, runs are missing.")
+            continue
+        row = chosen.iloc[0]
+        varied = _varied(group)
+        told = " and ".join(f"{_words(field)} {row[field]:g}" for field in varied) or "the only value"
+        place = "interior of its grid" if row["edge"] == "interior" else f"at the edge of its grid ({row['edge']})"
+        lines.append(f"{name}: {told}, {place}.")
+        for cell in used:
+            other = [f for f in varied if getattr(cell, f) != row[f]]
+            if other and _same_method(cell, group[0]):
+                told = " and ".join(f"{_words(f)} {getattr(cell, f):g}" for f in other)
+                lines[-1] += f" The table uses {told} instead."
+    return lines
+
+
+def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
+    """What keeps a table's rows from being comparable: several commits, data, machines; code not in git."""
+    rows = used(frame, numbers)
+    lines = []
+    commits = rows["commit"].value_counts(sort=False)
+    if len(commits) > 1:
+        counts = ", ".join(f"{name[:12]} ({n} runs)" for name, n in sorted(commits.items()))
+        lines.append(f"Warning: these runs come from several commits: {counts}.")
+    if unclean := int((rows["dirty"].fillna(True).astype(bool)).sum()):
+        lines.append(f"Warning: {unclean} runs come from a tree with uncommitted changes, or outside git.")
+    for (dataset, model), block in rows.groupby(["dataset", "model"], sort=True):
+        if block["data_checksum"].nunique() > 1:
+            lines.append(f"Warning: the runs of {model} on {dataset} read data with different checksums.")
+    if len(machines(rows)) > 1:
+        lines.append(f"Times come from several machines ({'; '.join(machines(rows))}): they do not compare.")
+    return lines
+
+
+def used(frame: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the frame that a table was made of."""
+    ids = {run_id for cell in numbers["run_ids"].dropna() for run_id in cell.split()}
+    return frame[frame["run_id"].isin(ids)]
+
+
+def machines(rows: pd.DataFrame) -> list[str]:
+    """The processors behind these runs, the GPUs where there were any."""
+    return sorted(set(rows["gpu"].fillna(rows["cpu"]).dropna()))
+
+
+def values(runs: pd.DataFrame, cell: Spec, seeds: int, column: str) -> pd.Series:
+    """A column of a cell's finished runs, indexed by seed; runs without a number in it are left out."""
+    ids = {seed: replace(cell, seed=seed).run_id for seed in range(seeds)}
+    found = {seed: run_id for seed, run_id in ids.items() if run_id in runs.index}
+    if column not in runs or not found:
+        return pd.Series(dtype=float)
+    numbers = pd.to_numeric(runs.loc[list(found.values()), column], errors="coerce")
+    return pd.Series(numbers.to_numpy(dtype=float, na_value=float("nan")), index=list(found)).dropna()
+
+
+def interval(row: Any, name: str) -> Interval:
+    """The interval `name` of a table's row."""
+    return Interval(getattr(row, name), getattr(row, f"{name}_half_width"), int(getattr(row, f"{name}_n")))
+
+
+def verdict(difference: Interval) -> str:
+    """A paired difference in words: its size, and whether its interval leaves out zero, and on which side."""
+    if not difference.n:
+        return "not run"
+    if difference.n == 1:
+        return f"{difference.mean:+.2f} (n=1): one seed, no interval"
+    told = f"{difference.mean:+.2f} ± {difference.half_width:.2f} (n={difference.n})"
+    if not difference.separated:
+        return f"{told}: not separated"
+    return f"{told}: separated" + ("" if difference.mean > 0 else ", the other way round")
+
+
+def _identity(cell: Spec, runs: pd.DataFrame, seeds: int, score: str) -> dict[str, Any]:
+    """What a row is and its score: the columns that every table begins with."""
+    scores = 100 * values(runs, cell, seeds, score)
+    found = mean_interval(scores)
+    missing = [seed for seed in range(seeds) if seed not in scores.index]
+    names = (
+        "dataset",
+        "model",
+        "base_optimizer",
+        "method",
+        "learning_rate",
+        "weight_decay",
+        "rho",
+        "micro_batches",
+    )
+    return {
+        **{name: getattr(cell, name) for name in names},
+        "score": score,
+        "mean": found.mean,
+        "half_width": found.half_width,
+        "n": found.n,
+        "expected": seeds,
+        "missing_seeds": " ".join(map(str, missing)),
+        "missing_run_ids": " ".join(replace(cell, seed=seed).run_id for seed in missing),
+        "run_ids": " ".join(replace(cell, seed=seed).run_id for seed in scores.index),
+    }
+
+
+def _difference(name: str, cell: Spec, other: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float | int]:
+    """The paired difference of two cells' scores; empty where there is no other cell."""
+    empty = pd.Series(dtype=float)
+    theirs = empty if other is None else 100 * values(runs, other, seeds, "test_accuracy")
+    found = paired_difference(100 * values(runs, cell, seeds, "test_accuracy"), theirs)
+    return {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
+
+
+def _numbers(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
+    results = table.select_dtypes("float").columns.difference(_TUNED)
+    table[results] = table[results].round(DIGITS) + 0.0  # which turns -0.0 into 0.0
+    return table
+
+
+def _blocks(cells: Sequence[Spec], free: Iterable[str], by_method: bool = False) -> list[list[Spec]]:
+    """Cells that agree in all fields but the free ones, in the order of their first cells."""
+    blocks: dict[tuple[Any, ...], list[Spec]] = defaultdict(list)
+    for cell in cells:
+        fixed = {k: v for k, v in cell.to_dict().items() if k not in free}
+        blocks[(*fixed.values(), cell.method if by_method else None)].append(cell)
+    return list(blocks.values())
+
+
+def _labels(cells: Sequence[Spec], shown: Sequence[str]) -> dict[Spec, str]:
+    """The method's name of each cell; where cells would read alike, with the fields that tell them apart."""
+    alike = defaultdict(list)
+    for cell in cells:
+        alike[(_name(cell), *(getattr(cell, name) for name in shown))].append(cell)
+    labels = {}
+    for (name, *_), group in alike.items():
+        names = [f.name for f in dataclasses.fields(Spec) if len({getattr(c, f.name) for c in group}) > 1]
+        for cell in group:
+            told = ", ".join(f"{_words(n)} {getattr(cell, n)}" for n in names)
+            labels[cell] = f"{name} ({told})" if told else name
+    return labels
+
+
+def _name(cell: Spec) -> str:
+    base = _BASE[cell.base_optimizer]
+    return {
+        "base": base,
+        "control": f"{base}, m={cell.micro_batches} micro-batches",
+        "sam": "SAM",
+        "msam": f"mSAM, m={cell.micro_batches}",
+    }[cell.method]
+
+
+def _varied(group: Sequence[Spec]) -> list[str]:
+    return [name for name in _TUNED if len({getattr(cell, name) for cell in group}) > 1]
+
+
+def _edge(cell: Spec, group: Sequence[Spec]) -> str:
+    sides = []
+    for name in _varied(group):
+        found = sorted({getattr(other, name) for other in group})
+        if getattr(cell, name) in (found[0], found[-1]):
+            sides.append(f"{'low' if getattr(cell, name) == found[0] else 'high'} {_words(name)}")
+    return ", ".join(sides) or ("interior" if _varied(group) else "only value")
+
+
+def _same_method(a: Spec, b: Spec) -> bool:
+    names = ("dataset", "model", "base_optimizer", "method", "micro_batches")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
+
+
+def _words(field: str) -> str:
+    return field.replace("_", " ")

@@ -1,0 +1,79 @@
+"""python -m analysis as a person runs it, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.harness import catalogue
+from tests.fixtures.make_runs import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROFILE = "smoke"
+
+
+def python(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def analysis(*arguments):
+    return python("-m", "analysis", *arguments)
+
+
+def written(folder):
+    return {p for p in folder.rglob("*") if p.is_file() and "runs" not in p.parts}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A results root where every run of Table 1's smoke profile is done, with invented numbers."""
+    for run in catalogue.runs("table1", PROFILE):
+        write_run(tmp_path, run, 0.5)
+    return tmp_path
+
+
+def test_torch_is_never_imported(finished):
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['analysis', '--results', {str(finished)!r}, '--profile', {PROFILE!r}, '--publish']\n"
+        "runpy.run_module('analysis', run_name='__main__')\n"
+        "print('IMPORTED', sorted({'torch', 'torchvision', 'timm', 'datasets', 'pandas'} & set(sys.modules)))"
+    )
+    done = python("-c", code)
+    assert done.stdout.splitlines()[-1] == "IMPORTED ['pandas']", done.stderr
+    assert (finished / PROFILE / "tables" / "table1.md").exists()
+
+
+def test_help_waits_for_nothing_heavy():
+    done = python("-X", "importtime", "-m", "analysis", "--help")
+    assert done.returncode == 0
+    assert "--from-committed" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not {"pandas", "scipy", "numpy", "torch"} & imported
+
+
+def test_publishing_with_missing_runs_is_one_sentence_and_status_2(tmp_path):
+    done = analysis("table1", "--results", tmp_path, "--profile", PROFILE, "--publish")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert f"`python -m experiments run table1 --profile {PROFILE}" in done.stderr
+    assert written(tmp_path) == set()
+
+
+def test_publishing_mixed_commits_is_status_2_and_writes_nothing(finished):
+    write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, commit="fedcba9")
+    done = analysis("--results", finished, "--profile", PROFILE, "--publish")
+    assert done.returncode == 2
+    assert "several commits (0123456789ab, fedcba9)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert written(finished) == set()

@@ -1,0 +1,300 @@
+"""What may be committed, and that committed tables follow from committed runs."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from analysis import publish as module
+from analysis.__main__ import main
+from analysis.collect import Results, collect
+from analysis.publish import Refused, drawn, publish, redraw, target
+from experiments.harness import catalogue
+from experiments.harness.record import RecordError
+from experiments.harness.spec import SpecError, with_seeds
+from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
+
+GRID = [replace(SGD, holdout_examples=50, learning_rate=rate) for rate in (0.05, 0.1, 0.2)]
+OTHER = replace(SGD, model="wrn-10-1")
+FILES = {"runs.csv", "curves.csv", "provenance.jsonl"}
+TABLE = {"tables/table1.md", "tables/table1.csv", "tables/table1.tex", "tables/published.md"}
+
+
+def experiment(name, table, cells, tuning=()):
+    runs, grid = {"smoke": list(cells)}, {"smoke": list(tuning)}
+    return catalogue.Experiment(name=name, table=table, summary="", runs=runs, tuning=grid if tuning else {})
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """A catalogue of this test's own: the experiments may change, the rules may not."""
+    content = {"one": experiment("one", "table1", [SGD, SAM, MSAM], GRID)}
+    monkeypatch.setattr(catalogue, "catalogue", lambda: content)
+    return content
+
+
+@pytest.fixture
+def two_tables(known, monkeypatch):
+    """A second table that shares its baseline with the first."""
+    known["two"] = experiment("two", "table2", [SGD, OTHER])
+    monkeypatch.setattr(module, "TABLES", ("table1", "table2"))
+
+
+def fill(root, cells, seeds=2, **session):
+    for number, run in enumerate(with_seeds(cells, seeds)):
+        write_run(root, run, 0.5 + number / 100, **session)
+
+
+def published(root, *names, seeds=None):
+    results = Results.of(collect(root).finished)
+    publish(root / "smoke", "smoke", [target(name, "smoke", root, seeds) for name in names], results)
+    return files(root / "smoke")
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def ids(folder):
+    return set(Results.read(folder).runs["run_id"])
+
+
+def test_publishing_writes_exactly_the_expected_runs(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM, CONTROL, LINEAR], seeds=3)
+    assert set(published(tmp_path, "table1")) == FILES | TABLE
+    expected = {run.run_id for run in with_seeds([SGD, SAM, MSAM], 2)}
+    results = Results.read(tmp_path / "smoke")
+    assert set(results.runs["run_id"]) == set(results.curves["run_id"]) == set(results.provenance) == expected
+    table = (tmp_path / "smoke/tables/table1.md").read_text()
+    assert "not run" not in table
+    assert "(2)" in table
+
+
+def test_publishing_twice_changes_no_byte(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    assert published(tmp_path, "table1") == published(tmp_path, "table1")
+
+
+def test_redraw_gives_the_same_bytes_from_the_committed_runs_alone(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
+    fill(tmp_path, GRID)
+    before = published(tmp_path, "table1", seeds=3) | published(tmp_path, "table1-tuning")
+    assert {"tables/table1-tuning.md", "tables/table1.csv"} <= set(before)
+    assert b"3 seeds a cell" in before["tables/table1.md"]
+    for path in (tmp_path / "smoke/tables").iterdir():
+        path.unlink()
+    (tmp_path / "runs").rename(tmp_path / "away")
+    redraw(tmp_path / "smoke", "smoke")
+    assert files(tmp_path / "smoke") == before
+
+
+def test_redraw_without_committed_runs_says_what_writes_them(tmp_path):
+    with pytest.raises(RecordError, match="--publish"):
+        redraw(tmp_path / "smoke", "smoke")
+
+
+def test_grid_and_table_share_the_files_and_keep_each_others_rows(tmp_path):
+    fill(tmp_path, GRID)
+    published(tmp_path, "table1-tuning")
+    grid = ids(tmp_path / "smoke")
+    fill(tmp_path, [SGD, SAM, MSAM])
+    (tmp_path / "runs" / GRID[0].run_id / "summary.json").unlink()  # the committed row is all that is left of it
+    published(tmp_path, "table1")
+    assert ids(tmp_path / "smoke") == grid | {run.run_id for run in with_seeds([SGD, SAM, MSAM], 2)}
+
+
+def test_stale_rows_of_the_table_go(tmp_path, known):
+    fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
+    published(tmp_path, "table1", seeds=3)
+    known["one"] = experiment("one", "table1", [SGD, MSAM], GRID)
+    published(tmp_path, "table1")
+    assert ids(tmp_path / "smoke") == {run.run_id for run in with_seeds([SGD, MSAM], 2)}
+    assert set(Results.read(tmp_path / "smoke").provenance) == ids(tmp_path / "smoke")
+
+
+def test_shared_baseline_belongs_to_both_tables(tmp_path, two_tables):
+    fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
+    fill(tmp_path, [OTHER])
+    published(tmp_path, "table1", seeds=3)
+    published(tmp_path, "table2")
+    assert replace(SGD, seed=2).run_id in ids(tmp_path / "smoke")
+    found = {t.name: t.seeds for t in drawn(tmp_path / "smoke", "smoke", Results.read(tmp_path / "smoke"))}
+    assert found == {"table1": 3, "table2": 2}
+
+
+def test_table_that_only_shares_a_published_run_is_not_drawn(tmp_path, two_tables):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    assert set(published(tmp_path, "table1")) == FILES | TABLE
+
+
+def test_publishing_one_table_may_not_mix_another(tmp_path, two_tables):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    before = published(tmp_path, "table1")
+    fill(tmp_path / "later", [SGD, OTHER], commit="fedcba9")
+    results = Results.of(collect(tmp_path / "later").finished)
+    with pytest.raises(Refused, match="table1 shares runs with these tables"):
+        publish(tmp_path / "smoke", "smoke", [target("table2", "smoke")], results)
+    assert files(tmp_path / "smoke") == before
+
+
+def test_missing_run_is_refused_with_the_command_that_makes_it(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    (tmp_path / "runs" / replace(MSAM, seed=1).run_id / "summary.json").unlink()
+    with pytest.raises(Refused) as refusal:
+        published(tmp_path, "table1")
+    assert "table1 lacks 1 of its 6 runs, first resnet8 cifar10 mSAM m=4" in str(refusal.value)
+    assert f"`python -m experiments run table1 --profile smoke --results {tmp_path}` makes them." in str(refusal.value)
+    assert not (tmp_path / "smoke").exists()
+    with pytest.raises(Refused, match=r"lacks 7 of its 12 runs.*--seeds 4"):
+        published(tmp_path, "table1", seeds=4)
+
+
+def test_run_without_a_score_is_missing(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    write_run(tmp_path, MSAM, 0.5).finish({"test_accuracy": float("nan")})
+    with pytest.raises(Refused, match="lacks 1 of its 6 runs"):
+        published(tmp_path, "table1")
+
+
+@pytest.mark.parametrize(
+    ("session", "reason"),
+    [
+        ({"commit": "fedcba9"}, "several commits"),
+        ({"dirty": True}, "1 runs from a tree with uncommitted changes"),
+        ({"dirty": None}, "1 runs from a tree with uncommitted changes"),
+        ({"commit": None}, "1 runs from an unknown commit"),
+    ],
+)
+def test_provenance_refusals_write_nothing(tmp_path, session, reason):
+    fill(tmp_path, [SGD, SAM])
+    fill(tmp_path, [MSAM], seeds=2)
+    before = published(tmp_path, "table1")
+    for path in (tmp_path / "runs" / MSAM.run_id).iterdir():
+        path.unlink()
+    write_run(tmp_path, MSAM, 0.9, **session)
+    with pytest.raises(Refused, match=reason) as refusal:
+        published(tmp_path, "table1")
+    assert "train them again with" in str(refusal.value)
+    assert files(tmp_path / "smoke") == before
+
+
+def test_resumed_run_with_a_second_commit_is_refused(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    write_run(tmp_path, MSAM, 0.5, commit="fedcba9")  # a second session of the same run
+    with pytest.raises(Refused, match="several commits"):
+        published(tmp_path, "table1")
+
+
+def test_grid_may_span_commits_but_not_versions_of_the_training_code(tmp_path):
+    fill(tmp_path, GRID[:2])
+    fill(tmp_path, GRID[2:], commit="fedcba9")
+    assert b"chosen" in published(tmp_path, "table1-tuning")["tables/table1-tuning.md"]
+    for run in with_seeds(GRID[2:], 2):
+        (tmp_path / "runs" / run.run_id / "env.json").unlink()
+        write_run(tmp_path, run, 0.5, commit="fedcba9", code="0ther")
+    with pytest.raises(Refused, match="several versions of the training code"):
+        published(tmp_path, "table1-tuning")
+
+
+def test_all_reasons_are_told_at_once(tmp_path):
+    fill(tmp_path, [SGD], dirty=True)
+    with pytest.raises(Refused) as refusal:
+        published(tmp_path, "table1", "table1-tuning")
+    assert len(str(refusal.value).splitlines()) == 3
+
+
+def test_experiment_is_shown_but_not_published(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    with pytest.raises(Refused, match=r"one is an experiment.*\(table1\)"):
+        published(tmp_path, "one")
+
+
+def test_target_without_cells_in_the_profile_is_refused():
+    with pytest.raises(SpecError, match="table1 has no runs in the profile 'paper'"):
+        target("table1", "paper")
+
+
+def command(monkeypatch, capsys, *arguments):
+    """Run the command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["analysis", *map(str, arguments)])
+    try:
+        main()
+        status = 0
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+def test_command_line_from_runs_to_committed_table(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    common = ("--results", tmp_path, "--profile", "smoke")
+    status, out, _ = command(monkeypatch, capsys, *common)
+    assert status == 0
+    assert set(files(tmp_path / "local/smoke")) == FILES | TABLE
+    assert not (tmp_path / "smoke").exists()
+    assert "committed" not in out.split("Published elsewhere")[0]
+    assert "grid" not in out  # none of its runs exist
+
+    status, _, _ = command(monkeypatch, capsys, *common, "--publish")
+    assert status == 0
+    write_run(tmp_path, SGD, 0.9)
+    fill(tmp_path, GRID[:1])
+    status, out, _ = command(monkeypatch, capsys, *common)
+    row = next(line for line in out.splitlines() if line.startswith("SGD"))
+    assert row.split("  ")[-1].strip() == "51.50 ± 19.06 (2)"  # as published: 50 and 53
+    assert "71.50" in row  # as it is now: 90 and 53
+    assert "Foret et al. 2021" not in out  # a ResNet's neighbours, no WRN's
+    assert "RW-SAM 96.24" in out
+    assert "The grid of Table 1" in out
+    assert "table1-tuning lacks 4 of its 6 runs" in out
+
+
+def test_command_line_tells_of_seeds_left_out_and_of_problems(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
+    (tmp_path / "runs" / "foreign").mkdir()
+    (tmp_path / "runs" / "foreign" / "x").touch()
+    common = ("table1", "--results", tmp_path, "--profile", "smoke")
+    _, out, _ = command(monkeypatch, capsys, *common)
+    assert "table1 has 3 runs with higher seeds, left out here" in out
+    assert "Left alone: " in out
+    _, out, _ = command(monkeypatch, capsys, *common, "--seeds", "3")
+    assert "higher seeds" not in out
+    assert "(3)" in out
+
+
+def test_from_committed_takes_no_targets(tmp_path, monkeypatch, capsys):
+    status, _, error = command(monkeypatch, capsys, "table1", "--results", tmp_path, "--from-committed")
+    assert (status, error.count("\n")) == (2, 1)
+
+
+def test_damaged_committed_table_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "smoke/tables").mkdir(parents=True)
+    (tmp_path / "smoke/tables/table1.csv").write_text("a,b\n1,2\n")
+    status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
+    assert status == 2
+    assert "restore it with git" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["no-such-table"], "Unknown experiment or table"),
+        (["--profile", "huge"], "the profiles are smoke, cpu, paper"),
+        (["--results", "/nowhere/at/all"], "no results folder"),
+        (["table1", "--seeds", "0"], "must be 1 or more"),
+        (["--seeds", "two"], "two"),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+)
+def test_mistakes_are_status_2(tmp_path, monkeypatch, capsys, arguments, word):
+    where = [] if "--results" in arguments else ["--results", tmp_path]
+    status, out, error = command(monkeypatch, capsys, *arguments, *where)
+    assert (status, out) == (2, "")
+    assert word in error
+
+
+def test_unwritable_results_are_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "local").write_text("a file where a folder should be")
+    status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
+    assert status == 2
+    assert "cannot be written" in error
