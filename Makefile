@@ -1,0 +1,82 @@
+# The map of this repository: run `make` to read it.
+
+PROFILE ?= cpu
+SEEDS ?=
+JOBS ?=
+RESULTS ?=
+PYTHON ?=
+
+python := .venv/bin/python
+which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")
+how = $(which) $(if $(JOBS),--jobs "$(JOBS)")
+
+# The table is written although a run failed, but then make fails too; Ctrl-C ends both.
+define train_and_tabulate
+trap 'exit 130' INT; status=0; \
+$(python) -m experiments run $(1) $(how) || status=$$?; \
+$(python) -m analysis $(1) $(which) || status=$$?; \
+exit $$status
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce-table1 tune-table1 tables plan status test test-fast lint format lock clean
+
+help: ## Show this map
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 } \
+	  /^#= / { printf "  %s\n", substr($$0, 4) }' $(MAKEFILE_LIST)
+
+##@ Reproduce the paper
+reproduce-table1: setup ## Train the missing runs of Table 1, then write and print the table
+	@$(call train_and_tabulate,table1)
+
+tune-table1: setup ## Train the missing runs of the grid that chose Table 1's hyper-parameters, likewise
+	@$(call train_and_tabulate,table1-tuning)
+
+tables: setup ## Draw the committed tables again from the committed runs, without training
+	$(python) -m analysis --from-committed --profile "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
+
+plan: setup ## List the runs of Table 1: which are done, which would train
+	$(python) -m experiments plan table1 $(how)
+
+status: setup ## Count the runs of Table 1: done, running, failed, missing
+	$(python) -m experiments status table1 $(which)
+
+##@ Work on the code
+setup: ## Build .venv from requirements.lock, once; every other target does it when needed
+	@PYTHON="$(PYTHON)" sh .ci/setup
+
+test: setup ## Run all tests; a warning is an error
+	$(python) -m pytest
+
+test-fast: setup ## Run the tests but for those marked slow
+	$(python) -m pytest -m "not slow"
+
+lint: setup ## Check the style, the format, and who imports whom
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	.venv/bin/lint-imports
+
+format: setup ## Mend the style and the format
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+lock: ## Pin again what pyproject.toml asks for (needs uv; LOCK=--upgrade for the newest versions)
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv puts it on the PATH." >&2; exit 1; }
+	@sed -n '/^#/!q; p' requirements.lock >requirements.lock.new
+	uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --annotation-style line \
+	  --no-header --quiet $(LOCK) --output-file requirements.lock
+	@cat requirements.lock >>requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean: ## Remove caches and build products, never results or .venv
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find msam experiments analysis slurm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+##@ Variables
+#= PROFILE=smoke|cpu|paper   the size of the runs: seconds, minutes (the default), GPUs
+#= SEEDS=n                   seeds of each cell; the profile's own number unless given
+#= JOBS=n                    runs at a time; one a core unless given
+#= RESULTS=folder            where runs and tables go; ./results unless given
+#= PYTHON=python3.12         the interpreter to build .venv with; the first of 3.11 to 3.14 unless given
