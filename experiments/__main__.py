@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from experiments.harness import catalogue
 from experiments.harness.estimate import measured
@@ -21,7 +21,7 @@ Target = Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as
 Profile = Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")]
 Seeds = Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")]
 Set = Annotated[
-    tuple[str, ...],
+    UseAppendAction[tuple[str, ...]],
     arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
 ]
 Results = Annotated[Path, arg(metavar="DIR", help="The results root.")]
@@ -112,7 +112,10 @@ def run(
 
     _check_device(waiting)
     _check_data(waiting, data_root)
-    print(f"Training {len(waiting)} runs of {target} ({profile}); {len(specs) - len(waiting)} are done.", flush=True)
+    print(
+        f"Training {len(waiting)} runs of {target} ({profile}); {len(specs) - len(waiting)} are done.",
+        flush=True,
+    )
     outcome = pool.run(
         waiting,
         results,

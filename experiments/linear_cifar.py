@@ -25,7 +25,13 @@ SMOKE = Spec(
 )
 
 SMALL = replace(
-    SMOKE, profile="cpu", train_examples=1024, test_examples=None, epochs=20, batch_size=128, learning_rate=3e-4
+    SMOKE,
+    profile="cpu",
+    train_examples=1024,
+    test_examples=None,
+    epochs=20,
+    batch_size=128,
+    learning_rate=3e-4,
 )
 LARGE = replace(SMALL, train_examples=10_240, epochs=8, learning_rate=3e-4)
 

@@ -27,7 +27,15 @@ SMOKE = Spec(
     batch_size=32,
 )
 
-CPU = replace(SMOKE, profile="cpu", train_examples=1024, test_examples=None, epochs=36, batch_size=128)
+CPU = replace(
+    SMOKE,
+    profile="cpu",
+    train_examples=1024,
+    test_examples=None,
+    learning_rate=0.4,
+    epochs=36,
+    batch_size=128,
+)
 
 # ResNet-50, CIFAR variant: epochs, batch, learning rate and weight decay as Becker et al. 2024 (Momentum-SAM, Table 1),
 # with label smoothing 0.1 and crop and flip, but without their cutout.
@@ -63,7 +71,7 @@ TUNING = {
     "cpu": tuning_grid(
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
-        learning_rates=(0.05, 0.1, 0.2),
+        learning_rates=(0.05, 0.1, 0.2, 0.4, 0.8),
         rhos=(0.025, 0.05, 0.1, 0.2),
     ),
     "paper": [

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -27,6 +26,7 @@ def split(batch: Any, micro_batches: int) -> list[Any]:
         ValueError: if m is below 1, or the batch has no example or no tensor, or its tensors disagree about
             the number of examples.
 
+    >>> import torch
     >>> [part.tolist() for part in split(torch.arange(5), 2)]
     [[0, 1, 2], [3, 4]]
     """

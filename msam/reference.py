@@ -50,6 +50,4 @@ def msam_gradient(
 def _gradient(loss_fn: Callable[[Parameters, Any], Tensor], w: Parameters, S_i: Any) -> dict[str, Tensor]:
     leaves = {name: p.detach().clone().requires_grad_() for name, p in w.items()}
     gradient = torch.autograd.grad(loss_fn(leaves, S_i), list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(w[name]) if g is None else g for name, g in zip(leaves, gradient, strict=True)
-    }
+    return {name: torch.zeros_like(w[name]) if g is None else g for name, g in zip(leaves, gradient, strict=True)}

@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
                 nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         return F.relu(y + self.shortcut(x))
 
@@ -49,7 +49,7 @@ class PreactivationBlock(nn.Module):
         if stride != 1 or channels_in != channels:
             self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = F.relu(self.norm1(x))
         x = x if self.shortcut is None else self.shortcut(y)
         return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
@@ -67,9 +67,7 @@ def wide_resnet(depth: int, widen: int, classes: int) -> nn.Module:
     stages = _stages(PreactivationBlock, (depth - 4) // 6, 16, 16 * widen)
     last = [nn.BatchNorm2d(64 * widen), nn.ReLU()]
     return _initialised(
-        nn.Sequential(
-            nn.Conv2d(3, 16, 3, 1, 1, bias=False), *stages, *last, *_head(64 * widen, classes)
-        )
+        nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), *stages, *last, *_head(64 * widen, classes))
     )
 
 
@@ -111,9 +109,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def _stages(
-    block: Callable[[int, int, int], nn.Module], blocks: int, channels_in: int, width: int
-) -> list[nn.Module]:
+def _stages(block: Callable[[int, int, int], nn.Module], blocks: int, channels_in: int, width: int) -> list[nn.Module]:
     layers = []
     for stride, channels in ((1, width), (2, 2 * width), (2, 4 * width)):
         for index in range(blocks):

@@ -95,7 +95,8 @@ def _train(
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.seed)
     task = build_task(spec, data_root)
-    record.add_environment({**environment, **task.data, "threads": torch.get_num_threads()})
+    gpu = torch.cuda.get_device_name() if spec.device == "cuda" else None
+    record.add_environment({**environment, **task.data, "threads": torch.get_num_threads(), "gpu": gpu})
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
@@ -113,9 +114,7 @@ def _train(
             raise Interrupted(f"Stopped before step {progress.step + 1} of {steps}.")
 
         optimizer.zero_grad()
-        seen.append(
-            msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
-        )
+        seen.append(msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches))
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
         optimizer.step()

@@ -1,6 +1,6 @@
 """Image classification: from a spec to a Task."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,10 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
     if spec.holdout_examples:
         scored = "holdout", on_device(cifar.train_images[holdout], cifar.train_labels[holdout])
     else:
-        scored = "test", on_device(cifar.test_images[: spec.test_examples], cifar.test_labels[: spec.test_examples])
+        scored = (
+            "test",
+            on_device(cifar.test_images[: spec.test_examples], cifar.test_labels[: spec.test_examples]),
+        )
 
     classes = 100 if spec.dataset == "cifar100" else 10
     model = build(spec.model, classes).to(device, memory_format=torch.channels_last)
@@ -116,7 +119,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _score(forward, images: Tensor, labels: Tensor) -> tuple[float, float]:  # noqa: ANN001
+def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross-entropy."""
     correct = loss = 0.0
     for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):

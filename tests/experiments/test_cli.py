@@ -1,0 +1,130 @@
+"""python -m experiments, as a person calls it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A results root in which the smoke runs of the linear model are done."""
+    root = tmp_path_factory.mktemp("results")
+    done = call("run", "linear_cifar", "--profile", "smoke", "--results", str(root))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "table9"], "Unknown experiment or table 'table9'"),
+        (["run", "table1", "--profile", "huge"], "Unknown profile 'huge'"),
+        (["run", "table1", "--set", "colour=red"], "Unknown field 'colour'"),
+        (["run", "table1", "--set", "epochs"], "FIELD=VALUE"),
+        (["run", "table1", "--set", "micro_batches=0"], "micro_batches is 0"),
+        (["run", "table1", "--set", "micro_batches=-2"], "micro_batches is -2"),
+        (["run", "table1", "--set", "micro_batches=4096"], "at most the batch size"),
+        (["run", "table1", "--set", "rho=-0.5"], "rho is -0.5"),
+        (["run", "table1", "--set", "rho=NaN"], "rho is nan"),
+        (["run", "table1", "--seeds", "0"], "seeds is 0"),
+        (["run", "table1", "--jobs", "0"], "jobs is 0"),
+        (["run"], "TARGET"),
+        (["train"], "train"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_and_status_2(arguments, words, tmp_path):
+    done = call(*arguments, *(["--results", str(tmp_path)] if len(arguments) > 1 else []))
+    assert done.returncode == 2
+    assert words in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_paper_runs_without_a_gpu_are_refused_with_the_mend(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = call("run", "resnet_cifar", "--profile", "paper", "--results", str(tmp_path))
+    assert done.returncode == 2
+    assert "--profile cpu" in done.stderr
+
+
+def test_list_names_every_experiment_and_its_cells():
+    done = call("list")
+    assert done.returncode == 0
+    for name in ("resnet_cifar", "wrn_cifar", "vit_cifar", "linear_cifar", "table1-tuning"):
+        assert name in done.stdout
+
+
+def test_plan_tells_done_from_to_do_and_the_time_left(results):
+    done = call("plan", "linear_cifar", "--profile", "smoke", "--seeds", "3", "--results", str(results))
+    assert "3 runs, 2 done, 1 to do." in done.stdout
+    assert "About" in done.stdout
+    whole = call("plan", "table1", "--profile", "paper", "--results", str(results))
+    assert whole.returncode == 0
+    assert "Time unknown" in whole.stdout
+
+
+def test_a_second_call_trains_nothing(results):
+    before = {p: p.stat().st_mtime_ns for p in results.rglob("*")}
+    done = call("run", "linear_cifar", "--profile", "smoke", "--results", str(results))
+    assert done.returncode == 0
+    assert "nothing to train" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in results.rglob("*")} == before
+
+
+def test_more_seeds_keep_the_runs_that_are_done(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    done = call("run", "linear_cifar", "--profile", "smoke", "--seeds", "3", "--results", str(tmp_path / "results"))
+    assert "Training 1 runs" in done.stdout
+    assert len(list((tmp_path / "results" / "runs").iterdir())) == 3
+
+
+def test_redo_trains_anew_and_arrives_at_the_same_numbers(results, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+
+    def accuracies() -> list[float]:
+        return [json.loads(p.read_text())["test_accuracy"] for p in sorted(root.glob("runs/*/summary.json"))]
+
+    before, written = accuracies(), [p.stat().st_mtime_ns for p in sorted(root.glob("runs/*/summary.json"))]
+    assert call("run", "linear_cifar", "--profile", "smoke", "--redo", "--results", str(root)).returncode == 0
+    assert accuracies() == before
+    assert [p.stat().st_mtime_ns for p in sorted(root.glob("runs/*/summary.json"))] != written
+
+
+def test_status_tells_states_apart(results, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    first, second = sorted(root.glob("runs/*"))
+    (first / "summary.json").unlink()
+    (first / "failure.json").write_text('{"message": "failed at step 3: the loss is nan"}')
+    (second / "summary.json").unlink()
+    (second / "metrics.jsonl").write_bytes(b"\xff\n{}\n")
+    done = call("status", "linear_cifar", "--profile", "smoke", "--seeds", "3", "--results", str(root))
+    assert "failed at step 3" in done.stdout
+    assert "1 damaged, 1 failed, 1 not begun." in done.stdout
+
+
+def test_looking_needs_no_torch(results):
+    for words in (["list"], ["plan", "table1"], ["status", "table1"]):
+        code = (
+            "import runpy, sys; sys.argv = ['experiments', *{words!r}]\n"
+            "try: runpy.run_module('experiments', run_name='__main__')\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+        ).replace("{words!r}", repr(words))
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,81 @@
+"""The experiments' own lists: complete, valid, and chosen as they say."""
+
+import csv
+import importlib
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from experiments.harness import catalogue
+from experiments.harness.spec import METHODS, PROFILES
+
+FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
+COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_family_runs_the_four_methods_in_every_profile(name, profile):
+    blocks = defaultdict(list)
+    for cell in catalogue.cells(name, profile):
+        blocks[cell.dataset].append(cell.method)
+    assert set(blocks) == ({"cifar10", "cifar100"} if profile == "paper" else {"cifar10"})
+    assert all(tuple(methods) == METHODS for methods in blocks.values())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_cells_are_of_their_profile_and_at_seed_0(profile):
+    for name in catalogue.targets():
+        for cell in catalogue.cells(name, profile):
+            assert cell.profile == profile
+            assert cell.seed == 0
+
+
+def test_docstrings_name_the_table_and_the_command():
+    for name, experiment in catalogue.catalogue().items():
+        text = importlib.import_module(f"experiments.{name}").__doc__
+        assert f"python -m experiments run {name}" in text
+        assert "Table 1" in text
+        assert experiment.summary.endswith(".")
+
+
+def test_a_grid_is_scored_on_held_out_images_and_never_shares_a_run_with_the_table():
+    for profile in PROFILES:
+        grid = catalogue.runs("table1-tuning", profile)
+        table = catalogue.runs("table1", profile)
+        assert all(spec.holdout_examples > 0 for spec in grid)
+        assert all(spec.holdout_examples == 0 for spec in table)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "linear_cifar"])
+def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
+    """Learning rate of the base, then rho of SAM and of mSAM: best mean held-out accuracy, inside the grid."""
+    with open(COMMITTED, newline="") as file:
+        accuracy = {row["run_id"]: float(row["holdout_accuracy"] or "nan") for row in csv.DictReader(file)}
+    grid = catalogue.cells(f"{name}-tuning", "cpu")
+    scores = {
+        cell: fmean(accuracy[spec.run_id] for spec in catalogue.runs(f"{name}-tuning", "cpu") if _cell(spec) == cell)
+        for cell in grid
+    }
+    for cell in catalogue.cells(name, "cpu"):
+        if cell.method == "control":
+            continue  # the base optimizer's learning rate, no hyper-parameter of its own
+        field = "learning_rate" if cell.method == "base" else "rho"
+        rivals = [c for c in grid if c.method == cell.method and c.train_examples == cell.train_examples]
+        best = max(rivals, key=scores.__getitem__)
+        assert getattr(cell, field) == getattr(best, field), f"{cell.title}: the grid chose {best.title}"
+        values = sorted(getattr(c, field) for c in rivals)
+        assert values[0] < getattr(best, field) < values[-1], f"{best.title} is at the edge of its grid {values}"
+
+
+def _cell(spec):
+    return replace(spec, seed=0)
+
+
+def test_sam_and_msam_search_the_same_rhos():
+    for name in FAMILIES:
+        grid = catalogue.cells(f"{name}-tuning", "cpu")
+        assert [c.rho for c in grid if c.method == "sam"] == [c.rho for c in grid if c.method == "msam"]

@@ -1,0 +1,220 @@
+"""The training loop on real images: resumed bit for bit, paired over methods, honest about failure."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import msam
+from experiments.harness.record import record_of
+from experiments.harness.spec import Spec, four_methods
+from experiments.harness.task import build_task
+from experiments.harness.train import Diverged, Interrupted, build_optimizer, schedule, train
+
+RESNET = Spec(
+    profile="smoke",
+    dataset="cifar10",
+    model="resnet8",
+    base_optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    epochs=3,
+    batch_size=16,
+    train_examples=64,
+    test_examples=50,
+    augmentation="crop-flip",
+    rho=0.1,
+    micro_batches=3,
+    clip_norm=5.0,
+)
+VIT = replace(RESNET, model="vit-micro", base_optimizer="adamw", learning_rate=1e-3, warmup_epochs=1.0)
+
+TIMES = {"seconds", "wall_seconds", "step_seconds"}
+
+
+def numbers(spec: Spec, root: Path) -> tuple:
+    """All that a run measured but the time it took, and its final weights as bytes."""
+    record = record_of(spec, root)
+    weights = torch.load(record.checkpoint, weights_only=True)["model"]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in record.metrics()]
+    summary = {k: v for k, v in record.summary().items() if k not in TIMES}
+    return lines, summary, {name: t.numpy().tobytes() for name, t in weights.items()}
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from experiments.harness.spec import Spec
+from experiments.harness.train import train
+spec = Spec.from_dict(json.loads(sys.argv[1]))
+report = lambda step, steps: print(step, flush=True)
+train(spec, Path(sys.argv[2]), checkpoint_seconds=0, report=report)
+"""
+
+
+def start(spec: Spec, root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(spec.to_dict()), str(root)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("spec", [RESNET, VIT], ids=["resnet", "vit"])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
+    train(spec, tmp_path / "undisturbed")
+    first_steps = []
+    for kill_after in (3, 4):  # the second time one step further, across the end of an epoch
+        with start(spec, tmp_path / "killed") as process:
+            steps = [int(process.stdout.readline()) for _ in range(kill_after)]
+            process.kill()
+        first_steps.append(steps[0])
+    with start(spec, tmp_path / "killed") as process:
+        steps = [int(line) for line in process.stdout]
+    assert first_steps[0] == 1
+    assert first_steps[1] >= 3, "the second process did not resume"
+    assert steps[0] >= first_steps[1] + 3, "the third process did not resume"
+    assert steps[-1] == 12
+    assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "undisturbed")
+
+
+def test_killed_after_the_final_weights_but_before_the_summary(tmp_path):
+    train(RESNET, tmp_path)
+    before = numbers(RESNET, tmp_path)
+    (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
+    train(RESNET, tmp_path)
+    assert numbers(RESNET, tmp_path) == before
+
+
+def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
+    train(RESNET, tmp_path / "undisturbed")
+    asked = iter([False] * 6 + [True])
+    with pytest.raises(Interrupted):
+        train(RESNET, tmp_path / "stopped", stop=lambda: next(asked))
+    assert record_of(RESNET, tmp_path / "stopped").checkpoint.exists()
+    assert len(record_of(RESNET, tmp_path / "stopped").metrics()) == 1
+    seen = []
+    train(RESNET, tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps)))
+    assert seen == [(step, 12) for step in range(7, 13)]
+    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    train(RESNET, tmp_path)
+    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+    train(RESNET, tmp_path, report=lambda *_: pytest.fail("trained again"))
+    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+    assert again == written
+
+
+def test_when_checkpoints_are_written_changes_no_number(tmp_path):
+    train(RESNET, tmp_path / "rarely", checkpoint_seconds=1e9)
+    train(RESNET, tmp_path / "always", checkpoint_seconds=0)
+    assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
+
+
+def test_a_loss_that_turns_nan_names_its_step_in_the_record(tmp_path):
+    spec = replace(RESNET, learning_rate=1e20, clip_norm=None)
+    with pytest.raises(Diverged, match=r"failed at step 2\b.*Lower"):
+        train(spec, tmp_path)
+    record = record_of(spec, tmp_path)
+    assert not record.done
+    assert "failed at step 2:" in record.failure()
+
+
+def test_methods_are_paired_by_seed():
+    """At one seed: the same initial weights and the same batches, epoch after epoch; at another, others."""
+
+    def beginning(spec: Spec) -> list[torch.Tensor]:
+        torch.manual_seed(spec.seed)
+        task = build_task(spec)
+        first = [t.clone() for t in task.model.state_dict().values()]
+        batches = []
+        for epoch in range(2):
+            for batch in task.batches(epoch, 0):
+                torch.rand(spec.micro_batches)  # as dropout would, more often for a larger m
+                batches += [batch[0].clone(), batch[1].clone()]
+        return first + batches
+
+    base = replace(RESNET, rho=0.0, micro_batches=1)
+    runs = [beginning(spec) for spec in four_methods(base, micro_batches=4, sam_rho=0.1, msam_rho=0.2)]
+    other = beginning(replace(base, seed=1))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert not torch.equal(other[-1], runs[0][-1])
+    assert not torch.equal(other[0], runs[0][0])
+
+
+def test_an_epoch_can_be_entered_anywhere():
+    task = build_task(RESNET)
+    whole = list(task.batches(1, 0))
+    rest = list(task.batches(1, 2))
+    assert len(whole) == task.steps_per_epoch == 4
+    for a, b in zip(whole[2:], rest, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_the_loop_is_the_method_with_a_stock_optimizer(m, tmp_path):
+    """The loop's weights equal those of a loop written out here."""
+    spec = replace(RESNET, rho=0.1, micro_batches=m, clip_norm=None)
+    train(spec, tmp_path)
+    torch.manual_seed(spec.seed)
+    task = build_task(spec)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    task.model.train()
+    for epoch in range(3):
+        for x, y in task.batches(epoch, 0):
+            optimizer.zero_grad()
+            msam.backward(task.loss_fn, (x, y), task.model, rho=0.1, micro_batches=m)
+            optimizer.step()
+            cosine.step()
+    weights = torch.load(record_of(spec, tmp_path).checkpoint, weights_only=True)["model"]
+    for name, tensor in task.model.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    factor = schedule(replace(VIT, epochs=10, warmup_epochs=2.0), steps_per_epoch=5)
+    values = [factor(step) for step in range(51)]
+    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert values[10] == 1.0
+    assert values[30] == pytest.approx(0.5)
+    assert values[50] == pytest.approx(0.0)
+
+
+def test_optimizers_are_torchs_own():
+    model = torch.nn.Linear(2, 2)
+    sgd = build_optimizer(RESNET, model)
+    assert type(sgd) is torch.optim.SGD
+    assert sgd.defaults["momentum"] == 0.9
+    assert sgd.defaults["weight_decay"] == 5e-4
+    adamw = build_optimizer(VIT, model)
+    assert type(adamw) is torch.optim.AdamW
+    assert adamw.defaults["weight_decay"] == 5e-4
+
+
+def test_what_a_finished_run_reports(tmp_path):
+    train(RESNET, tmp_path, environment={"commit": "abc"})
+    record = record_of(RESNET, tmp_path)
+    summary = record.summary()
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert 0 <= summary["train_accuracy"] <= 1
+    assert summary["steps"] == 12
+    assert summary["parameters"] == 78_042
+    assert [line["epoch"] for line in record.metrics()] == [1, 2, 3]
+    session = record.environments()[0]
+    assert session["commit"] == "abc"
+    assert session["threads"] == 1
+    assert len(session["data_checksum"]) == 64
+
+
+def test_a_held_out_run_never_reports_the_test_set(tmp_path):
+    spec = replace(RESNET, holdout_examples=40)
+    train(spec, tmp_path)
+    summary = record_of(spec, tmp_path).summary()
+    assert "holdout_accuracy" in summary
+    assert not any(name.startswith("test") for name in summary)

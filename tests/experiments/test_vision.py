@@ -1,0 +1,114 @@
+"""Images, models and subsets, against torchvision and slow loops."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from experiments.harness.models import MODELS, build
+from experiments.harness.spec import CHOICES, Spec
+from experiments.harness.vision import crop_and_flip, normalised, subsets
+
+SPEC = Spec(
+    profile="smoke",
+    dataset="cifar10",
+    model="resnet8",
+    base_optimizer="sgd",
+    learning_rate=0.1,
+    epochs=1,
+    batch_size=16,
+)
+
+
+def images(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_normalised_as_torchvision_does_it():
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ]
+    )
+    x = images(3)
+    torch.testing.assert_close(normalised(x), transform(x.permute(0, 3, 1, 2)))
+    assert normalised(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_crop_is_a_window_of_the_padded_image_or_of_its_mirror_image():
+    x = images(40)
+    cropped = crop_and_flip(x, torch.Generator().manual_seed(1))
+    padded = F.pad(x, (0, 0, 4, 4, 4, 4))
+    found = []
+    for image, result in zip(padded, cropped, strict=True):
+        for mirrored in (False, True):
+            for top in range(9):
+                for left in range(9):
+                    window = image[top : top + 32, left : left + 32]
+                    if torch.equal(window.flip(1) if mirrored else window, result):
+                        found.append((mirrored, top, left))
+    assert len(found) == 40
+    assert {mirrored for mirrored, _, _ in found} == {False, True}
+    assert len({top for _, top, _ in found}) > 5
+    assert len({left for _, _, left in found}) > 5
+
+
+def test_augmentation_depends_on_its_generator_alone():
+    x = images(8)
+    first = crop_and_flip(x, torch.Generator().manual_seed(1))
+    torch.rand(5)
+    assert torch.equal(crop_and_flip(x, torch.Generator().manual_seed(1)), first)
+    assert not torch.equal(crop_and_flip(x, torch.Generator().manual_seed(2)), first)
+
+
+def test_held_out_images_are_never_trained_on():
+    train, holdout = subsets(50_000, replace(SPEC, train_examples=1024, holdout_examples=5000))
+    assert len(train) == 1024
+    assert len(holdout) == 5000
+    assert not set(train) & set(holdout)
+    everything, held_out = subsets(50_000, replace(SPEC, holdout_examples=5000))
+    assert len(everything) == 45_000
+    assert sorted([*everything, *held_out]) == list(range(50_000))
+    assert np.array_equal(held_out, holdout)
+
+
+def test_the_subset_does_not_depend_on_seed_or_method_or_on_holding_out():
+    plain, _ = subsets(50_000, replace(SPEC, train_examples=1024))
+    other, _ = subsets(50_000, replace(SPEC, train_examples=1024, seed=3, rho=0.1, holdout_examples=5000))
+    assert np.array_equal(plain, other)
+
+
+def test_refuses_more_images_than_there_are():
+    with pytest.raises(ValueError, match="too few"):
+        subsets(50_000, replace(SPEC, train_examples=48_000, holdout_examples=5000))
+
+
+def test_specs_and_models_know_the_same_names():
+    assert set(MODELS) == set(CHOICES["model"])
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"),
+    [
+        ("linear", 10, 30_730),
+        ("resnet20", 10, 272_474),  # 0.27 M, He et al. 2016, table 6
+        ("resnet50", 10, 23_520_842),
+        ("wrn-28-10", 10, 36_479_194),  # 36.5 M, Zagoruyko and Komodakis 2016, table 4
+        ("vit-small", 10, 6_268_810),  # 6.3 M, omihub777/ViT-CIFAR
+    ],
+)
+def test_sizes_of_the_models(name, classes, parameters):
+    with torch.device("meta"):
+        model = build(name, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["linear", "resnet8", "resnet20", "wrn-10-1", "vit-micro"])
+def test_models_classify_images(name):
+    torch.manual_seed(0)
+    assert build(name, 100)(torch.randn(2, 3, 32, 32)).shape == (2, 100)
