@@ -222,6 +222,9 @@ def main() -> None:
         code = 2
     except BrokenPipeError:
         code = 0
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoints.", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

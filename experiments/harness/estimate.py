@@ -9,9 +9,6 @@ from pathlib import Path
 from experiments.harness.record import Record, RecordError
 from experiments.harness.spec import Spec
 
-TRAINING_IMAGES = 50_000
-"""Of CIFAR-10 and CIFAR-100."""
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -34,9 +31,8 @@ class Estimate:
 
 def work(spec: Spec) -> int:
     """Examples that pass forward and backward in a run: SAM and mSAM look at each twice."""
-    examples = spec.train_examples or TRAINING_IMAGES - spec.holdout_examples
     passes = 1 if spec.rho == 0 else 2
-    return examples // spec.batch_size * spec.batch_size * spec.epochs * passes
+    return spec.examples // spec.batch_size * spec.batch_size * spec.epochs * passes
 
 
 def measured(root: Path) -> Estimate:

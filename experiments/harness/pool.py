@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +51,22 @@ class _Worker:
     slot: int
     fraction: float = 0.0
     failure: str | None = None
+    silent: bool = False
+    """It has closed its end of the pipe: only its process is left to wait for."""
+    told_to_stop: bool = False
+
+
+class _Flag:
+    """Set by a signal handler. A threading.Event will not do: its lock is not for handlers that interrupt it."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+    def set(self, *_: object) -> None:
+        self.value = True
+
+    def is_set(self) -> bool:
+        return self.value
 
 
 def run(
@@ -86,10 +101,11 @@ def run(
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
                 workers.append(_start(context, waiting.pop(0), root, slot, environment, data_root))
-            wait([w.reports for w in workers] + [w.process.sentinel for w in workers], timeout=0.5)
+            heard = [w.reports for w in workers if not w.silent]
+            wait([*heard, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
                 _hear(worker)
-                if stopping.is_set() and worker.process.is_alive():
+                if stopping.is_set() and not worker.told_to_stop:
                     _tell_to_stop(worker)
                 if not worker.process.is_alive():
                     _hear(worker)
@@ -127,9 +143,9 @@ def _work(
     reports: Connection, spec: Spec, root: str, slot: int, environment: dict[str, Any], data_root: str | None
 ) -> None:
     """In the worker: train one run, report its progress, and say in the exit status how it ended."""
-    stopping = threading.Event()
+    stopping = _Flag()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stopping.set)
     if spec.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(slot)
     from experiments.harness.train import Interrupted, train
@@ -170,14 +186,14 @@ def _visible_gpu(slot: int) -> str:
 def _hear(worker: _Worker) -> None:
     """Take in what the worker has sent: a fraction done, or a traceback."""
     try:
-        while worker.reports.poll():
+        while not worker.silent and worker.reports.poll():
             message = worker.reports.recv()
             if isinstance(message, str):
                 worker.failure = message
             else:
                 worker.fraction = message
     except (EOFError, OSError):
-        return
+        worker.silent = True
 
 
 def _close(worker: _Worker, outcome: Outcome, root: Path) -> None:
@@ -187,8 +203,8 @@ def _close(worker: _Worker, outcome: Outcome, root: Path) -> None:
     if code == 0:
         outcome.trained.append(worker.spec)
         return
-    if code == INTERRUPTED:
-        return
+    if code == INTERRUPTED or (worker.told_to_stop and worker.failure is None):
+        return  # the latter: stopped before it had begun to listen for signals
     if worker.failure is None:
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
         worker.failure = (
@@ -203,6 +219,7 @@ def _close(worker: _Worker, outcome: Outcome, root: Path) -> None:
 
 
 def _tell_to_stop(worker: _Worker) -> None:
+    worker.told_to_stop = True
     try:
         os.kill(worker.process.pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -210,14 +227,14 @@ def _tell_to_stop(worker: _Worker) -> None:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C ends this process at once."""
-    stopping = threading.Event()
+def _stop_on_signals() -> Iterator[_Flag]:
+    """A flag that Ctrl-C or SIGTERM sets; a second Ctrl-C ends this process at once."""
+    stopping = _Flag()
 
     def stop(number: int, frame: Any) -> None:
         stopping.set()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        print("\nStopping: each run writes its checkpoint (Ctrl-C again to drop them).", file=sys.stderr)
+        os.write(2, b"\nStopping: each run writes its checkpoint (Ctrl-C again to drop them).\n")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

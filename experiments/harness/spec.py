@@ -37,6 +37,10 @@ CHOICES = {
 }
 
 
+IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
+"""Training and test examples of each data set."""
+
+
 class SpecError(ValueError):
     """A spec that cannot be run. The message says what to change."""
 
@@ -111,8 +115,13 @@ class Spec:
                 self.micro_batches,
                 f"at most the batch size, {self.batch_size} here: every micro-batch needs an example",
             )
-        if self.train_examples is not None and self.train_examples < self.batch_size:
-            _refuse("batch_size", self.batch_size, f"at most the {self.train_examples} training examples")
+        available, test = IMAGES[self.dataset]
+        if (self.train_examples or 0) + self.holdout_examples > available:
+            _refuse("train_examples", self.train_examples, f"at most {available}, held-out examples included")
+        if (self.test_examples or 0) > test:
+            _refuse("test_examples", self.test_examples, f"at most {test}, or left out to take all")
+        if self.examples < self.batch_size:
+            _refuse("batch_size", self.batch_size, f"at most the {self.examples} training examples")
         if self.warmup_epochs >= self.epochs:
             _refuse("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
 
@@ -122,6 +131,11 @@ class Spec:
         if self.rho == 0:
             return "base" if self.micro_batches == 1 else "control"
         return "sam" if self.micro_batches == 1 else "msam"
+
+    @property
+    def examples(self) -> int:
+        """How many examples are trained on."""
+        return self.train_examples or IMAGES[self.dataset][0] - self.holdout_examples
 
     @property
     def run_id(self) -> str:

@@ -1,6 +1,7 @@
 """The one training loop."""
 
 import math
+import pickle
 import statistics
 import time
 import traceback
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 import msam
-from experiments.harness.record import Record, record_of, replacing
+from experiments.harness.record import Record, RecordError, record_of, replacing
 from experiments.harness.spec import Spec
 from experiments.harness.task import Task, build_task
 
@@ -205,7 +206,12 @@ def load_checkpoint(
     """Take everything back to the last checkpoint; without one, progress is at its start."""
     if not record.checkpoint.exists():
         return Progress()
-    content = torch.load(record.checkpoint, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(record.checkpoint, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RecordError(
+            f"{record.checkpoint} cannot be read ({error}): delete it, and the run begins anew."
+        ) from error
     if "progress" not in content:  # killed between the final weights and the summary: train again
         return Progress()
     model.load_state_dict(content["model"])

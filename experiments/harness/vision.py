@@ -26,7 +26,7 @@ EVALUATION_BATCH = 250
 def image_task(spec: Spec, data_root: str | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `models.py`."""
     cifar = load_cifar(spec.dataset, Path(data_root) if data_root else None)
-    train, holdout = subsets(len(cifar.train_labels), spec)
+    train, holdout = subsets(spec, len(cifar.train_labels))
     device = torch.device(spec.device)
 
     def on_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -80,22 +80,13 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
     )
 
 
-def subsets(available: int, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
+def subsets(spec: Spec, available: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training images and of the held-out ones, which never overlap.
 
     Training images are the first of a fixed permutation, held-out ones its last.
-
-    Raises:
-        ValueError: if there are not enough training images for both.
     """
-    wanted = spec.train_examples or available - spec.holdout_examples
-    if wanted < spec.batch_size or wanted + spec.holdout_examples > available:
-        raise ValueError(
-            f"{spec.dataset} has {available} training images, too few for train_examples={spec.train_examples} and "
-            f"holdout_examples={spec.holdout_examples} at batch_size={spec.batch_size}: lower one of them."
-        )
     order = np.random.default_rng(SUBSET_SEED).permutation(available)
-    return order[:wanted], order[available - spec.holdout_examples :]
+    return order[: spec.examples], order[available - spec.holdout_examples :]
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import msam
-from experiments.harness.record import record_of
+from experiments.harness.record import RecordError, record_of
 from experiments.harness.spec import Spec, four_methods
 from experiments.harness.task import build_task
 from experiments.harness.train import Diverged, Interrupted, build_optimizer, schedule, train
@@ -98,6 +98,17 @@ def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
     train(RESNET, tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps)))
     assert seen == [(step, 12) for step in range(7, 13)]
     assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK" + b[2:9]])
+def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
+    asked = iter([False] * 2 + [True])
+    with pytest.raises(Interrupted):
+        train(RESNET, tmp_path, stop=lambda: next(asked))
+    path = record_of(RESNET, tmp_path).checkpoint
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*delete it"):
+        train(RESNET, tmp_path)
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
