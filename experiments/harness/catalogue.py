@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import experiments
 from experiments.harness.spec import PROFILES, SEEDS, Spec, SpecError, with_seeds
 
-TUNING_SEEDS = 1
+TUNING_SEEDS = 2
 """Seeds of a grid, in every profile."""
 
 
