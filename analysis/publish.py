@@ -86,7 +86,8 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         The files written.
 
     Raises:
-        Refused: if a run is missing, or runs come from several commits, an unclean tree or an unknown commit.
+        Refused: if a run is missing, or runs come from several commits, an unclean tree or an unknown commit
+            (a grid's: from several versions of the training code, or an unknown commit).
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, results), *mixed(t, results)]]
@@ -142,8 +143,8 @@ def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
 def mixed(t: Target, results: Results) -> list[str]:
     """Why a table's runs may not stand together in one committed table."""
     rows = results.runs[results.runs["run_id"].isin({run.run_id for run in t.runs})]
-    # A grid's second stage needs the outcome of its first to be written down, so its commits differ: what
-    # must be one is the code that trained.
+    # A grid's second stage needs the outcome of its first to be written down, so its commits differ and its
+    # tree may be unclean: what must be one is the code that trained, known by a hash of its content.
     column, word = ("code", "versions of the training code") if t.tuning else ("commit", "commits")
     redo = f"commit your changes and train them again with `{_command(t)} --redo`"
     said = sorted({part for cell in rows[column] for part in cell.split("+")} - {UNKNOWN})
@@ -153,7 +154,7 @@ def mixed(t: Target, results: Results) -> list[str]:
         reasons.append(f"{t.name} has runs from several {word} ({told}): {redo}.")
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
         reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
-    if unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum()):
+    if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):
         reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {redo}.")
     return reasons
 

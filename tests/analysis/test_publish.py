@@ -185,9 +185,9 @@ def test_resumed_run_with_a_second_commit_is_refused(tmp_path):
         published(tmp_path, "table1")
 
 
-def test_grid_may_span_commits_but_not_versions_of_the_training_code(tmp_path):
+def test_grid_may_span_commits_and_unclean_trees_but_not_versions_of_the_training_code(tmp_path):
     fill(tmp_path, GRID[:2])
-    fill(tmp_path, GRID[2:], commit="fedcba9")
+    fill(tmp_path, GRID[2:], commit="fedcba9", dirty=True)
     assert b"chosen" in published(tmp_path, "table1-tuning")["tables/table1-tuning.md"]
     for run in with_seeds(GRID[2:], 2):
         (tmp_path / "runs" / run.run_id / "env.json").unlink()
