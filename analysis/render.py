@@ -246,7 +246,7 @@ def _origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Spec], s
     if rows.empty:
         return f"{begin}; nothing has run yet."
     machines = "; ".join(tables.machines(rows)) or "an unknown machine"
-    commits = sorted(commit[:12] for commit in rows["commit"].unique())
+    commits = sorted({part[:12] for cell in rows["commit"] for part in cell.split("+")})
     return f"{begin}; {machines}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
 
 

@@ -138,7 +138,7 @@ def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
     """What keeps a table's rows from being comparable: several commits, data, machines; code not in git."""
     rows = used(frame, numbers)
     lines = []
-    commits = rows["commit"].value_counts(sort=False)
+    commits = rows["commit"].str.split("+").explode().value_counts(sort=False)
     if len(commits) > 1:
         counts = ", ".join(f"{name[:12]} ({n} runs)" for name, n in sorted(commits.items()))
         lines.append(f"Warning: these runs come from several commits: {counts}.")
