@@ -79,3 +79,11 @@ def test_sam_and_msam_search_the_same_rhos():
     for name in FAMILIES:
         grid = catalogue.cells(f"{name}-tuning", "cpu")
         assert [c.rho for c in grid if c.method == "sam"] == [c.rho for c in grid if c.method == "msam"]
+
+
+def test_the_readme_shows_the_committed_table():
+    readme = (COMMITTED.parents[2] / "README.md").read_text()
+    table = (COMMITTED.parent / "tables" / "table1.md").read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) > 12
+    assert all(line in readme for line in lines)
