@@ -145,13 +145,16 @@ def mixed(t: Target, results: Results) -> list[str]:
     rows = results.runs[results.runs["run_id"].isin({run.run_id for run in t.runs})]
     # A grid's second stage needs the outcome of its first to be written down, so its commits differ and its
     # tree may be unclean: what must be one is the code that trained, known by a hash of its content.
+    # A grid compares within a model only.
     column, word = ("code", "versions of the training code") if t.tuning else ("commit", "commits")
     redo = f"commit your changes and train them again with `{_command(t)} --redo`"
-    said = sorted({part for cell in rows[column] for part in cell.split("+")} - {UNKNOWN})
     reasons = []
-    if len(said) > 1:
-        told = ", ".join(part[:12] for part in said)
-        reasons.append(f"{t.name} has runs from several {word} ({told}): {redo}.")
+    for model, block in rows.groupby("model") if t.tuning else [("", rows)]:
+        said = sorted({part for cell in block[column] for part in cell.split("+")} - {UNKNOWN})
+        if len(said) > 1:
+            told = ", ".join(part[:12] for part in said)
+            name = f"{t.name} ({model})" if model else t.name
+            reasons.append(f"{name} has runs from several {word} ({told}): {redo}.")
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
         reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):

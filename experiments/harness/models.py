@@ -81,8 +81,39 @@ def imagenet_resnet50(classes: int) -> nn.Module:
     return _initialised(model)
 
 
-def vit(classes: int, *, patch: int, width: int, depth: int, heads: int, mlp_ratio: float = 4.0) -> nn.Module:
+class ConvolutionalStem(nn.Module):
+    """Tokens from convolutions of stride 2 instead of square patches.
+
+    After Xiao et al. 2021 (arXiv 2106.14881), whose Vision Transformers learn from fewer images and epochs with it;
+    here with GELU and without normalisation. It takes the place of timm's patch embedding.
+    """
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: object) -> None:
+        super().__init__()
+        self.num_patches = (img_size // patch_size) ** 2
+        layers, steps = [], patch_size.bit_length() - 1
+        for step in range(steps):
+            channels = embed_dim >> (steps - 1 - step)
+            layers += [nn.Conv2d(in_chans, channels, 3, 2, 1), nn.GELU()]
+            in_chans = channels
+        self.layers = nn.Sequential(*layers, nn.Conv2d(in_chans, embed_dim, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.layers(x).flatten(2).transpose(1, 2)
+
+
+def vit(
+    classes: int,
+    *,
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float,
+    embed_layer: type[nn.Module] | None = None,
+) -> nn.Module:
     """timm's Vision Transformer (arXiv 2010.11929) over 32 x 32 images, averaging the tokens."""
+    from timm.layers import PatchEmbed
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -92,6 +123,7 @@ def vit(classes: int, *, patch: int, width: int, depth: int, heads: int, mlp_rat
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_ratio,
+        embed_layer=embed_layer or PatchEmbed,
         num_classes=classes,
         global_pool="avg",
     )
@@ -104,7 +136,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet50": imagenet_resnet50,
     "wrn-10-1": lambda classes: wide_resnet(10, 1, classes),
     "wrn-28-10": lambda classes: wide_resnet(28, 10, classes),
-    "vit-micro": lambda classes: vit(classes, patch=8, width=64, depth=4, heads=4),
+    "vit-micro": lambda classes: vit(
+        classes, patch=8, width=64, depth=3, heads=4, mlp_ratio=2.0, embed_layer=ConvolutionalStem
+    ),
     "vit-small": lambda classes: vit(classes, patch=4, width=384, depth=7, heads=12, mlp_ratio=1.0),
 }
 
