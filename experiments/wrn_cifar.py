@@ -60,7 +60,7 @@ PAPER_CELLS = [
 
 RUNS = {
     "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.1, msam_rho=0.1),
-    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.1, msam_rho=0.1),
+    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.2, msam_rho=0.1),
     "paper": PAPER_CELLS,
 }
 
