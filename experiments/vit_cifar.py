@@ -60,7 +60,7 @@ PAPER_CELLS = [
 
 RUNS = {
     "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.1, msam_rho=0.1),
-    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.1, msam_rho=0.1),
+    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.0025, msam_rho=0.0025),
     "paper": PAPER_CELLS,
 }
 
@@ -69,7 +69,7 @@ TUNING = {
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        rhos=(0.005, 0.01, 0.02, 0.04),
+        rhos=(0.0025, 0.005, 0.01, 0.02),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
