@@ -5,6 +5,9 @@
 
 cpu: ResNet-8 of width 16 on 1,024 images of CIFAR-10, scored on all 10,000 test images. paper: ResNet-50 on CIFAR-10
 and CIFAR-100; no GPU has run it yet.
+
+Expected (n=3, +- 95 %): SGD 44.1 +- 2.2, over micro-batches 44.1 +- 1.7, SAM 44.4 +- 0.4, mSAM 46.4 +- 4.4; 37, 37, 72
+and 79 seconds a run on one core of an AMD EPYC.
 """
 
 from dataclasses import replace

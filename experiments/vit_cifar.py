@@ -7,6 +7,9 @@ cpu: a ViT of 3 layers and width 64 over 16 tokens from a convolutional stem, on
 10,000 test images. Settings tried on held-out images before: with square patches of 8 (4 layers) the base optimizer
 either fits 2,048 images and is no better than a linear model, or sees 5,120 to 10,240 too seldom for any rho to help.
 paper: a ViT of 7 layers and width 384 over patches of 4, from scratch, on CIFAR-10 and CIFAR-100; no GPU has run it.
+
+Expected (n=3, +- 95 %): AdamW 42.1 +- 1.4, over micro-batches 42.2 +- 1.6, SAM 41.8 +- 1.1, mSAM 42.0 +- 1.1; 38, 59,
+72 and 108 seconds a run on one core of an AMD EPYC. No rho helps here: the model underfits.
 """
 
 from dataclasses import replace
