@@ -63,7 +63,7 @@ TUNING = {
     "cpu": tuning_grid(
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
-        learning_rates=(0.05, 0.1, 0.2),
+        learning_rates=(0.05, 0.1, 0.2, 0.4),
         rhos=(0.025, 0.05, 0.1, 0.2),
     ),
     "paper": [
