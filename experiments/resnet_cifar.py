@@ -27,7 +27,15 @@ SMOKE = Spec(
     batch_size=32,
 )
 
-CPU = replace(SMOKE, profile="cpu", train_examples=1024, test_examples=None, epochs=36, batch_size=128)
+CPU = replace(
+    SMOKE,
+    profile="cpu",
+    train_examples=1024,
+    test_examples=None,
+    learning_rate=0.2,
+    epochs=36,
+    batch_size=128,
+)
 
 # ResNet-50, CIFAR variant: epochs, batch, learning rate and weight decay as Becker et al. 2024 (Momentum-SAM, Table 1),
 # with label smoothing 0.1 and crop and flip, but without their cutout.

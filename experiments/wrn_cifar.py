@@ -27,7 +27,15 @@ SMOKE = Spec(
     batch_size=32,
 )
 
-CPU = replace(SMOKE, profile="cpu", train_examples=1024, test_examples=None, epochs=36, batch_size=128)
+CPU = replace(
+    SMOKE,
+    profile="cpu",
+    train_examples=1024,
+    test_examples=None,
+    learning_rate=0.2,
+    epochs=36,
+    batch_size=128,
+)
 
 # Foret et al. 2021 (SAM, Table 1, WRN-28-10 with basic augmentation): 200 epochs, batch 256, learning rate 0.1,
 # weight decay 5e-4, rho 0.05 on CIFAR-10 and 0.1 on CIFAR-100.
