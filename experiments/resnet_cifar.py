@@ -32,7 +32,7 @@ CPU = replace(
     profile="cpu",
     train_examples=1024,
     test_examples=None,
-    learning_rate=0.4,
+    learning_rate=0.2,
     epochs=36,
     batch_size=128,
 )
