@@ -67,7 +67,7 @@ TUNING = {
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
         learning_rates=(5e-4, 1e-3, 2e-3),
-        rhos=(0.006, 0.0125, 0.025),
+        rhos=(0.003, 0.006, 0.0125, 0.025),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)

@@ -69,7 +69,7 @@ TUNING = {
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
         learning_rates=(0.05, 0.1, 0.2, 0.4),
-        rhos=(0.025, 0.05, 0.1, 0.2),
+        rhos=(0.025, 0.05, 0.1, 0.2, 0.4),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
