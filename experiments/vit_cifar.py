@@ -21,7 +21,7 @@ SMOKE = Spec(
     train_examples=64,
     test_examples=250,
     base_optimizer="adamw",
-    learning_rate=2e-3,
+    learning_rate=1e-3,
     weight_decay=0.05,
     epochs=4,
     warmup_epochs=1,
@@ -67,8 +67,8 @@ TUNING = {
     "cpu": tuning_grid(
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
-        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
-        rhos=(0.01, 0.02, 0.04),
+        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        rhos=(0.005, 0.01, 0.02, 0.04),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
