@@ -68,7 +68,7 @@ TUNING = {
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        rhos=(0.005, 0.01, 0.02, 0.04),
+        rhos=(0.0025, 0.005, 0.01, 0.02),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
