@@ -105,9 +105,9 @@ def backward(
             noise = _generator_states(params)
             loss = _scalar(loss_fn(micro_batch))
             gradient = torch.autograd.grad(loss, params, allow_unused=True)
-            norm = _perturb(params, gradient, rho, adaptive)
-            del gradient
             try:
+                norm = _perturb(params, gradient, rho, adaptive)
+                del gradient
                 _set_generator_states(noise)
                 with _statistics_kept(model):
                     # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,

@@ -223,6 +223,22 @@ def test_an_exception_leaves_weights_buffers_and_gradients_as_they_were(fails_at
         assert torch.equal(g, grads[name]), name
 
 
+def test_an_interrupt_just_after_the_weights_moved_puts_them_back(monkeypatch):
+    model, batch = convnet(), data(8, 3, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    add = torch._foreach_add_
+
+    def add_and_stop(*tensors):
+        add(*tensors)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "_foreach_add_", add_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        msam.backward(loss_of(model), batch, model, rho=3.0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
 def test_a_gradient_that_is_not_finite_shows_in_grad_and_not_in_the_weights():
     model, (x, y) = mlp(), data(8, 5)
     before = copy.deepcopy(model.state_dict())
