@@ -50,7 +50,7 @@ def plan(
     """Print the runs of a target, which are done, and the time still needed.
 
     Args:
-        jobs: Workers at a time; left out: one for each core.
+        jobs: Workers at a time; left out: one for each core, or a single GPU.
     """
     from experiments.harness.pool import default_jobs, duration
 
@@ -67,7 +67,7 @@ def plan(
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
-        jobs = jobs or default_jobs(waiting[0].device) or 1
+        jobs = jobs or (default_jobs("cpu") if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
         words = f"About {duration(left / jobs)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
         more = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{more}.")
@@ -97,21 +97,22 @@ def run(
         raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
     specs = _specs(target, profile, seeds, set)
     results = results.absolute()
-    for spec in specs if redo else ():
-        with record_of(spec, results).locked():
-            record_of(spec, results).remove()
-    waiting = [spec for spec in specs if not record_of(spec, results).done]
+    waiting = [spec for spec in specs if redo or not record_of(spec, results).done]
     if not waiting:
         print(f"All {len(specs)} runs of {target} ({profile}) are done; nothing to train.")
         return 0
-    for spec in waiting:
-        record_of(spec, results).create(spec)
     session = environment(command_line())
 
     from experiments.harness import pool
 
     _check_device(waiting)
     _check_data(waiting, data_root)
+    for spec in waiting:
+        record = record_of(spec, results)
+        if redo:
+            with record.locked():
+                record.remove()
+        record.create(spec)
     print(
         f"Training {len(waiting)} runs of {target} ({profile}); {len(specs) - len(waiting)} are done.",
         flush=True,

@@ -59,6 +59,7 @@ def test_paper_runs_without_a_gpu_are_refused_with_the_mend(tmp_path):
     done = call("run", "resnet_cifar", "--profile", "paper", "--results", str(tmp_path))
     assert done.returncode == 2
     assert "--profile cpu" in done.stderr
+    assert not list(tmp_path.iterdir()), "something was written"
 
 
 def test_list_names_every_experiment_and_its_cells():
@@ -119,7 +120,7 @@ def test_status_tells_states_apart(results, tmp_path):
 
 
 def test_looking_needs_no_torch(results):
-    for words in (["list"], ["plan", "table1"], ["status", "table1"]):
+    for words in (["list"], ["plan", "table1"], ["plan", "table1", "--profile", "paper"], ["status", "table1"]):
         code = (
             "import runpy, sys; sys.argv = ['experiments', *{words!r}]\n"
             "try: runpy.run_module('experiments', run_name='__main__')\n"
