@@ -94,7 +94,7 @@ def run(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.worker"])
     waiting, workers, outcome = list(specs), [], Outcome()
-    display = _Display(specs, estimate, jobs)
+    display = _Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs):
         while workers or (waiting and not stopping.is_set()):
             while waiting and len(workers) < jobs and not stopping.is_set():
@@ -249,7 +249,7 @@ def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
     """What libraries read when they are loaded, so before the workers' server starts.
 
     Threads: no more than a run is allowed. Memory: glibc is to keep large blocks instead of returning them to the
-    system after each batch, which took a sixth to a third off a step of the `cpu` ResNet at batch 128.
+    system after each batch, which took about a sixth off a step of the `cpu` ResNet at batch 128.
     """
     settings = {
         "OMP_NUM_THREADS": str(max((s.threads for s in specs), default=1)),
@@ -272,9 +272,9 @@ def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
 class _Display:
     """A live bar on a terminal, a line for each finished run elsewhere; both with the time left."""
 
-    def __init__(self, specs: Sequence[Spec], estimate: Estimate, jobs: int) -> None:
+    def __init__(self, specs: Sequence[Spec], estimate: Estimate) -> None:
         self.seconds = {spec: estimate.weight(spec) for spec in specs}
-        self.jobs, self.done, self.begun = jobs, 0.0, time.monotonic()
+        self.done, self.begun = 0.0, time.monotonic()
         self.count = 0
         self.bar = tqdm(
             total=sum(self.seconds.values()),

@@ -143,7 +143,6 @@ def _train(
             **scores,
             "epoch_loss": last["train_loss"],
             "sharpness": last["sharpness"],
-            "epochs": spec.epochs,
             "steps": steps,
             "parameters": sum(p.numel() for p in task.model.parameters()),
             "wall_seconds": round(progress.seconds, 3),
