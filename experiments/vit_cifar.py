@@ -69,15 +69,11 @@ RUNS = {
 
 TUNING = {
     "cpu": tuning_grid(
-        replace(CPU, holdout_examples=5000),
-        micro_batches=8,
-        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        rhos=(0.0025, 0.005, 0.01, 0.02),
+        CPU, micro_batches=[8], learning_rates=(5e-4, 1e-3, 2e-3, 4e-3), rhos=(0.0025, 0.005, 0.01, 0.02)
     ),
     "paper": [
-        replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
+        cell
         for dataset in ("cifar10", "cifar100")
-        for m in (1, 2, 4, 8)
-        for rho in (0.05, 0.1, 0.2, 0.4)
+        for cell in tuning_grid(replace(PAPER, dataset=dataset), micro_batches=(2, 4, 8), rhos=(0.05, 0.1, 0.2, 0.4))
     ],
 }

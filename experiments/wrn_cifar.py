@@ -68,16 +68,12 @@ RUNS = {
 }
 
 TUNING = {
-    "cpu": tuning_grid(
-        replace(CPU, holdout_examples=5000),
-        micro_batches=8,
-        learning_rates=(0.05, 0.1, 0.2, 0.4),
-        rhos=(0.025, 0.05, 0.1, 0.2, 0.4),
-    ),
+    "cpu": tuning_grid(CPU, micro_batches=[8], learning_rates=(0.05, 0.1, 0.2, 0.4), rhos=(0.025, 0.05, 0.1, 0.2, 0.4)),
     "paper": [
-        replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
+        cell
         for dataset in ("cifar10", "cifar100")
-        for m in (1, 2, 4, 8, 16)
-        for rho in (0.025, 0.05, 0.1, 0.2, 0.4)
+        for cell in tuning_grid(
+            replace(PAPER, dataset=dataset), micro_batches=(2, 4, 8, 16), rhos=(0.025, 0.05, 0.1, 0.2, 0.4)
+        )
     ],
 }

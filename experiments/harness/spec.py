@@ -190,16 +190,17 @@ def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: fl
 
 
 def tuning_grid(
-    base: Spec, *, micro_batches: int, learning_rates: Sequence[float], rhos: Sequence[float]
+    base: Spec, *, micro_batches: Sequence[int], rhos: Sequence[float], learning_rates: Sequence[float] = ()
 ) -> list[Spec]:
-    """The grid that chooses a block's hyper-parameters on held-out training images, the same for every method.
+    """The grid that chooses a block's hyper-parameters, the same for every method.
 
-    First the base optimizer's learning rate; then, at the one that `base` has, rho for SAM and for mSAM.
+    It is scored on 5,000 training images that are held out. First the base optimizer's learning rate (unless it is
+    a published one); then, at the one that `base` has, rho for SAM, and rho and m for mSAM.
     """
+    base = replace(base, holdout_examples=5000)
     return [
         *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
-        *(replace(base, rho=rho) for rho in rhos),
-        *(replace(base, micro_batches=micro_batches, rho=rho) for rho in rhos),
+        *(replace(base, micro_batches=m, rho=rho) for m in (1, *micro_batches) for rho in rhos),
     ]
 
 
