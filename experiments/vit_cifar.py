@@ -72,7 +72,7 @@ TUNING = {
         replace(CPU, holdout_examples=5000),
         micro_batches=8,
         learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
-        rhos=(0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+        rhos=(0.0003, 0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
     ),
     "paper": [
         replace(PAPER, dataset=dataset, holdout_examples=5000, micro_batches=m, rho=rho)
