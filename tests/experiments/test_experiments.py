@@ -50,10 +50,6 @@ def test_a_grid_is_scored_on_held_out_images_and_never_shares_a_run_with_the_tab
         assert all(spec.holdout_examples == 0 for spec in table)
 
 
-STILL_AT_THE_EDGE = {("vit_cifar", "sam"), ("vit_cifar", "msam")}
-"""Whose best rho is the least one tried: the `cpu` ViT underfits, and no radius has been found to help it."""
-
-
 @pytest.mark.parametrize("name", [*FAMILIES, "linear_cifar"])
 def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
     """Learning rate of the base, then rho of SAM and of mSAM: best mean held-out accuracy, inside the grid."""
@@ -72,8 +68,7 @@ def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
         best = max(rivals, key=scores.__getitem__)
         assert getattr(cell, field) == getattr(best, field), f"{cell.title}: the grid chose {best.title}"
         values = sorted(getattr(c, field) for c in rivals)
-        interior = values[0] < getattr(best, field) < values[-1]
-        assert interior == ((name, cell.method) not in STILL_AT_THE_EDGE), f"{best.title}: its grid is {values}"
+        assert values[0] < getattr(best, field) < values[-1], f"{best.title} is at the edge of its grid, {values}"
 
 
 def _cell(spec):
