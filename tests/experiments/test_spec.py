@@ -143,7 +143,7 @@ def test_the_four_methods():
 
 
 def test_a_grid_treats_the_methods_alike():
-    grid = tuning_grid(BASE, micro_batches=4, learning_rates=(0.1, 0.2), rhos=(0.1, 0.2))
+    grid = tuning_grid(BASE, micro_batches=[4], learning_rates=(0.1, 0.2), rhos=(0.1, 0.2))
     assert [cell.rho for cell in grid if cell.method == "sam"] == [0.1, 0.2]
     assert [cell.rho for cell in grid if cell.method == "msam"] == [0.1, 0.2]
     assert [cell.learning_rate for cell in grid if cell.method == "base"] == [0.1, 0.2]
