@@ -1,27 +1,37 @@
 """The mSAM gradient, left in `.grad` for any optimizer to use."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from msam.atomic import Gradients, interrupts_held
+from msam.batchnorm import Statistics
+from msam.embedding import rows_only, tables
+from msam.mean import Mean, mean_and_weight
 from msam.microbatch import check_micro_batches, examples, split
+from msam.parallel import Replicas, unwrapped
+from msam.perturbation import Weights
+
+Loss = Tensor | tuple[Tensor, float | Tensor]
+"""A mean loss, or a mean loss and the weight (the count) of what it is the mean of."""
 
 
 @dataclass(frozen=True)
 class Step:
     """What one call of `backward` saw. All tensors are detached and on the model's device; nothing is synchronised.
 
+    Under DistributedDataParallel it is what this rank saw.
+
     Attributes:
         loss: Mean loss at the weights w, as plain training would report it. Shape ().
-        perturbed_loss: Mean over the examples of the losses at each micro-batch's own w + e_i. Shape ().
-        gradient_norms: Norm ||g_i|| of each micro-batch's ascent gradient (ASAM: of |w| g_i). Shape (m,);
-            None for rho = 0, which takes no ascent gradient.
+        perturbed_loss: Mean of the losses at each micro-batch's own w + e_i, weighted alike. Shape ().
+        gradient_norms: Norm ||g_i|| of each micro-batch's ascent gradient (ASAM: of |w| g_i), over the perturbed
+            parameters, without the scaler's factor. Shape (m,); None for rho = 0, which takes no ascent gradient.
     """
 
     loss: Tensor
@@ -35,13 +45,16 @@ class Step:
 
 
 def backward(
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: Callable[[Any], Loss],
     batch: Any,
     model: nn.Module,
     *,
     rho: float,
-    micro_batches: int = 1,
+    micro_batches: int | Sequence[Any] = 1,
     adaptive: bool = False,
+    perturb: Callable[[str], bool] | None = None,
+    same_noise: bool = True,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
     """Add the mSAM gradient of a mini-batch to `.grad`: use it in place of `loss.backward()`.
 
@@ -54,76 +67,110 @@ def backward(
     the plain gradient over the same micro-batches, at the price of plain training. Weight decay is the
     optimizer's and stays outside the perturbation.
 
-    Both passes over a micro-batch see the same random numbers, so the same dropout masks; the CPU's and the
-    GPUs' generators end where one clean pass over the micro-batches would leave them. Running statistics, as of
-    BatchNorm layers in train mode, move in the clean passes only, once for each micro-batch.
+    Running statistics, as of BatchNorm layers in train mode, move in the clean passes only, once for each
+    micro-batch (see `msam.batchnorm`). Tensor hooks of a parameter see its ascent gradient and then its
+    perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only. What
+    DistributedDataParallel does is told in `msam.parallel`.
 
     Args:
-        loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor. It runs the forward pass
-            only, and is called twice for each micro-batch (once if rho = 0).
-        batch: The mini-batch, of any structure that `msam.split` takes.
+        loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and its
+            weight, >= 0, which counts what was averaged (the valid tokens, say): G is then weighted by it. It
+            runs the forward pass only, and is called twice for each micro-batch (once if rho = 0). Weights that
+            are numbers, or tensors on the CPU, are looked at, and a micro-batch of weight 0 is left out; of one
+            whose weight lies on a GPU the gradient must be finite (that of `cross_entropy` is).
+        batch: The mini-batch, of any structure that `msam.split` takes; None if `micro_batches` holds it.
         model: The module whose parameters are perturbed and receive the gradient; those with
-            `requires_grad=False` are left alone.
+            `requires_grad=False` are left alone. DistributedDataParallel and torch.compile may wrap it.
         rho: Radius of the perturbation, finite and >= 0, in the units of the weights.
-        micro_batches: m >= 1, how many micro-batches; their sizes differ by one example at most.
-        adaptive: Take ASAM's perturbation (arXiv 2102.11600), rho * w^2 g / || |w| g ||, elementwise, without its
-            constant eta. Its rho is not comparable with SAM's.
+        micro_batches: m >= 1, how many micro-batches; their sizes differ by one example at most. Or the list of
+            micro-batches itself.
+        adaptive: Take ASAM's perturbation (arXiv 2102.11600, equation 4 for the 2-norm with T_w = |w|, of all
+            parameters, elementwise): e = rho * w^2 g / || |w| g ||, without the constant eta that its
+            authors' code adds to |w|. Its rho is not comparable with SAM's.
+        perturb: Says by a parameter's name whether it is perturbed; by default all are. The others stay at w and
+            outside the norm, and get their gradient all the same.
+        same_noise: Let both passes over a micro-batch see the same random numbers, so the same dropout masks. The
+            CPU's and the GPUs' generators then end where one pass over each micro-batch would leave them;
+            otherwise where two would.
+        scaler: The `GradScaler` of fp16 training. Both passes are scaled; `unscale_`, `step` and `update` stay the
+            caller's. A step that overflows anywhere leaves values that are not finite in `.grad`, for it to skip.
 
     Returns:
         The losses and ascent gradient norms of this call.
 
     Raises:
-        ValueError: for an unusable rho, micro_batches or batch, a model without trainable parameters, or a
-            loss that is not a scalar.
-        NotImplementedError: for a model wrapped in DistributedDataParallel.
+        ValueError: for an unusable rho, micro_batches or batch, a model without trainable or perturbed
+            parameters, a loss that is not a scalar or does not depend on them, or a negative weight.
+        NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm under
+            DistributedDataParallel, reentrant activation checkpointing, and inside `parametrize.cached()`.
 
-    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were.
-    A gradient that is not finite leaves values that are not finite in `.grad`, and the weights as they were.
+    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, also
+    after Ctrl-C, which is held back while weights are perturbed. A gradient or norm that is not finite leaves
+    values that are not finite in `.grad`, and the weights as they were.
     """
     check_rho(rho)
-    check_micro_batches(micro_batches)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise NotImplementedError(
-            "msam.backward does not know DistributedDataParallel yet: pass the bare module and reduce .grad yourself."
-        )
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to train.")
+    parts, sizes = _parts(batch, micro_batches)
+    network, ddp = unwrapped(model)
+    params, perturbed = _parameters(network, perturb)
+    replicas = Replicas(ddp)
+    weights = Weights(perturbed, rho, adaptive)
+    statistics = Statistics(network)
+    sparse = [] if ddp else tables(network)
+    anchors = params if ddp else perturbed[:1]
+    scaled = scaler.scale if scaler else lambda loss: loss
+
+    def forward(part: Any, layers: Sequence[nn.Embedding], reduced: bool) -> tuple[Tensor, float | Tensor | None]:
+        with replicas.silent(unless=reduced), rows_only(layers):
+            return mean_and_weight(loss_fn(part))
+
+    def accumulate(loss: Tensor, share: float | Tensor, reduced: bool) -> None:
+        share = share.to(loss.device, loss.dtype) if isinstance(share, Tensor) else share
+        with replicas.silent(unless=reduced):
+            scaled(loss * share).backward()
 
     losses, perturbed_losses, norms = [], [], []
-    total = examples(batch)
-    with _all_or_nothing(model, params):
-        weights = [p.detach().clone() for p in params] if rho else []
-        for micro_batch in split(batch, micro_batches):
-            share = examples(micro_batch) / total
-            if not rho:
-                loss = _scalar(loss_fn(micro_batch))
-                (loss * share).backward()
-                losses.append(loss.detach() * share)
-                continue
+    before = statistics.copied()
+    gradients = Gradients(params, shared=ddp is not None)
+    mean = Mean(sizes, gradients, replicas)
+    try:
+        with replicas.watched():
+            for number, part in enumerate(parts, start=1):
+                last = number == len(parts)
+                summed = [layer for layer in sparse if layer.weight.grad is not None]
+                noise = _generator_states(params) if rho and same_noise else None
+                loss, weight = forward(part, sparse if rho else summed, reduced=last and not rho)
+                replicas.check_used()
+                share = mean.share(weight, last)
+                loss = _nothing_if(weight, loss, anchors)
+                losses.append(loss.detach())
+                if not rho:
+                    accumulate(loss, share, reduced=last)
+                    continue
 
-            noise = _generator_states(params)
-            loss = _scalar(loss_fn(micro_batch))
-            gradient = torch.autograd.grad(loss, params, allow_unused=True)
-            try:
-                norm = _perturb(params, gradient, rho, adaptive)
-                del gradient
-                _set_generator_states(noise)
-                with _statistics_kept(model):
+                gradient = _ascent_gradient(scaled(loss), perturbed)
+                with interrupts_held(), weights.moved(gradient) as norm, statistics.kept():
+                    if noise:
+                        _set_generator_states(noise)
+                    loss, _ = forward(part, summed, reduced=last)
+                    loss = _nothing_if(weight, loss, anchors)
                     # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
                     # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
-                    perturbed_loss = _scalar(loss_fn(micro_batch)) * (1 + (norm - norm))
-                    (perturbed_loss * share).backward()
-            finally:
-                _copy(weights, params)
-            losses.append(loss.detach() * share)
-            perturbed_losses.append(perturbed_loss.detach() * share)
-            norms.append(norm)
+                    accumulate(loss * (1 + (norm - norm)).to(loss.device), share, reduced=last)
+                perturbed_losses.append(loss.detach())
+                norms.append(norm)
+        with interrupts_held():
+            gradients.commit()
+    except BaseException:
+        with interrupts_held():
+            gradients.roll_back()
+            statistics.put_back(before)
+        raise
 
-    mean_loss = torch.stack(losses).sum()
+    loss = mean.of(losses)
     if not rho:
-        return Step(mean_loss, mean_loss, None)
-    return Step(mean_loss, torch.stack(perturbed_losses).sum(), torch.stack(norms))
+        return Step(loss, loss, None)
+    scale = scaled(torch.ones_like(norms[0]))
+    return Step(loss, mean.of(perturbed_losses), torch.stack(norms) / scale)
 
 
 def check_rho(rho: float) -> None:
@@ -136,76 +183,80 @@ def check_rho(rho: float) -> None:
         raise ValueError(f"rho is {rho!r}, but must be a finite number, 0 (no perturbation) or greater.")
 
 
-@torch.no_grad()
-def _perturb(params: Sequence[Tensor], gradient: Sequence[Tensor | None], rho: float, adaptive: bool) -> Tensor:
-    """Move the parameters by e_i, in place; return the norm that e_i was divided by."""
-    reached = [(p, g) for p, g in zip(params, gradient, strict=True) if g is not None]
-    if not reached:
-        raise ValueError("The loss depends on no parameter of the model: does loss_fn call another model?")
-    w, g = [p for p, _ in reached], [g for _, g in reached]
-    if adaptive:
-        g = torch._foreach_mul(g, torch._foreach_abs(w))
-    dtype = reduce(torch.promote_types, (t.dtype for t in g), torch.float32)
-    norms = torch._foreach_norm(g, 2, dtype=dtype)
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    scale = rho / norm.clamp_min(1e-12)
-    if adaptive:
-        g = torch._foreach_mul(g, torch._foreach_abs(w))
-    scales = {device: scale.to(device) for device in {t.device for t in g}}
-    torch._foreach_add_(w, [t * scales[t.device].to(t.dtype) for t in g])
-    return norm
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module, params: Sequence[Tensor]) -> Iterator[None]:
-    """Collect new gradients apart from those already in `.grad`, and add them only if all went well."""
-    before = [p.grad for p in params]
-    buffers = _training_buffers(model)
-    for p in params:
-        p.grad = None
+def _parts(batch: Any, micro_batches: int | Sequence[Any]) -> tuple[list[Any], list[int] | None]:
+    """The micro-batches, and their numbers of examples unless nothing in a ready one can be counted."""
+    if not isinstance(micro_batches, list | tuple):
+        check_micro_batches(micro_batches)
+        if batch is None:
+            raise ValueError("batch is None: give the mini-batch, or a list of ready micro-batches as micro_batches.")
+        parts = split(batch, micro_batches)
+        return parts, [examples(part) for part in parts]
+    if batch is not None:
+        raise ValueError("micro_batches is a list of ready micro-batches, so batch must be None.")
+    if not micro_batches:
+        raise ValueError("micro_batches is an empty list: give at least one micro-batch.")
     try:
-        yield
-    except BaseException:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
-        _restore_buffers(buffers)
-        raise
-    for p, grad in zip(params, before, strict=True):
-        if grad is not None:
-            p.grad = grad if p.grad is None else grad.add_(p.grad)
+        return list(micro_batches), [examples(part) for part in micro_batches]
+    except ValueError:
+        return list(micro_batches), None
 
 
-@contextmanager
-def _statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Put running statistics back afterwards, those of BatchNorm and of any layer with buffers of its own."""
-    buffers = _training_buffers(model)
-    try:
-        yield
-    finally:
-        _restore_buffers(buffers)
+def _parameters(network: nn.Module, perturb: Callable[[str], bool] | None) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are trained, and those among them that are perturbed."""
+    if getattr(parametrize, "_cache_enabled", 0):
+        raise NotImplementedError(
+            "Inside torch.nn.utils.parametrize.cached() the second pass would see the weights of the first: "
+            "call msam.backward outside of it."
+        )
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("The model has no parameter with requires_grad=True, so there is nothing to train.")
+    params = [p for _, p in named]
+    perturbed = [p for name, p in named if perturb is None or perturb(name)]
+    if not perturbed:
+        names = ", ".join(name for name, _ in named[:5])
+        raise ValueError(f"perturb chooses no parameter; it is asked about their names, such as {names}.")
+    return params, perturbed
 
 
-def _training_buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Module, name, tensor and a copy of each buffer that a forward pass may change."""
-    return [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _ascent_gradient(loss: Tensor, perturbed: Sequence[Tensor]) -> list[Tensor | None]:
+    """g of each perturbed parameter; `.grad` and whatever waits for it are left alone."""
+    gradient = list(torch.autograd.grad(loss, perturbed, allow_unused=True))
+    if any(g is None for g in gradient) and _reentrant(loss):
+        raise NotImplementedError(
+            "Reentrant activation checkpointing hides its parameters from the ascent pass: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+    if all(g is None for g in gradient):
+        raise ValueError("The loss depends on no perturbed parameter of the model: does loss_fn call another model?")
+    return gradient
 
 
-@torch.no_grad()
-def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    for module, name, buffer, copy in buffers:
-        buffer.copy_(copy)
-        module._buffers[name] = buffer
+def _reentrant(loss: Tensor) -> bool:
+    """Whether the loss came through a checkpoint whose parameters torch.autograd.grad cannot see."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False
 
 
-@torch.no_grad()
-def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(target), list(source))
+def _nothing_if(weight: float | Tensor | None, loss: Tensor, anchors: Sequence[Tensor]) -> Tensor:
+    """The loss; or if its weight is 0, a loss of 0 whose gradient is 0 at the anchors, whatever came of no example."""
+    if weight is None or (not isinstance(weight, Tensor) and weight > 0):
+        if not loss.requires_grad:
+            raise ValueError(
+                "The loss depends on no parameter of the model: does loss_fn call another model, or run under no_grad?"
+            )
+        return loss
+    if isinstance(weight, Tensor):  # on a device that must not be waited for
+        return torch.where(weight > 0, loss, torch.zeros_like(loss))
+    return sum((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors)
 
 
 def _generator_states(params: Sequence[Tensor]) -> tuple[Tensor, dict[torch.device, Tensor]]:
@@ -218,10 +269,3 @@ def _set_generator_states(states: tuple[Tensor, dict[torch.device, Tensor]]) -> 
     torch.set_rng_state(states[0])
     for gpu, state in states[1].items():
         torch.cuda.set_rng_state(state, gpu)
-
-
-def _scalar(loss: Tensor) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss_fn must return the micro-batch's mean loss, a scalar tensor; it returned {found}.")
-    return loss.reshape(())

@@ -1,0 +1,125 @@
+"""Moving the weights to w + e, and back to the same bits."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from warnings import warn
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_warned = WeakTensorKeyDictionary()
+"""Its keys: a parameter of each model that was warned about, for as long as it lives."""
+
+
+@dataclass(eq=False)
+class _Reached:
+    """A parameter that the loss depends on, or the rows of it that were looked up."""
+
+    parameter: Tensor
+    rows: Tensor | None
+    """Indices of the rows; None for all of the parameter."""
+    w: Tensor
+    """The values to come back to: a copy."""
+    g: Tensor | None
+    """The ascent gradient, of w's shape; None once the weights have moved."""
+
+
+class Weights:
+    """The perturbed parameters. Copies are made once, at the first move, and serve all micro-batches of a step."""
+
+    def __init__(self, params: Sequence[Tensor], rho: float, adaptive: bool) -> None:
+        self._params, self._rho, self._adaptive = params, rho, adaptive
+        self._copies: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def moved(self, gradient: list[Tensor | None]) -> Iterator[Tensor]:
+        """Move by e = rho * T^2 g / ||T g||, T = 1 (ASAM: |w|, elementwise), for the length of the block.
+
+        Args:
+            gradient: g of each parameter, None where it has none. The list is emptied, to free it before the
+                second pass.
+
+        Yields:
+            ||T g||, shape (), in float32 or better. Where it is not finite so are some weights in the block.
+        """
+        reached = [self._reach(p, g) for p, g in zip(self._params, gradient, strict=True) if g is not None]
+        gradient.clear()
+        try:
+            norm = self._move(reached)
+            for part in reached:
+                part.g = None
+            torch.clear_autocast_cache()  # else a surrounding autocast reuses its casts of the weights at w
+            yield norm
+        finally:
+            self._put_back(reached)
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _reach(self, p: Tensor, g: Tensor) -> _Reached:
+        if g.is_sparse:
+            g = g.coalesce()
+            rows = g.indices()[0]
+            return _Reached(p, rows, p.detach().index_select(0, rows), g.values())
+        if p not in self._copies:
+            self._copies[p] = p.detach().clone()
+        return _Reached(p, None, self._copies[p], g)
+
+    @torch.no_grad()
+    def _move(self, reached: Sequence[_Reached]) -> Tensor:
+        scaled = [part.g * part.w.abs() if self._adaptive else part.g for part in reached]
+        dtype = reduce(torch.promote_types, (t.dtype for t in scaled), torch.float32)
+        norms = torch._foreach_norm(scaled, 2, dtype=dtype)
+        del scaled
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        scale = self._rho / norm.clamp_min(1e-12)
+        scales = {device: scale.to(device) for device in {part.w.device for part in reached}}
+
+        at_once = [part for part in reached if part.rows is None and part.w.dtype not in _HALF and not self._adaptive]
+        if at_once:
+            factors = [scales[part.w.device].to(part.w.dtype) for part in at_once]
+            torch._foreach_addcmul_([part.parameter for part in at_once], [part.g for part in at_once], factors)
+        for part in set(reached).difference(at_once):
+            self._move_one(part, scales[part.w.device])
+        self._warn_of_rounding(reached)
+        return norm
+
+    def _move_one(self, part: _Reached, scale: Tensor) -> None:
+        w, g = (part.w.float(), part.g.float()) if part.w.dtype in _HALF else (part.w, part.g)
+        e = g * scale.to(g.dtype)
+        if self._adaptive:
+            e *= w.square()
+        if part.rows is None:
+            part.parameter.copy_(w + e)
+        else:
+            part.parameter.index_copy_(0, part.rows, (w + e).to(part.w.dtype))
+
+    @torch.no_grad()
+    def _put_back(self, reached: Sequence[_Reached]) -> None:
+        whole = [part for part in reached if part.rows is None]
+        if whole:
+            torch._foreach_copy_([part.parameter for part in whole], [part.w for part in whole])
+        for part in reached:
+            if part.rows is not None:
+                part.parameter.index_copy_(0, part.rows, part.w)
+
+    def _warn_of_rounding(self, reached: Sequence[_Reached]) -> None:
+        """Say once for each model how much of the perturbation weights of half precision take on."""
+        if not any(part.w.dtype in _HALF for part in reached) or reached[0].parameter in _warned:
+            return
+        _warned[reached[0].parameter] = True
+        steps = [
+            torch.linalg.vector_norm((p if rows is None else p.index_select(0, rows)).double() - w.double())
+            for p, rows, w in ((part.parameter, part.rows, part.w) for part in reached)
+        ]
+        moved = torch.linalg.vector_norm(torch.stack([s.to(steps[0].device) for s in steps])).item()
+        told = "is rounded" if self._adaptive else f"moves them by {moved / self._rho:.0%} of rho"  # ASAM's is not rho
+        warn(
+            f"Weights of {next(part.w.dtype for part in reached if part.w.dtype in _HALF)} lose the perturbation to "
+            f"rounding: it {told}. Keep the weights in float32 and run the forward pass under torch.autocast.",
+            stacklevel=8,
+        )

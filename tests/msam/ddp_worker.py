@@ -1,0 +1,217 @@
+"""One of the processes of test_parallel.py: runs every scenario and writes down what its rank saw.
+
+    python -m tests.msam.ddp_worker RANK WORLD FOLDER
+
+The processes meet in a file of the folder and talk through gloo, as a training on CPUs would.
+"""
+
+import copy
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import msam
+from tests.msam.small import convnet, data, gradients, loss_of, mlp
+
+IGNORED = -100
+RHO = 0.3
+
+
+def shard(batch, sizes, rank):
+    """This rank's examples of a batch whose ranks hold `sizes`."""
+    return tuple(t.split(sizes)[rank] for t in batch)
+
+
+def tensors(ddp):
+    return {name.removeprefix("module."): g for name, g in gradients(ddp).items()}
+
+
+def equal(rank, **options):
+    """2 ranks x 2 micro-batches; what is sent, and when, by the second step: DDP cuts its buckets after the first."""
+    ddp = DDP(mlp(), bucket_cap_mb=1e-4, **options)
+    sent, before_pass = [], []
+
+    def hook(_, bucket):
+        sent.append(bucket.buffer().numel())
+        return (
+            dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
+        )
+
+    ddp.register_comm_hook(None, hook)
+
+    def loss_fn(part):
+        before_pass.append(len(sent))
+        return loss_of(ddp)(part)
+
+    for _ in range(2):
+        ddp.zero_grad()
+        sent.clear()
+        before_pass.clear()
+        msam.backward(loss_fn, shard(data(16, 5), [8, 8], rank), ddp, rho=RHO, micro_batches=2)
+    return {"grad": tensors(ddp), "sent": sent, "before_pass": before_pass}
+
+
+def bucket_views(rank):
+    return equal(rank, gradient_as_bucket_view=True)
+
+
+def find_unused(rank):
+    return equal(rank, find_unused_parameters=True)
+
+
+def one_micro_batch(rank):
+    """m=2 over both ranks: plain SAM on each."""
+    ddp = DDP(mlp())
+    msam.backward(loss_of(ddp), shard(data(16, 5), [8, 8], rank), ddp, rho=RHO)
+    return {"grad": tensors(ddp)}
+
+
+def control(rank):
+    """rho = 0: the plain gradient over all examples."""
+    ddp = DDP(mlp())
+    msam.backward(loss_of(ddp), shard(data(16, 5), [10, 6], rank), ddp, rho=0, micro_batches=3)
+    return {"grad": tensors(ddp)}
+
+
+def uneven(rank):
+    """6 examples on rank 0 and 3 on rank 1: micro-batches of 3, 3, 2 and 1."""
+    ddp = DDP(mlp())
+    msam.backward(loss_of(ddp), shard(data(9, 5), [6, 3], rank), ddp, rho=RHO, micro_batches=2)
+    return {"grad": tensors(ddp)}
+
+
+def counted(rank):
+    """Weighted by valid labels, of which rank 1's last micro-batch has none."""
+    ddp = DDP(mlp())
+    x, y = data(12, 5)
+    y[[0, 4]] = IGNORED
+    y[9:] = IGNORED
+
+    def loss_fn(part):
+        return F.cross_entropy(ddp(part[0]), part[1], ignore_index=IGNORED), (part[1] != IGNORED).sum()
+
+    msam.backward(loss_fn, shard((x, y), [6, 6], rank), ddp, rho=RHO, micro_batches=2)
+    return {"grad": tensors(ddp)}
+
+
+def accumulated(rank):
+    """The first call inside the caller's no_sync, the second reduces the sum of both."""
+    ddp = DDP(mlp())
+    with ddp.no_sync():
+        msam.backward(loss_of(ddp), shard(data(8, 5, seed=1), [4, 4], rank), ddp, rho=RHO, micro_batches=2)
+    alone = {name: g.clone() for name, g in tensors(ddp).items()}
+    objects = [p.grad for p in ddp.parameters()]
+    msam.backward(loss_of(ddp), shard(data(8, 5, seed=2), [4, 4], rank), ddp, rho=RHO, micro_batches=2)
+    same = all(p.grad is g for p, g in zip(ddp.parameters(), objects, strict=True))
+    return {"grad": tensors(ddp), "alone": alone, "same_tensors": same}
+
+
+def drift(rank):
+    """50 steps with momentum and BatchNorm, in float32."""
+    ddp = DDP(convnet().float())
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    for seed in range(50):
+        x, y = shard(data(12, 3, 8, 8, seed=seed), [6, 6], rank)
+        optimizer.zero_grad()
+        msam.backward(loss_of(ddp), (x.float(), y), ddp, rho=0.1, micro_batches=2)
+        optimizer.step()
+    return {"weights": dict(ddp.module.named_parameters())}
+
+
+def buffers(rank):
+    """Running statistics are each rank's own after the step; the next forward pass brings rank 0's."""
+    ddp = DDP(convnet())
+    twin = copy.deepcopy(ddp.module)
+    batch = shard(data(12, 3, 8, 8), [6, 6], rank)
+    for part in msam.split(batch, 2):
+        twin(part[0])
+    msam.backward(loss_of(ddp), batch, ddp, rho=RHO, micro_batches=2)
+    own = torch.equal(ddp.module[1].running_mean, twin[1].running_mean)
+    after = ddp.module[1].running_mean.clone()
+    ddp.eval()  # moves nothing itself, and still takes rank 0's
+    ddp(batch[0])
+    return {"own": own, "after_step": after, "after_next_forward": ddp.module[1].running_mean}
+
+
+def not_finite(rank):
+    """An infinite input on rank 1 alone."""
+    ddp = DDP(mlp())
+    before = copy.deepcopy(ddp.module.state_dict())
+    x, y = shard(data(16, 5), [8, 8], rank)
+    if rank == 1:
+        x[0] = float("inf")
+    msam.backward(loss_of(ddp), (x, y), ddp, rho=RHO, micro_batches=2)
+    finite = [bool(torch.isfinite(p.grad).all()) for p in ddp.parameters()]
+    kept = all(torch.equal(t, before[name]) for name, t in ddp.module.state_dict().items())
+    return {"finite": finite, "kept": kept, "grad": tensors(ddp)}
+
+
+def bare_module(rank):
+    """loss_fn goes past the wrapper."""
+    ddp = DDP(mlp())
+    return refusal(ValueError, lambda: msam.backward(loss_of(ddp.module), data(4, 5), ddp, rho=RHO))
+
+
+def sync_batchnorm(rank):
+    ddp = DDP(convnet())
+    ddp.module = nn.SyncBatchNorm.convert_sync_batchnorm(ddp.module)  # which DDP refuses to wrap on a CPU
+    return refusal(NotImplementedError, lambda: msam.backward(loss_of(ddp), data(4, 3, 8, 8), ddp, rho=RHO))
+
+
+def fsdp2(rank):
+    """Parameters sharded over the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = mlp()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return refusal(NotImplementedError, lambda: msam.backward(loss_of(model), data(4, 5), model, rho=RHO))
+
+
+def refusal(kind, call):
+    try:
+        call()
+    except kind as error:
+        return {"said": str(error)}
+    return {"said": None}
+
+
+SCENARIOS = [
+    equal,
+    bucket_views,
+    find_unused,
+    one_micro_batch,
+    control,
+    uneven,
+    counted,
+    accumulated,
+    drift,
+    buffers,
+    not_finite,
+    bare_module,
+    sync_batchnorm,
+    fsdp2,
+]
+
+
+def main() -> None:
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    found = {scenario.__name__: scenario(rank) for scenario in SCENARIOS}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
