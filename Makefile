@@ -19,7 +19,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 tables plan status test test-fast lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 tables plan status test test-fast bench lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -53,6 +53,9 @@ test: setup ## Run all tests; a warning is an error
 test-fast: setup ## Run the tests but for those marked slow
 	$(python) -m pytest -m "not slow"
 
+bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
+	$(python) -m benchmarks.backward
+
 lint: setup ## Check the style, the format, and who imports whom
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
@@ -72,7 +75,7 @@ lock: ## Pin again what pyproject.toml asks for (needs uv; LOCK=--upgrade for th
 
 clean: ## Remove caches and build products, never results or .venv
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
-	find msam experiments analysis slurm tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Variables
 #= PROFILE=smoke|cpu|paper   the size of the runs: seconds, minutes (the default), GPUs

@@ -33,7 +33,7 @@ def environment(command: str) -> dict[str, Any]:
         "command": command,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -69,7 +69,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,0 +1,315 @@
+"""What a training step with `msam.backward` costs, beside its peers and beside the passes alone.
+
+    make bench                                                     # all of it, about half an hour on two cores
+    python -m benchmarks.backward --models bert --rounds 3         # a part
+
+Every contender takes whole training steps of SGD on the same model, batch and micro-batches, in one process with pinned
+threads. A round runs each of them once, in a new order; a ratio is taken within a round, and its median over the
+rounds is printed with the least and the greatest. The contenders:
+
+    floor m   the forward and backward passes of mSAM with m micro-batches, and no perturbation at all
+    msam m    msam.backward
+    two-step  SAM as an optimizer of two steps, after the loop of davda54/sam, written for this benchmark
+    pytorch_optimizer  its SAM (from PyPI)
+    ... m     a loop over m micro-batches around either
+
+Memory is the peak of torch's own allocations in a step above that of a plain step at the same weights and batch, in
+copies of the parameters.
+"""
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import msam
+from experiments.harness.provenance import cpu
+
+RHO = 0.05
+LEARNING_RATE = 1e-4
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Workload:
+    """A model, a batch, and the loss of a part of it."""
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[[Any], Tensor]
+
+
+def resnet18(batch: int) -> Workload:
+    """torchvision's ResNet-18 with CIFAR's stem, 11.2 million parameters."""
+    from torchvision.models import resnet18 as build
+
+    model = build(num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    model = model.to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
+    return Workload(model, (images, torch.randint(0, 10, (batch,))), lambda b: F.cross_entropy(model(b[0]), b[1]))
+
+
+def vit(batch: int) -> Workload:
+    """ViT-Tiny over patches of 4 of 32 x 32 images, 5.4 million parameters."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, num_classes=10)
+    data = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    return Workload(model, data, lambda b: F.cross_entropy(model(b[0]), b[1]))
+
+
+def bert(batch: int) -> Workload:
+    """BERT of 6 layers and width 384 over 64 tokens, 22.7 million parameters, half of them the words' table."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    model = BertForSequenceClassification(config)
+    data = {"input_ids": torch.randint(0, config.vocab_size, (batch, 64)), "labels": torch.randint(0, 2, (batch,))}
+    return Workload(model, data, lambda b: model(**b).loss)
+
+
+WORKLOADS: dict[str, tuple[Callable[[int], Workload], int, Sequence[int]]] = {
+    "resnet18": (resnet18, 64, (4, 16)),
+    "vit": (vit, 64, (4, 16)),
+    "bert": (bert, 32, (4, 16)),
+    "resnet18-128": (resnet18, 128, (16,)),
+}
+"""Builder, batch size, and the numbers of micro-batches that are measured beside 1."""
+
+
+class TwoStepSAM:
+    """SAM as an optimizer of two steps: per-tensor norms, a copy of each weight, the weight's data replaced."""
+
+    def __init__(self, params: list[Tensor], base: torch.optim.Optimizer) -> None:
+        self.params, self.base, self.old = params, base, {}
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        norm = torch.stack([p.grad.norm(p=2) for p in self.params if p.grad is not None]).norm(p=2)
+        scale = RHO / (norm + 1e-12)
+        for p in self.params:
+            if p.grad is not None:
+                self.old[p] = p.data.clone()
+                p.add_(p.grad * scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for p in self.params:
+            if p.grad is not None:
+                p.data = self.old[p]
+
+
+class PackagedSAM:
+    """pytorch_optimizer's SAM, restored as its second step does it, without the base optimizer's step."""
+
+    def __init__(self, params: list[Tensor], base: torch.optim.Optimizer) -> None:
+        from pytorch_optimizer import SAM
+
+        self.params = params
+        self.sam = SAM(params, torch.optim.SGD, rho=RHO, lr=LEARNING_RATE)
+        self.base = base
+
+    def first_step(self) -> None:
+        self.sam.first_step(zero_grad=False)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for p in self.params:
+            if "old_p" in self.sam.state[p]:
+                p.copy_(self.sam.state[p].pop("old_p"))
+
+
+def plain(work: Workload, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the base optimizer alone."""
+    optimizer.zero_grad()
+    work.loss_fn(work.batch).backward()
+    optimizer.step()
+
+
+def floor(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
+    """The passes of mSAM: for each micro-batch a gradient that is thrown away, and one that is added up."""
+    optimizer.zero_grad()
+    params = list(work.model.parameters())
+    for part in msam.split(work.batch, m):
+        torch.autograd.grad(work.loss_fn(part), params, allow_unused=True)
+        (work.loss_fn(part) / m).backward()
+    optimizer.step()
+
+
+def ours(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
+    """msam.backward."""
+    optimizer.zero_grad()
+    msam.backward(work.loss_fn, work.batch, work.model, rho=RHO, micro_batches=m)
+    optimizer.step()
+
+
+def peer_sam(work: Workload, peer: TwoStepSAM | PackagedSAM) -> None:
+    """A peer's SAM as its README has it: two backward passes and two steps."""
+    work.loss_fn(work.batch).backward()
+    peer.first_step()
+    peer.base.zero_grad()
+    work.loss_fn(work.batch).backward()
+    peer.restore()
+    peer.base.step()
+    peer.base.zero_grad()
+
+
+def peer_loop(work: Workload, peer: TwoStepSAM | PackagedSAM, m: int) -> None:
+    """m-SAM as a plain loop around a peer."""
+    total: dict[Tensor, Tensor] = {}
+    for part in msam.split(work.batch, m):
+        work.loss_fn(part).backward()
+        peer.first_step()
+        peer.base.zero_grad()
+        (work.loss_fn(part) / m).backward()
+        peer.restore()
+        for p in peer.params:
+            if p.grad is not None:
+                total[p] = total[p].add_(p.grad) if p in total else p.grad
+        peer.base.zero_grad()
+    for p, g in total.items():
+        p.grad = g
+    peer.base.step()
+    peer.base.zero_grad()
+
+
+def contenders(work: Workload, sizes: Sequence[int]) -> dict[str, Callable[[], None]]:
+    """Every step that is measured, by its name."""
+    params = list(work.model.parameters())
+    optimizer = torch.optim.SGD(params, lr=LEARNING_RATE)
+    peers = {
+        "two-step": TwoStepSAM(params, optimizer),
+        "pytorch_optimizer": PackagedSAM(params, optimizer),
+    }
+    found = {"plain": lambda: plain(work, optimizer)}
+    for m in (1, *sizes):
+        found[f"floor m={m}"] = lambda m=m: floor(work, optimizer, m)
+        found[f"msam m={m}"] = lambda m=m: ours(work, optimizer, m)
+        for name, peer in peers.items():
+            if m == 1:
+                found[f"{name} m=1"] = lambda peer=peer: peer_sam(work, peer)
+            else:
+                found[f"{name} m={m}"] = lambda peer=peer, m=m: peer_loop(work, peer, m)
+    return found
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int, told: str) -> list[dict[str, float]]:
+    """Seconds of each step in each round, after one round that is thrown away."""
+    found = []
+    for number in range(rounds + 1):
+        order = list(steps)
+        random.Random(number).shuffle(order)
+        seconds = {}
+        for name in order:
+            begun = time.perf_counter()
+            steps[name]()
+            seconds[name] = time.perf_counter() - begun
+        if number:
+            found.append(seconds)
+        print(f"{told}: round {number} of {rounds} took {sum(seconds.values()):.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most that a step has allocated at once, above what was there before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+def ratio(rounds: list[dict[str, float]], above: str, below: str) -> tuple[float, float, float]:
+    """Median, least and greatest of a ratio of seconds over the rounds."""
+    values = [seconds[above] / seconds[below] for seconds in rounds]
+    return statistics.median(values), min(values), max(values)
+
+
+def fastest(rounds: list[dict[str, float]], m: int) -> str:
+    """The peer with the least median time."""
+    peers = (f"two-step m={m}", f"pytorch_optimizer m={m}")
+    return min(peers, key=lambda name: statistics.median(seconds[name] for seconds in rounds))
+
+
+def rows(name: str, rounds: list[dict[str, float]], sizes: Sequence[int]) -> list[tuple[str, tuple, float | None]]:
+    """What is told of a workload: a sentence, a ratio, and the bar set to it, if there is one."""
+    text, peer = name == "bert", fastest(rounds, 1)
+    found = [
+        (f"m=1 over the fastest peer's SAM ({peer})", ratio(rounds, "msam m=1", peer), 1.0),
+        ("m=1 over the floor", ratio(rounds, "msam m=1", "floor m=1"), 1.05),
+        ("SAM (m=1) over the base optimizer", ratio(rounds, "msam m=1", "plain"), None),
+    ]
+    for m in sizes:
+        peer, (own, _, _) = fastest(rounds, m), ratio(rounds, f"floor m={m}", "floor m=1")
+        over_floor = {4: 1.08 if text else 1.03}.get(m)
+        over_sam = {(name, 4): 1.03 * own, ("bert", 16): 1.40, ("resnet18-128", 16): 1.15}.get((name, m))
+        found += [
+            (
+                f"m={m} over the fastest peer's loop ({peer})",
+                ratio(rounds, f"msam m={m}", peer),
+                0.9 if text else 1.0,
+            ),
+            (f"m={m} over the floor", ratio(rounds, f"msam m={m}", f"floor m={m}"), over_floor),
+            (f"mSAM m={m} over SAM (the floor's own: {own:.2f})", ratio(rounds, f"msam m={m}", "msam m=1"), over_sam),
+        ]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results/")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    lines = [
+        f"{cpu()} ({torch.backends.cpu.get_cpu_capability()}), {arguments.threads} threads, "
+        f"torch {torch.__version__}, {arguments.rounds} rounds; "
+        "median (least to greatest) of the ratios within a round.",
+        "",
+        "| model | ratio | measured | bar | met |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    memory = ["", "| model | m | memory above a plain step, in copies of the parameters |", "| --- | --- | --- |"]
+    seconds = ["", "| model | seconds a step, medians |", "| --- | --- |"]
+    for name in arguments.models:
+        build, batch, sizes = WORKLOADS[name]
+        torch.manual_seed(0)
+        work = build(batch)
+        work.model.train()
+        steps = contenders(work, sizes)
+        measured = measure(steps, arguments.rounds, name)
+        for told, (middle, least, most), bar in rows(name, measured, sizes):
+            verdict = "" if bar is None else "yes" if middle <= bar else "no"
+            shown = "" if bar is None else f"<= {bar:.2f}"
+            lines.append(f"| {name} | {told} | {middle:.3f} ({least:.3f} to {most:.3f}) | {shown} | {verdict} |")
+        told = ", ".join(f"{step} {statistics.median(r[step] for r in measured):.2f}" for step in steps)
+        seconds.append(f"| {name} | {told} |")
+        copies = sum(p.numel() * p.element_size() for p in work.model.parameters())
+        usual = peak_bytes(steps["plain"])
+        for m in (1, *sizes):
+            memory.append(f"| {name} | {m} | {(peak_bytes(steps[f'msam m={m}']) - usual) / copies:+.2f} |")
+    text = "\n".join([*lines, *memory, *seconds])
+    print(text)
+    if arguments.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "backward.md").write_text(f"# `python -m benchmarks.backward`\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
