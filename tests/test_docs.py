@@ -1,0 +1,36 @@
+"""Every example of docs/ is a whole script, and runs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "msam_in_your_own_loop.md"
+EXAMPLES = re.findall(
+    r"^## (.+?)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+def test_the_page_has_its_examples():
+    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 7
+
+
+@pytest.mark.parametrize(("title", "how", "code"), EXAMPLES, ids=[title for title, _, _ in EXAMPLES])
+def test_example_runs(title, how, code, tmp_path):
+    if how.startswith("needs ") and importlib.util.find_spec(package := how.removeprefix("needs ")) is None:
+        pytest.skip(f"{package} is not installed")
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    command = [sys.executable, str(script)]
+    if how == "torchrun":
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if how == "torchrun":
+        weights = re.findall(r"weights (\S+)", done.stdout)
+        assert len(weights) == 2
+        assert weights[0] == weights[1], "the replicas agree"
