@@ -19,7 +19,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 tables plan status test test-fast bench lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 tables plan status test test-fast bench lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -33,6 +33,12 @@ reproduce-table1: setup ## Train the missing runs of Table 1, then write and pri
 
 tune-table1: setup ## Train the missing runs of the grid that chose Table 1's hyper-parameters, likewise
 	@$(call train_and_tabulate,table1-tuning)
+
+reproduce-table2: setup ## Train the missing runs of Table 2 (texts), then write and print the table
+	@$(call train_and_tabulate,table2)
+
+tune-table2: setup ## Train the missing runs of the grid that chose Table 2's hyper-parameters, likewise
+	@$(call train_and_tabulate,table2-tuning)
 
 tables: setup ## Draw the committed tables again from the committed runs, without training
 	$(python) -m analysis --from-committed --profile "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")

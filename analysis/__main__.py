@@ -27,7 +27,7 @@ class Arguments:
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
-    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and its grid if it has runs."""
+    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and what else has runs."""
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
     """Size of the runs: smoke, cpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
@@ -84,16 +84,17 @@ def _from_committed(arguments: Arguments, root: Path) -> str:
 
 
 def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
-    from analysis.publish import missing, target
+    from analysis.publish import TABLES, missing, target
 
     where = (arguments.profile, arguments.results.absolute())
     if arguments.targets:
         return [target(name, *where, arguments.seeds) for name in dict.fromkeys(arguments.targets)]
-    chosen = [target("table1", *where, arguments.seeds)]
-    if "table1-tuning" in catalogue.targets() and catalogue.cells("table1-tuning", arguments.profile):
-        grid = target("table1-tuning", *where)
-        if len(missing(grid, results)) < len(grid.runs):
-            chosen.append(grid)
+    known, chosen = catalogue.targets(), []
+    for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
+        if name in known and catalogue.cells(name, arguments.profile):
+            found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
+            if name == "table1" or len(missing(found, results)) < len(found.runs):
+                chosen.append(found)
     return chosen
 
 

@@ -35,8 +35,10 @@ FIRST = (
 )
 SUMMARY = (
     "test_accuracy",
+    "test_score",
     "test_loss",
     "holdout_accuracy",
+    "holdout_score",
     "holdout_loss",
     "train_accuracy",
     "train_loss",

@@ -11,9 +11,9 @@ from analysis import render, tables
 from analysis.collect import UNKNOWN, Results, write_files
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import Spec, SpecError, with_seeds
+from experiments.harness.spec import IMAGES, Spec, SpecError, score_name, with_seeds
 
-TABLES = ("table1",)
+TABLES = ("table1", "table2")
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
 
@@ -47,7 +47,8 @@ class Target:
         """The table of these cells."""
         if self.tuning:
             return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
-        return render.document_1(self.name, frame, self.cells, self.seeds, failures)
+        document = render.document_1 if self.cells[0].dataset in IMAGES else render.document_2
+        return document(self.name, frame, self.cells, self.seeds, failures)
 
 
 def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None) -> Target:
@@ -165,8 +166,7 @@ def mixed(t: Target, results: Results) -> list[str]:
 def missing(t: Target, results: Results) -> list[Spec]:
     """The runs that a table expects and has no score of."""
     rows = results.runs.set_index("run_id")
-    score = "holdout_accuracy" if t.tuning else "test_accuracy"
-    return [run for run in t.runs if run.seed not in tables.values(rows, run, t.seeds, score).index]
+    return [run for run in t.runs if run.seed not in tables.values(rows, run, t.seeds, score_name(run)).index]
 
 
 def missing_line(t: Target, gaps: Sequence[Spec]) -> str:

@@ -7,7 +7,6 @@ Grades: A, read in the source's own text, table or run log (or an excerpt of it)
 note of it. Spreads are those of the source (its own kind of interval), not ours.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -27,7 +26,7 @@ class Neighbour:
     """One row of somebody else's table: accuracies in percent, with the spread as printed."""
 
     family: str
-    """Of the model: ResNet, WRN or ViT."""
+    """Of the model: ResNet, WRN, ViT or encoder."""
     dataset: str
     setting: str
     base: str = ""
@@ -44,6 +43,21 @@ def accuracy(error: str) -> str:
     """An error as printed, `3.5±0.1` say, as an accuracy with the same spread: `96.5±0.1`."""
     value, mark, spread = error.partition("±")
     return f"{100 - Decimal(value)}{mark}{spread}"
+
+
+DATASETS = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "cola": "CoLA",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "qqp": "QQP",
+    "mnli": "MNLI",
+    "qnli": "QNLI",
+    "rte": "RTE",
+}
+"""Our names of data sets, and those of the sources."""
 
 
 def _foret(setting: str, cifar10: tuple[str, str], cifar100: tuple[str, str]) -> tuple[Neighbour, ...]:
@@ -163,20 +177,50 @@ NEIGHBOURS = (
         source="S-Sairam/sam-optimizer, README",
         grade="A",
     ),
+    *(
+        Neighbour(
+            family="encoder",
+            dataset=dataset,
+            setting="RoBERTa-base, GLUE's development set, metric of the task",
+            other=f"SAM over Adam {difference}",
+            source="Kaddour et al. 2022, Figure 4a",
+            grade="B",
+        )
+        for dataset, difference in (
+            ("CoLA", "+1.57±1.20"),
+            ("SST-2", "-0.23±0.40"),
+            ("MRPC", "+0.73±0.43"),
+            ("STS-B", "+0.38±0.17"),
+            ("QQP", "+0.08±0.07"),
+            ("MNLI", "+0.39±0.02"),
+            ("QNLI", "+0.09±0.01"),
+            ("RTE", "+0.70±0.65"),
+        )
+    ),
     *_rw_sam("ViT", "ViT-B/16, fine-tuned", "Table 2b", ("98.24", "98.40", "98.58"), ("88.71", "89.63", "89.89")),
 )
 
 
+FAMILIES = {
+    "resnet": "ResNet",
+    "wrn": "WRN",
+    "vit": "ViT",
+    "bert": "encoder",
+    "roberta": "encoder",
+    "minilm": "encoder",
+}
+"""Of our models, by how their names begin; encoders of text are all taken for one family."""
+
+
 def family(model: str) -> str | None:
     """The family that a model of ours belongs to, or None."""
-    found = re.match(r"resnet|wrn|vit", model)
-    return {"resnet": "ResNet", "wrn": "WRN", "vit": "ViT"}[found.group()] if found else None
+    return next((name for begin, name in FAMILIES.items() if model.startswith(begin)), None)
 
 
 def neighbours(models: Iterable[str], datasets: Iterable[str]) -> list[Neighbour]:
     """The published rows of the same families of models on the same data sets."""
     families = {family(model) for model in models}
-    names = {{"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(dataset) for dataset in datasets}
+    names = {DATASETS.get(dataset) for dataset in datasets}
     return [n for n in NEIGHBOURS if n.family in families and n.dataset in names]
 
 
@@ -196,7 +240,7 @@ def markdown(rows: Iterable[Neighbour]) -> str:
     body = [[r.dataset, _setting(r), r.base, r.sam, r.other, f"{r.source} ({r.grade})"] for r in rows]
     headers = ["dataset", "setting", "base", "SAM", "other", "source (grade)"]
     table = tabulate(body, headers=headers, tablefmt="github", disable_numparse=True)
-    return "\n\n".join(["### Published elsewhere: test accuracy %", *_remarks(rows), table]) + "\n"
+    return "\n\n".join(["### Published elsewhere: test scores in percent", *_remarks(rows), table]) + "\n"
 
 
 def _remarks(rows: list[Neighbour]) -> list[str]:

@@ -14,15 +14,20 @@ from tabulate import tabulate
 from analysis import published, tables
 from analysis.collect import csv_text
 from analysis.statistics import Interval
-from experiments.harness.spec import Spec
+from experiments.harness.spec import IMAGES, METRICS, Spec
 
-TITLES = {"table1": "Table 1: test accuracy"}
+TITLES = {"table1": "Table 1: test accuracy", "table2": "Table 2: GLUE"}
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 NOTES_1 = (
     f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
     "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
     "The test accuracy is that of the last epoch, never of the best one.",
+)
+NOTES_2 = (
+    "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
+    "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
+    "The majority row always gives the commonest label of the training set.",
 )
 NOTES_TUNING = (
     f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at.",
@@ -92,8 +97,19 @@ class Document:
         parts = [f"{self.title}\n{self.origin}"]
         for _, rows in cells.groupby(self.numbers["block"], sort=True):
             body = rows.drop(columns=["dataset", "model"])
-            told = tabulate(body, headers=list(body.columns), showindex=False, disable_numparse=True)
-            parts.append(f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}\n{told}")
+            parts.append(f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}\n{_plain(body)}")
+        return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
+
+
+@dataclass(frozen=True)
+class WideDocument(Document):
+    """A table with a column for each task: on a terminal the committed one stands below it."""
+
+    def terminal(self, committed: pd.DataFrame | None = None) -> str:
+        """Plain text; the committed numbers as a second table."""
+        parts = [f"{self.title}\n{self.origin}", _plain(self.cells)]
+        if committed is not None:
+            parts += ["Committed", _plain(wide(committed))]
         return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
 
 
@@ -133,6 +149,58 @@ def document_1(
     )
 
 
+def document_2(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """Table 2, or the part of it that one experiment fills, ready to be written."""
+    numbers = tables.table_2(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    metrics = ", ".join(f"{dataset} {METRICS[dataset]}" for dataset in dict.fromkeys(numbers["dataset"]))
+    radii = [
+        f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
+        for (model, label), rows in numbers[numbers["rho"] > 0].groupby(["model", "label"], sort=False)
+    ]
+    return WideDocument(
+        name=name,
+        title=TITLES.get(name, f"{name}: GLUE"),
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=wide(numbers, marks),
+        claims=(*radii, *tables.claims(numbers)),
+        notes=(*tables.warnings(frame, numbers), *notes, *(note.format(metrics=metrics) for note in NOTES_2)),
+        numbers=numbers,
+    )
+
+
+def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of `table_2` with a column for each task: scores first, then what they are over each other."""
+    tasks = list(dict.fromkeys(numbers["dataset"]))
+    marks = marks or [""] * len(numbers)
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for model, block in numbers.groupby("model", sort=False):
+        rows = [(row, marks[row.Index]) for row in block.itertuples()]
+        base = next((row.label for row, _ in rows if row.method == "base"), "base")
+        sam = next((row.label for row, _ in rows if row.method == "sam"), "SAM")
+        for row, _ in rows:
+            texts.setdefault((model, "majority class"), {})[row.dataset] = _number(row.majority, ".2f")
+        for row, mark in rows:
+            texts.setdefault((model, row.label), {})[row.dataset] = _score(row) + mark
+        for column, other in (("over_base", base), ("over_sam", sam)):
+            for row, _ in rows:
+                if other != row.label and (column == "over_base" or row.method == "msam"):
+                    texts.setdefault((model, f"{row.label} over {other}"), {})[row.dataset] = _signed(
+                        tables.interval(row, column)
+                    )
+    found = [
+        {"model": model, "method": label, **{t: told.get(t, "") for t in tasks}}
+        for (model, label), told in texts.items()
+    ]
+    return pd.DataFrame(found)
+
+
 def document_tuning(
     name: str,
     frame: pd.DataFrame,
@@ -143,6 +211,7 @@ def document_tuning(
 ) -> Document:
     """The grid of a table, ready to be written; `used` are the cells of the table itself."""
     numbers = tables.tuning_table(frame, cells, seeds)
+    kind = "accuracy" if cells[0].dataset in IMAGES else "score"
     marks, notes = _row_notes(numbers, failures or {})
     rows = list(numbers.itertuples())
     text = pd.DataFrame(
@@ -153,7 +222,7 @@ def document_tuning(
             "learning rate": [f"{row.learning_rate:g}" for row in rows],
             "weight decay": [f"{row.weight_decay:g}" for row in rows],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
-            "held-out accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            f"held-out {kind} %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
             "choice": [_choice(row) for row in rows],
         }
     )
@@ -194,6 +263,10 @@ def spread(found: Interval) -> str:
     if not found.n:
         return "not run"
     return f"{found.mean:.2f} (1)" if found.n == 1 else f"{found.mean:.2f} ± {found.half_width:.2f} ({found.n})"
+
+
+def _plain(cells: pd.DataFrame) -> str:
+    return tabulate(cells, headers=list(cells.columns), showindex=False, disable_numparse=True)
 
 
 def _score(row: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.statistics import Interval, mean_interval, paired_difference
-from experiments.harness.spec import Spec, SpecError
+from experiments.harness.spec import Spec, SpecError, score_name
 
 DIGITS = 6
 """Of the numbers in a table's CSV: the last bits of a mean may differ from machine to machine."""
@@ -24,7 +24,7 @@ _TUNED = ("learning_rate", "weight_decay", "rho")
 
 
 def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
-    """Test accuracy of each cell, and its differences to the base optimizer and to SAM, paired by seed.
+    """Test score of each cell, and its differences to the base optimizer and to SAM, paired by seed.
 
     Args:
         frame: one row a finished run, as `collect.frame` makes it.
@@ -40,7 +40,7 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
         base = next((cell for cell in block if cell.method == "base"), None)
         sam = next((cell for cell in block if cell.method == "sam"), None)
         for cell in block:
-            row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds, "test_accuracy")}
+            row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds)}
             over_base = base if cell != base else None
             over_sam = sam if cell.method in ("sam", "msam") and cell != sam else None
             row |= _difference("over_base", cell, over_base, runs, seeds)
@@ -55,6 +55,15 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
             }
             rows.append(row)
     return _numbers(rows)
+
+
+def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """`table_1` of text tasks, with the score of whoever always gives the commonest answer (`majority`)."""
+    numbers, runs = table_1(frame, cells, seeds), frame.set_index("run_id")
+    found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
+    known = {cell.dataset: 100 * scores.mean() for cell, scores in found.items() if len(scores)}
+    numbers["majority"] = numbers["dataset"].map(known).astype(float).round(DIGITS)
+    return numbers
 
 
 def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
@@ -79,7 +88,7 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
     labels = _labels(cells, ("dataset", "model", *_TUNED))
     for number, group in enumerate(_blocks(cells, ("seed", *_TUNED), by_method=True)):
         group = sorted(group, key=lambda cell: [getattr(cell, name) for name in _TUNED])
-        found = [_identity(cell, runs, seeds, "holdout_accuracy") for cell in group]
+        found = [_identity(cell, runs, seeds) for cell in group]
         means = [row["mean"] for row in found if row["n"]]
         best = next((i for i, row in enumerate(found) if row["n"] and row["mean"] == max(means)), None)
         complete = all(row["n"] == seeds for row in found)
@@ -190,8 +199,9 @@ def verdict(difference: Interval) -> str:
     return f"{told}: separated" + ("" if difference.mean > 0 else ", the other way round")
 
 
-def _identity(cell: Spec, runs: pd.DataFrame, seeds: int, score: str) -> dict[str, Any]:
+def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
     """What a row is and its score: the columns that every table begins with."""
+    score = score_name(cell)
     scores = 100 * values(runs, cell, seeds, score)
     found = mean_interval(scores)
     missing = [seed for seed in range(seeds) if seed not in scores.index]
@@ -221,8 +231,8 @@ def _identity(cell: Spec, runs: pd.DataFrame, seeds: int, score: str) -> dict[st
 def _difference(name: str, cell: Spec, other: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float | int]:
     """The paired difference of two cells' scores; empty where there is no other cell."""
     empty = pd.Series(dtype=float)
-    theirs = empty if other is None else 100 * values(runs, other, seeds, "test_accuracy")
-    found = paired_difference(100 * values(runs, cell, seeds, "test_accuracy"), theirs)
+    theirs = empty if other is None else 100 * values(runs, other, seeds, score_name(other))
+    found = paired_difference(100 * values(runs, cell, seeds, score_name(cell)), theirs)
     return {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
 
 

@@ -106,15 +106,16 @@ def run(
     from experiments.harness import pool
 
     _check_device(waiting)
-    _check_data(waiting, data_root)
+    waiting = _with_data(waiting, data_root)
     for spec in waiting:
         record = record_of(spec, results)
         if redo:
             with record.locked():
                 record.remove()
         record.create(spec)
+    done = sum(record_of(spec, results).done for spec in specs)
     print(
-        f"Training {len(waiting)} runs of {target} ({profile}); {len(specs) - len(waiting)} are done.",
+        f"Training {len(waiting)} runs of {target} ({profile}); {done} are done.",
         flush=True,
     )
     outcome = pool.run(
@@ -202,12 +203,25 @@ def _check_device(specs: list[Spec]) -> None:
         )
 
 
-def _check_data(specs: list[Spec], data_root: Path | None) -> None:
-    """Fetch and verify each data set once, before any worker starts."""
-    from experiments.harness.data import load_cifar
+def _with_data(specs: list[Spec], data_root: Path | None) -> list[Spec]:
+    """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has."""
+    from experiments.harness.data import NotToBeHad
+    from experiments.harness.task import check
 
-    for dataset in dict.fromkeys(spec.dataset for spec in specs):
-        load_cifar(dataset, data_root)
+    lacking: dict[str, NotToBeHad] = {}
+    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.max_length) for s in specs):
+        first = next(s for s in specs if (s.dataset, s.model, s.max_length) == (dataset, model, max_length))
+        try:
+            if dataset not in lacking:
+                check(first, str(data_root) if data_root else None)
+        except NotToBeHad as error:
+            lacking[dataset] = error
+    found = [spec for spec in specs if spec.dataset not in lacking]
+    if not found:
+        raise next(iter(lacking.values()))
+    for dataset, error in lacking.items():
+        print(f"Not run: {sum(s.dataset == dataset for s in specs)} runs on {dataset}. {error}", file=sys.stderr)
+    return found
 
 
 def main() -> None:

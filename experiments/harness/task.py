@@ -2,11 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
-from experiments.harness.spec import Spec
+from experiments.harness.spec import IMAGES, Spec
+
+SUBSET_SEED = 0
+"""Of the one permutation that subsets and held-out examples are cut from: the same for every run."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,42 @@ def build_task(spec: Spec, data_root: str | None = None) -> Task:
     Raises:
         DataError: if the data cannot be had.
     """
-    from experiments.harness import vision
+    if spec.dataset in IMAGES:
+        from experiments.harness import vision
 
-    return vision.image_task(spec, data_root)
+        return vision.image_task(spec, data_root)
+    from experiments.harness import glue
+
+    return glue.text_task(spec, data_root)
+
+
+def check(spec: Spec, data_root: str | None = None) -> None:
+    """Fetch and verify what a spec's task is made from, before any run starts.
+
+    Raises:
+        DataError: if it does not fit; `NotToBeHad` if no source has the data.
+    """
+    if spec.dataset in IMAGES:
+        from experiments.harness.data import load_cifar
+
+        load_cifar(spec.dataset, Path(data_root) if data_root else None)
+    else:
+        from experiments.harness import glue
+
+        glue.check(spec, data_root)
+
+
+def subsets(spec: Spec, available: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training examples and of the held-out ones, which never overlap.
+
+    Training examples are the first of a fixed permutation, held-out ones its last.
+    """
+    order = np.random.default_rng(SUBSET_SEED).permutation(available)
+    end = available - spec.holdout_examples
+    return order[: min(spec.examples, end)], order[end:]
+
+
+def generator(*key: int) -> torch.Generator:
+    """A generator of its own for a place in the data, so that dropout's draws cannot shift the order."""
+    state = np.random.SeedSequence(key).generate_state(2)
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

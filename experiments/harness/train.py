@@ -152,11 +152,15 @@ def _train(
 
 
 def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The stock base optimizer over all parameters, weight decay on all of them alike."""
+    """The stock base optimizer over all parameters, with weight decay on those that the spec says."""
+    params: Any = list(model.parameters())
+    if spec.decay == "matrices":  # biases and the weights of norms are vectors
+        vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
+        params = [{"params": [p for p in params if p.ndim > 1]}, vectors]
     if spec.base_optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), spec.learning_rate, weight_decay=spec.weight_decay)
+        return torch.optim.AdamW(params, spec.learning_rate, weight_decay=spec.weight_decay)
     return torch.optim.SGD(
-        model.parameters(),
+        params,
         spec.learning_rate,
         momentum=spec.momentum,
         weight_decay=spec.weight_decay,
@@ -165,13 +169,14 @@ def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer
 
 
 def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor at a step (from 0): linear warm-up, then half a cosine down to 0."""
+    """The learning rate's factor at a step (from 0): linear warm-up, then half a cosine or a line down to 0."""
     steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        done = (step - warmup) / (steps - warmup)
+        return 1 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
 

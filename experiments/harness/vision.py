@@ -11,14 +11,11 @@ from torch import Tensor
 from experiments.harness.data import load_cifar
 from experiments.harness.models import build
 from experiments.harness.spec import Spec
-from experiments.harness.task import Task
+from experiments.harness.task import Task, generator, subsets
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels, by channel; CIFAR-100 is scaled alike."""
-
-SUBSET_SEED = 0
-"""Of the one permutation that subsets and held-out images are cut from: the same for every run."""
 
 EVALUATION_BATCH = 250
 
@@ -53,12 +50,12 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         return F.cross_entropy(forward(x).float(), y, label_smoothing=spec.label_smoothing)
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(labels), generator=_generator(spec.seed, epoch)).to(device)
+        order = torch.randperm(len(labels), generator=generator(spec.seed, epoch)).to(device)
         for index in range(first, steps_per_epoch):
             chosen = order[index * spec.batch_size : (index + 1) * spec.batch_size]
             x = images[chosen]
             if spec.augmentation == "crop-flip":
-                x = crop_and_flip(x, _generator(spec.seed, epoch, index))
+                x = crop_and_flip(x, generator(spec.seed, epoch, index))
             yield normalised(x), labels[chosen]
 
     def evaluate() -> dict[str, float]:
@@ -78,15 +75,6 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         evaluate=evaluate,
         data={"data_checksum": cifar.checksum, "data_source": cifar.source},
     )
-
-
-def subsets(spec: Spec, available: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training images and of the held-out ones, which never overlap.
-
-    Training images are the first of a fixed permutation, held-out ones its last.
-    """
-    order = np.random.default_rng(SUBSET_SEED).permutation(available)
-    return order[: spec.examples], order[available - spec.holdout_examples :]
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -118,9 +106,3 @@ def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator of its own for a place in the data, so that dropout's draws cannot shift the order."""
-    state = np.random.SeedSequence(key).generate_state(2)
-    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

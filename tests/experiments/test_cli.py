@@ -1,6 +1,7 @@
 """python -m experiments, as a person calls it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -129,3 +130,38 @@ def test_looking_needs_no_torch(results):
         ).replace("{words!r}", repr(words))
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_rows_whose_data_no_source_has_stay_not_run_and_the_others_go_on(tmp_path):
+    """GLUE is not to be had without a folder or the hub; the snippets are, and train."""
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "MSAM_DATA": ""}
+    code = (
+        "import sys; from dataclasses import replace; from experiments import __main__, bert_glue; "
+        "from experiments.harness import catalogue; "
+        "small = replace(bert_glue.SMOKE, train_examples=16, epochs=1, test_examples=8); "
+        "bert_glue.RUNS['smoke'] = [small, replace(small, dataset='rte')]; __main__.main()"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "run",
+            "bert_glue",
+            "--profile",
+            "smoke",
+            "--seeds",
+            "1",
+            "--results",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Not run: 1 runs on rte. GLUE's rte could not be had" in done.stderr
+    assert "Training 1 runs of bert_glue" in done.stdout
+    assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1

@@ -38,7 +38,7 @@ def test_docstrings_name_the_table_and_the_command():
     for name, experiment in catalogue.catalogue().items():
         text = importlib.import_module(f"experiments.{name}").__doc__
         assert f"python -m experiments run {name}" in text
-        assert "Table 1" in text
+        assert experiment.table.replace("table", "Table ") in text
         assert experiment.summary.endswith(".")
 
 

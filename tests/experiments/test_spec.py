@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.harness.spec import (
-    CHOICES,
+    IMAGE_MODELS,
     METHODS,
     Spec,
     SpecError,
@@ -35,7 +35,7 @@ BASE = Spec(
     seed=st.integers(0, 1000),
     holdout=st.integers(0, 5000),
     clip=st.none() | st.floats(0.1, 10),
-    model=st.sampled_from(CHOICES["model"]),
+    model=st.sampled_from(IMAGE_MODELS),
 )
 def test_json_round_trip(rho, micro_batches, seed, holdout, clip, model):
     spec = replace(
@@ -72,8 +72,12 @@ def test_every_field_is_part_of_the_name():
         "test_examples": 64,
         "clip_norm": 1.0,
         "warmup_epochs": 0.5,
+        "schedule": "linear",
+        "decay": "matrices",
+        "dropout": 0.1,
+        "attention": "sdpa",
     }
-    single = {"kind", "schedule"}  # fields of one allowed value so far
+    single = {"kind"}  # of one allowed value so far
     for field in dataclasses.fields(Spec):
         if field.name in single:
             continue

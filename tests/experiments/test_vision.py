@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from experiments.harness.models import MODELS, build
-from experiments.harness.spec import CHOICES, Spec
-from experiments.harness.vision import crop_and_flip, normalised, subsets
+from experiments.harness.spec import IMAGE_MODELS, Spec
+from experiments.harness.task import subsets
+from experiments.harness.vision import crop_and_flip, normalised
 
 SPEC = Spec(
     profile="smoke",
@@ -84,7 +85,7 @@ def test_the_subset_does_not_depend_on_seed_or_method_or_on_holding_out():
 
 
 def test_specs_and_models_know_the_same_names():
-    assert set(MODELS) == set(CHOICES["model"])
+    assert set(MODELS) == set(IMAGE_MODELS)
 
 
 @pytest.mark.parametrize(

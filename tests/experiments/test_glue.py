@@ -1,0 +1,293 @@
+"""Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's own fields."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+
+import msam
+from experiments.harness import catalogue, glue
+from experiments.harness.data import DataError
+from experiments.harness.record import record_of
+from experiments.harness.spec import Spec, SpecError
+from experiments.harness.task import build_task
+from experiments.harness.texts import TASKS
+from experiments.harness.train import build_optimizer, schedule, train
+from tests.experiments.test_texts import columns_of, write
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> Path:
+    """A tiny random BERT, saved as the hub lays it out."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted(
+        {
+            w
+            for task in TASKS
+            for c, v in columns_of(task).items()
+            if c not in ("label", "idx")
+            for t in v
+            for w in t.split()
+        }
+    )
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory) -> Path:
+    """A tiny random RoBERTa with a byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizerFast
+
+    folder = tmp_path_factory.mktemp("roberta")
+    trained = ByteLevelBPETokenizer()
+    lines = [t for task in TASKS for c, v in columns_of(task).items() if c not in ("label", "idx") for t in v]
+    trained.train_from_iterator(lines, 400, 1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    trained.save_model(str(folder))
+    tokenizer = RobertaTokenizerFast(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, type_vocab_size=1, **SMALL)
+    RobertaModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for task in TASKS:
+        if task != "snippets":
+            write(folder, task)
+    return folder
+
+
+def spec(model: Path, dataset: str = "rte", **changes) -> Spec:
+    return Spec(
+        **{
+            "profile": "smoke",
+            "dataset": dataset,
+            "model": str(model),
+            "base_optimizer": "adamw",
+            "learning_rate": 1e-3,
+            "train_examples": 12,
+            "epochs": 2,
+            "batch_size": 6,
+            "max_length": 32,
+            "schedule": "linear",
+            "decay": "matrices",
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("dataset", [name for name in TASKS if name != "snippets"])
+def test_every_task_trains_and_is_scored(dataset, bert, data, tmp_path):
+    run = spec(bert, dataset, rho=0.05, micro_batches=3, clip_norm=1.0)
+    train(run, tmp_path, data_root=str(data))
+    summary = record_of(run, tmp_path).summary()
+    parts = ["test", "test_mismatched"] if dataset == "mnli" else ["test"]
+    for part in parts:
+        for metric in TASKS[dataset].metrics:
+            assert -1 <= summary[f"{part}_{metric}"] <= 1
+        assert summary[f"{part}_score"] == summary[f"{part}_{TASKS[dataset].metrics[0]}"]
+        assert summary[f"{part}_loss"] > 0
+    assert record_of(run, tmp_path).environments()[0]["weights_source"].startswith("the folder bert")
+
+
+@pytest.mark.parametrize("dataset", ["sst2", "rte", "stsb"])
+def test_roberta_too(dataset, roberta, data, tmp_path):
+    run = spec(roberta, dataset, rho=0.05, micro_batches=2)
+    train(run, tmp_path, data_root=str(data))
+    assert -1 <= record_of(run, tmp_path).summary()["test_score"] <= 1
+
+
+# Five answers, worked out by hand. Labels 1 1 0 0 1, predicted 1 0 0 1 1: two of three ones found, one zero of two.
+LABELS = np.array([1, 1, 0, 0, 1])
+LOGITS = np.array([[0, 2], [1, 0], [3, 1], [0, 1], [-1, 4]], dtype=float)
+
+
+def test_metrics_by_hand():
+    accuracy = 3 / 5
+    f1 = 2 * 2 / (2 * 2 + 1 + 1)  # 2 true positives, 1 false positive, 1 false negative
+    matthews = (2 * 1 - 1 * 1) / np.sqrt((2 + 1) * (2 + 1) * (1 + 1) * (1 + 1))
+    assert glue.scores(TASKS["mrpc"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
+    assert glue.scores(TASKS["qqp"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
+    assert glue.scores(TASKS["cola"], LOGITS, LABELS) == pytest.approx({"matthews_correlation": matthews})
+    for name in ("sst2", "qnli", "rte", "wnli"):
+        assert glue.scores(TASKS[name], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy})
+    three = np.eye(3)[[0, 2, 1, 1]]
+    assert glue.scores(TASKS["mnli"], three, np.array([0, 2, 1, 0])) == pytest.approx({"accuracy": 3 / 4})
+
+
+def test_correlations_by_hand():
+    """1 2 3 4 against 1 3 2 10: covariance 3.25, deviations sqrt(1.25) and sqrt(12.5); ranks differ by one twice."""
+    found = glue.scores(TASKS["stsb"], np.array([[1.0], [3.0], [2.0], [10.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert found["pearson"] == pytest.approx(3.25 / np.sqrt(1.25 * 12.5))
+    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert found["pearson"] == pytest.approx(stats.pearsonr([1, 3, 2, 10], [1, 2, 3, 4]).statistic)
+
+
+def test_a_constant_answer_has_no_correlation_and_no_warning():
+    assert glue.scores(TASKS["stsb"], np.ones((4, 1)), np.arange(4.0)) == {"pearson": 0, "spearman": 0}
+    assert glue.scores(TASKS["cola"], np.array([[0.0, 1.0]] * 5), LABELS) == {"matthews_correlation": 0}
+
+
+def test_the_majority_answers_with_the_commonest_training_label():
+    trained = np.array([0, 0, 1])
+    assert glue.majority(TASKS["rte"], trained, LABELS) == pytest.approx(2 / 5)
+    assert glue.majority(TASKS["cola"], trained, LABELS) == 0
+    assert glue.majority(TASKS["stsb"], np.arange(4.0), np.arange(4.0)) == 0
+
+
+def test_micro_batches_of_a_batch_agree_in_shape_and_padding_changes_no_loss(bert, data):
+    task = build_task(spec(bert), str(data))
+    task.model.eval()
+    batch = next(task.batches(0, 0))
+    shapes = {part["input_ids"].shape for part in msam.split(batch, 3)}
+    assert shapes == {(2, batch["input_ids"].shape[1])}
+    wider = {
+        name: nn.functional.pad(t, (0, 5)) if t.ndim == 2 else t  # [PAD] is 0, and so is the mask there
+        for name, t in batch.items()
+    }
+    torch.testing.assert_close(task.loss_fn(wider), task.loss_fn(batch))
+
+
+def test_the_head_is_paired_by_seed_and_batches_do_not_depend_on_the_method(bert, data):
+    def first(run: Spec):
+        torch.manual_seed(run.seed)
+        task = build_task(run, str(data))
+        return task.model.classifier.weight, [b["input_ids"] for b in task.batches(1, 0)]
+
+    sgd, msam_ = first(spec(bert)), first(spec(bert, rho=0.1, micro_batches=3))
+    assert torch.equal(sgd[0], msam_[0])
+    assert all(torch.equal(a, b) for a, b in zip(sgd[1], msam_[1], strict=True))
+    assert not torch.equal(sgd[0], first(spec(bert, seed=1))[0])
+
+
+def test_dropout_attention_and_decay_are_the_specs(bert, data):
+    task = build_task(spec(bert, dropout=0.3, attention="sdpa"), str(data))
+    rates = {m.p for m in task.model.modules() if isinstance(m, nn.Dropout)}
+    assert rates == {0.3}
+    assert task.model.config._attn_implementation == "sdpa"
+    optimizer = build_optimizer(spec(bert, weight_decay=0.1), task.model)
+    decayed, spared = (group["params"] for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    names = {id(p): name for name, p in task.model.named_parameters()}
+    assert all("LayerNorm" in names[id(p)] or names[id(p)].endswith("bias") for p in spared)
+    assert not any("LayerNorm" in names[id(p)] or names[id(p)].endswith("bias") for p in decayed)
+    assert len(decayed) + len(spared) == len(names)
+
+
+def test_the_linear_schedule_warms_up_and_ends_at_zero():
+    factor = schedule(Spec(**{**spec(Path("/x")).to_dict(), "epochs": 4, "warmup_epochs": 1.0}), 5)
+    assert [factor(step) for step in (0, 4, 5, 20)] == pytest.approx([1 / 6, 5 / 6, 1, 0])
+    assert factor(10) - factor(11) == pytest.approx(1 / 15)
+
+
+def test_held_out_rows_are_never_trained_on(bert, data, tmp_path):
+    run = spec(bert, train_examples=6, holdout_examples=4)
+    train(run, tmp_path, data_root=str(data))
+    summary = record_of(run, tmp_path).summary()
+    assert "holdout_score" in summary
+    assert not any(name.startswith("test") for name in summary)
+
+
+def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
+    with pytest.raises(DataError, match="takes at most 40 tokens: lower max_length"):
+        glue.check(spec(bert, max_length=41), str(data))
+    with pytest.raises(DataError, match=r"no config\.json"):
+        glue.check(spec(tmp_path / "none"), str(data))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((bert / "config.json").read_text())
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        glue.check(spec(bare), str(data))
+    with pytest.raises(SpecError, match="for rte, or the path of a checkpoint's folder"):
+        spec("resnet8")
+    with pytest.raises(SpecError, match="model is 'minilm'"):
+        replace(spec(bert), dataset="cifar10", model="minilm")
+
+
+def test_a_head_of_another_size_is_drawn_anew(bert, data, tmp_path):
+    """A checkpoint that was tuned for two classes, taken on to three."""
+    from transformers import AutoTokenizer
+
+    config = BertConfig.from_pretrained(bert, num_labels=2)
+    BertForSequenceClassification.from_pretrained(bert, config=config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    assert build_task(spec(tmp_path, "mnli"), str(data)).model.classifier.weight.shape == (3, 16)
+
+
+def test_roberta_counts_its_positions_from_the_padding(roberta, data):
+    glue.check(spec(roberta, max_length=38), str(data))
+    with pytest.raises(DataError, match="at most 38 tokens"):
+        glue.check(spec(roberta, max_length=39), str(data))
+
+
+def test_every_cell_of_the_paper_profile_is_a_model_of_the_published_size():
+    """Built on the meta device from the published configurations, which are the classes' own defaults."""
+    parameters = {}
+    for name in ("bert_glue", "roberta_glue"):
+        for cell in catalogue.cells(name, "paper"):
+            classes = max(1, len(TASKS[cell.dataset].labels))
+            if (cell.model, classes) in parameters:
+                continue
+            with torch.device("meta"):
+                if cell.model == "bert-base-uncased":
+                    model = BertForSequenceClassification(BertConfig(num_labels=classes))
+                else:
+                    config = RobertaConfig(
+                        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=classes
+                    )
+                    model = RobertaForSequenceClassification(config)
+            parameters[cell.model, classes] = sum(p.numel() for p in model.parameters())
+            build_optimizer(cell, model)
+    assert parameters["bert-base-uncased", 2] == 109_483_778
+    assert parameters["roberta-base", 2] == 124_647_170
+    assert len(parameters) == 6
+
+
+def test_a_run_of_text_resumes_bit_for_bit(bert, data, tmp_path):
+    from experiments.harness.train import Interrupted
+
+    run = spec(bert, rho=0.05, micro_batches=3, dropout=0.2)
+    train(run, tmp_path / "whole", data_root=str(data))
+    asked = iter([False, False, True])
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "parts", data_root=str(data), stop=lambda: next(asked))
+    train(run, tmp_path / "parts", data_root=str(data))
+    found = [
+        json.loads((r / "runs" / run.run_id / "summary.json").read_text())
+        for r in (tmp_path / "whole", tmp_path / "parts")
+    ]
+    for summary in found:
+        summary.pop("wall_seconds"), summary.pop("step_seconds")
+    assert found[0] == found[1]
