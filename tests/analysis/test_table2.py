@@ -103,4 +103,4 @@ def test_tables_with_runs_are_shown_without_being_named(root):
     """Table 1 always is; the runs here are no cells of the project's Table 2, so that is left out."""
     shown = run(Arguments(profile="smoke", results=root))
     assert "Table 1" in shown
-    assert "Table 2" not in shown
+    assert "Table 2: GLUE" not in shown
