@@ -40,7 +40,7 @@ class Gradients:
     """The parameters' `.grad`: what was there is set aside, and added to only when all went well."""
 
     def __init__(self, params: Sequence[Tensor], shared: bool) -> None:
-        """Set aside what is there.
+        """Take note of what is there; nothing is changed yet.
 
         Args:
             params: The parameters that receive gradients.
@@ -51,7 +51,10 @@ class Gradients:
         self._before = [p.grad for p in params]
         self._copies = [g.detach().clone() if shared and g is not None else None for g in self._before]
         self._joined = False
-        for p in params:
+
+    def set_aside(self) -> None:
+        """Begin with no gradients, so that this call's are its own."""
+        for p in self._params:
             p.grad = None
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def tables(network: nn.Module) -> list[nn.Embedding]:
     which would be compiled anew; not under a hook, which would see gradients of another form.
     """
     modules = list(network.modules())
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
+    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in modules):
         return []
     return [m for m in modules if type(m) is nn.Embedding and _free(m)]
 

@@ -69,8 +69,8 @@ def backward(
 
     Running statistics, as of BatchNorm layers in train mode, move in the clean passes only, once for each
     micro-batch (see `msam.batchnorm`). Tensor hooks of a parameter see its ascent gradient and then its
-    perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only. What
-    DistributedDataParallel does is told in `msam.parallel`.
+    perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only, as it adds up, and
+    must not step an optimizer there. What DistributedDataParallel does is told in `msam.parallel`.
 
     Args:
         loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and its
@@ -133,6 +133,7 @@ def backward(
     gradients = Gradients(params, shared=ddp is not None)
     mean = Mean(sizes, gradients, replicas)
     try:
+        gradients.set_aside()
         with replicas.watched():
             for number, part in enumerate(parts, start=1):
                 last = number == len(parts)

@@ -85,7 +85,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
     while True:
         if isinstance(model, DistributedDataParallel):
             model, ddp = model.module, model
-        elif hasattr(model, "_orig_mod"):  # torch.compile's
+        elif "_orig_mod" in model._modules:  # torch.compile's
             model = model._orig_mod
         else:
             break
