@@ -61,6 +61,7 @@ test-fast: setup ## Run the tests but for those marked slow
 
 bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
 	$(python) -m benchmarks.backward
+	$(python) -m benchmarks.loop
 
 lint: setup ## Check the style, the format, and who imports whom
 	$(python) -m ruff check .

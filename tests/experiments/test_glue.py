@@ -1,6 +1,8 @@
 """Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's own fields."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,3 +293,30 @@ def test_a_run_of_text_resumes_bit_for_bit(bert, data, tmp_path):
     for summary in found:
         summary.pop("wall_seconds"), summary.pop("step_seconds")
     assert found[0] == found[1]
+
+
+FULL_SIZE = """
+import resource, torch, msam
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+torch.set_num_threads(2)
+torch.manual_seed(0)
+roberta = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+model = {"bert": lambda: BertForSequenceClassification(BertConfig()),
+         "roberta": lambda: RobertaForSequenceClassification(roberta)}[NAME]()
+batch = {"input_ids": torch.randint(10, 30000, (32, 128)), "labels": torch.randint(0, 2, (32,))}
+step = msam.backward(lambda part: model(**part).loss, batch, model, rho=0.01, micro_batches=4)
+assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in model.named_parameters())
+assert step.sharpness > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_step_of_the_full_size_fits_into_20_gib(name):
+    """Random weights of the published configuration, batch 32 of 128 tokens, m = 4."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"NAME = {name!r}{FULL_SIZE}"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 20

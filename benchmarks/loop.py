@@ -1,0 +1,78 @@
+"""What the training loop of the suite adds to a step: loader, tokens, records and progress, beside a bare loop.
+
+    python -m benchmarks.loop --rounds 5
+
+Both train the same model on the same batches in the same order, one thread each, in turn within a round. The bare loop
+has its batches padded beforehand and does nothing but zero_grad, msam.backward, clip, step. Printed is the median over
+the rounds of the ratio of a step's seconds, with the least and the greatest; the bar is 1.03.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import msam
+from experiments import bert_glue, resnet_cifar
+from experiments.harness.provenance import cpu
+from experiments.harness.record import record_of
+from experiments.harness.spec import Spec
+from experiments.harness.task import build_task
+from experiments.harness.train import build_optimizer, schedule, train
+
+RUNS = {
+    "MiniLM on movie snippets": replace(bert_glue.CPU, train_examples=320, test_examples=16, epochs=1),
+    "ResNet-8 on CIFAR-10": replace(resnet_cifar.CPU, test_examples=250, epochs=2),
+}
+METHODS = {"base": {}, "mSAM, m=4": {"rho": 0.01, "micro_batches": 4}}
+
+
+def suite(spec: Spec) -> float:
+    """Seconds of a step, as the suite's own record has them."""
+    with tempfile.TemporaryDirectory() as folder:
+        train(spec, Path(folder))
+        return record_of(spec, Path(folder)).summary()["step_seconds"]
+
+
+def bare(spec: Spec) -> float:
+    """Seconds of a step of the loop that one would write by hand."""
+    torch.set_num_threads(spec.threads)
+    torch.manual_seed(spec.seed)
+    task = build_task(spec)
+    batches = [batch for epoch in range(spec.epochs) for batch in task.batches(epoch, 0)]
+    optimizer = build_optimizer(spec, task.model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
+    task.model.train()
+    begun = time.perf_counter()
+    for batch in batches:
+        optimizer.zero_grad()
+        msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
+        optimizer.step()
+        scheduler.step()
+    return (time.perf_counter() - begun) / len(batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    print(f"{cpu()} ({torch.backends.cpu.get_cpu_capability()}), 1 thread, {rounds} rounds\n")
+    print("| run | step in the suite over a bare one | bar | met |\n| --- | --- | --- | --- |")
+    for name, spec in RUNS.items():
+        for method, changes in METHODS.items():
+            run = replace(spec, **changes)
+            suite(run), bare(run)  # files and kernels are warm then
+            ratios = sorted(suite(run) / bare(run) for _ in range(rounds))
+            middle = statistics.median(ratios)
+            told = f"{middle:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            print(f"| {name}, {method} | {told} | <= 1.03 | {'yes' if middle <= 1.03 else 'no'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
