@@ -3,11 +3,11 @@
     python -m experiments run bert_glue --profile cpu --data-root FOLDER
     python -m experiments run bert_glue-tuning --profile cpu     # the grid that chose learning rate and rho
 
-cpu: MiniLM (a BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows are its own) on 1,600
-sentences of SST-2 and 1,280 pairs of MRPC, where FOLDER holds GLUE, and on 1,600 movie snippets, which come from PyPI.
+cpu: MiniLM (a BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows are its own) on 800
+sentences of SST-2 and 640 pairs of MRPC, where FOLDER holds GLUE, and on 800 movie snippets, which come from PyPI.
 Rows whose data cannot be had stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
 
-Expected: to be measured.
+Expected: not measured yet. Learning rate and rho of the cpu profile wait for its grid.
 """
 
 from dataclasses import replace
@@ -34,11 +34,11 @@ SMOKE = Spec(
     max_length=64,
 )
 
-CPU = replace(SMOKE, profile="cpu", train_examples=1600, test_examples=1000, epochs=2)
+CPU = replace(SMOKE, profile="cpu", train_examples=800, test_examples=1000, epochs=2)
 SETS = {
     "snippets": CPU,
     "sst2": replace(CPU, dataset="sst2", test_examples=None),
-    "mrpc": replace(CPU, dataset="mrpc", train_examples=1280, test_examples=None, max_length=96),
+    "mrpc": replace(CPU, dataset="mrpc", train_examples=640, test_examples=None, max_length=96),
 }
 
 # Devlin et al. 2019 (BERT, section 4.1): batch 32, 3 epochs, learning rate 2e-5 to 5e-5 chosen on the development set;
