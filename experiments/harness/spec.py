@@ -107,6 +107,8 @@ class Spec:
         for name in ("train_examples", "test_examples", "clip_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0, or left out")
+        if not self.seed < 2**32:
+            _refuse("seed", self.seed, "below 2**32")
         if not 0 <= self.label_smoothing < 1:
             _refuse("label_smoothing", self.label_smoothing, "at least 0 and below 1")
         if self.micro_batches > self.batch_size:
