@@ -39,7 +39,6 @@ def results(tmp_path_factory):
         (["run", "table1", "--set", "rho=NaN"], "rho is nan"),
         (["run", "table1", "--seeds", "0"], "seeds is 0"),
         (["run", "table1", "--set", "seed=18446744073709551616"], "seed is 18446744073709551616"),
-        (["run", "table1", "--jobs", "0"], "jobs is 0"),
         (["plan", "table1", "--jobs", "-3"], "jobs is -3"),
         (["run", "table1", "--jobs", "0"], "jobs is 0"),
         (["run"], "TARGET"),
