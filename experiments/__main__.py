@@ -54,6 +54,7 @@ def plan(
     """
     from experiments.harness.pool import default_jobs, duration
 
+    _check_jobs(jobs)
     specs = _specs(target, profile, seeds, set)
     results = results.absolute()
     estimate, left, unknown = measured(results), 0.0, 0
@@ -89,14 +90,16 @@ def run(
     Args:
         jobs: Workers at a time; left out: one for each core, or one for each GPU.
         data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
-        redo: Delete the target's finished and unfinished runs first, and train them anew.
+        redo: Train the target's runs anew, finished ones too; each keeps its result until its own turn comes.
     """
     from experiments.harness.provenance import command_line, environment
 
-    if jobs is not None and jobs < 1:
-        raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
+    _check_jobs(jobs)
     specs = _specs(target, profile, seeds, set)
     results = results.absolute()
+    for record in (record_of(spec, results) for spec in specs):
+        if record.done:  # and not damaged, foreign, or a newer version's
+            record.spec(), record.summary()
     waiting = [spec for spec in specs if redo or not record_of(spec, results).done]
     if not waiting:
         print(f"All {len(specs)} runs of {target} ({profile}) are done; nothing to train.")
@@ -106,14 +109,13 @@ def run(
     from experiments.harness import pool
 
     _check_device(waiting)
-    waiting = _with_data(waiting, data_root)
+    done = len(specs) - len(waiting)
+    waiting = _with_data(waiting, data_root, needed=not done)
+    if not waiting:
+        print(f"The other {done} runs of {target} ({profile}) are done; nothing to train.")
+        return 0
     for spec in waiting:
-        record = record_of(spec, results)
-        if redo:
-            with record.locked():
-                record.remove()
-        record.create(spec)
-    done = sum(record_of(spec, results).done for spec in specs)
+        record_of(spec, results).create(spec)
     print(
         f"Training {len(waiting)} runs of {target} ({profile}); {done} are done.",
         flush=True,
@@ -125,11 +127,12 @@ def run(
         environment=session,
         estimate=measured(results),
         data_root=str(data_root) if data_root else None,
+        redo=redo,
     )
     for spec, failure in outcome.failed.items():
         print(f"\nFAILED {spec.run_id} {spec.title}\n{failure.rstrip()}", file=sys.stderr)
     if outcome.failed:
-        print(f"\n{len(outcome.failed)} of {len(waiting)} runs failed; the others are done.", file=sys.stderr)
+        print(f"\n{len(outcome.failed)} of {len(waiting)} runs failed.", file=sys.stderr)
     if outcome.interrupted:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130
@@ -156,6 +159,7 @@ def status(
 def _state(record: Record, spec: Spec) -> tuple[str, str]:
     try:
         if record.done:
+            record.spec(), record.summary()
             return "done", ""
         if not record.folder.exists():
             return "not begun", ""
@@ -166,7 +170,7 @@ def _state(record: Record, spec: Spec) -> tuple[str, str]:
         if failure := record.failure():
             return "failed", f": {failure}"
         return ("begun", epoch) if lines or record.checkpoint.exists() else ("not begun", "")
-    except RecordError as error:
+    except (OSError, RecordError) as error:
         return "damaged", f": {error}"
 
 
@@ -193,6 +197,11 @@ def _change(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _check_jobs(jobs: int | None) -> None:
+    if jobs is not None and jobs < 1:
+        raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
+
+
 def _check_device(specs: list[Spec]) -> None:
     from experiments.harness.pool import default_jobs
 
@@ -203,8 +212,12 @@ def _check_device(specs: list[Spec]) -> None:
         )
 
 
-def _with_data(specs: list[Spec], data_root: Path | None) -> list[Spec]:
-    """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has."""
+def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[Spec]:
+    """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has.
+
+    Raises:
+        NotToBeHad: if that leaves nothing although some is `needed`.
+    """
     from experiments.harness.data import NotToBeHad
     from experiments.harness.task import check
 
@@ -217,7 +230,7 @@ def _with_data(specs: list[Spec], data_root: Path | None) -> list[Spec]:
         except NotToBeHad as error:
             lacking[dataset] = error
     found = [spec for spec in specs if spec.dataset not in lacking]
-    if not found:
+    if needed and not found:
         raise next(iter(lacking.values()))
     for dataset, error in lacking.items():
         print(f"Not run: {sum(s.dataset == dataset for s in specs)} runs on {dataset}. {error}", file=sys.stderr)
@@ -237,6 +250,12 @@ def main() -> None:
         code = 2
     except BrokenPipeError:
         code = 0
+    except OSError as error:
+        print(
+            f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that and run again.",
+            file=sys.stderr,
+        )
+        code = 2
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from the last checkpoints.", file=sys.stderr)
         code = 130

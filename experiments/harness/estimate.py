@@ -38,10 +38,12 @@ def work(spec: Spec) -> int:
 def measured(root: Path) -> Estimate:
     """What the finished runs below a results root tell; unreadable ones are left out."""
     exact, by_model = defaultdict(list), defaultdict(list)
-    for record in _finished(root):
+    for record in _records(root):
         try:
+            if not record.done:
+                continue
             spec, seconds = record.spec(), float(record.summary()["wall_seconds"])
-        except (RecordError, KeyError, TypeError, ValueError):
+        except (OSError, RecordError, KeyError, TypeError, ValueError):
             continue
         exact[_exactly(spec)].append(seconds / work(spec))
         by_model[_roughly(spec)].append(seconds / work(spec))
@@ -51,10 +53,10 @@ def measured(root: Path) -> Estimate:
     )
 
 
-def _finished(root: Path) -> Iterable[Record]:
+def _records(root: Path) -> Iterable[Record]:
     folder = root / "runs"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [record for record in (Record(root, name) for name in names) if record.done]
+    return [Record(root, name) for name in names]
 
 
 def _roughly(spec: Spec) -> tuple:

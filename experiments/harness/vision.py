@@ -55,7 +55,7 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
             chosen = order[index * spec.batch_size : (index + 1) * spec.batch_size]
             x = images[chosen]
             if spec.augmentation == "crop-flip":
-                x = crop_and_flip(x, generator(spec.seed, epoch, index))
+                x = crop_and_flip(x, generator(spec.seed, epoch, index, 1))  # (seed, epoch, 0) is (seed, epoch)
             yield normalised(x), labels[chosen]
 
     def evaluate() -> dict[str, float]:

@@ -39,6 +39,8 @@ def results(tmp_path_factory):
         (["run", "table1", "--set", "rho=-0.5"], "rho is -0.5"),
         (["run", "table1", "--set", "rho=NaN"], "rho is nan"),
         (["run", "table1", "--seeds", "0"], "seeds is 0"),
+        (["run", "table1", "--set", "seed=18446744073709551616"], "seed is 18446744073709551616"),
+        (["plan", "table1", "--jobs", "-3"], "jobs is -3"),
         (["run", "table1", "--jobs", "0"], "jobs is 0"),
         (["run"], "TARGET"),
         (["train"], "train"),
@@ -105,6 +107,29 @@ def test_redo_trains_anew_and_arrives_at_the_same_numbers(results, tmp_path):
     assert call("run", "linear_cifar", "--profile", "smoke", "--redo", "--results", str(root)).returncode == 0
     assert accuracies() == before
     assert [p.stat().st_mtime_ns for p in sorted(root.glob("runs/*/summary.json"))] != written
+
+
+def test_redo_touches_nothing_of_a_newer_version(results, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    newer = sorted(root.glob("runs/*"))[-1]
+    (newer / "spec.json").write_text('{"format": 99, "spec": {}}')
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    done = call("run", "linear_cifar", "--profile", "smoke", "--redo", "--results", str(root))
+    assert done.returncode == 2
+    assert "newer version" in done.stderr
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_that_is_damaged_does_not_pass_for_done(results, tmp_path):
+    root = tmp_path / "results"
+    shutil.copytree(results, root)
+    damaged = min(root.glob("runs/*/summary.json"))
+    damaged.write_text("")
+    done = call("run", "linear_cifar", "--profile", "smoke", "--results", str(root))
+    assert done.returncode == 2
+    assert str(damaged) in done.stderr
+    assert "1 damaged, 1 done" in call("status", "linear_cifar", "--profile", "smoke", "--results", str(root)).stdout
 
 
 def test_status_tells_states_apart(results, tmp_path):

@@ -1,6 +1,7 @@
 """Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's own fields."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +29,7 @@ from experiments.harness.spec import Spec, SpecError
 from experiments.harness.task import build_task
 from experiments.harness.texts import TASKS
 from experiments.harness.train import build_optimizer, schedule, train
-from tests.experiments.test_texts import columns_of, write
+from tests.experiments.test_texts import all_texts, columns_of, write  # noqa: F401: dozens is a fixture
 
 SMALL = {
     "hidden_size": 16,
@@ -45,16 +46,7 @@ def bert(tmp_path_factory) -> Path:
     from transformers import BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
-    words = sorted(
-        {
-            w
-            for task in TASKS
-            for c, v in columns_of(task).items()
-            if c not in ("label", "idx")
-            for t in v
-            for w in t.split()
-        }
-    )
+    words = sorted({word for text in all_texts() for word in text.split()})
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
     tokenizer.save_pretrained(folder)
@@ -71,8 +63,7 @@ def roberta(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("roberta")
     trained = ByteLevelBPETokenizer()
-    lines = [t for task in TASKS for c, v in columns_of(task).items() if c not in ("label", "idx") for t in v]
-    trained.train_from_iterator(lines, 400, 1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    trained.train_from_iterator(all_texts(), 400, 1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     trained.save_model(str(folder))
     tokenizer = RobertaTokenizerFast(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
@@ -214,12 +205,77 @@ def test_the_linear_schedule_warms_up_and_ends_at_zero():
     assert factor(10) - factor(11) == pytest.approx(1 / 15)
 
 
-def test_held_out_rows_are_never_trained_on(bert, data, tmp_path):
-    run = spec(bert, train_examples=6, holdout_examples=4)
+def words_of(batch, folder) -> list[str]:
+    """A batch's texts, as the tokenizer gives them back."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+
+
+def test_held_out_rows_are_scored_and_never_trained_on(bert, data, tmp_path):
+    """Trained on are the first six of the fixed permutation, scored the last four, by the weights of the end."""
+    run = spec(bert, "sst2", train_examples=6, holdout_examples=4)
+    order = np.random.default_rng(0).permutation(12)
+    rows = columns_of("sst2")
+    torch.manual_seed(0)
+    task = build_task(run, str(data))
+    seen = {text for batch in task.batches(0, 0) for text in words_of(batch, bert)}
+    assert seen == {rows["sentence"][i] for i in order[:6]}
     train(run, tmp_path, data_root=str(data))
     summary = record_of(run, tmp_path).summary()
-    assert "holdout_score" in summary
     assert not any(name.startswith("test") for name in summary)
+    task.model.load_state_dict(torch.load(record_of(run, tmp_path).checkpoint, weights_only=True)["model"])
+    assert summary["holdout_score"] == own_accuracy(
+        task, bert, [rows["sentence"][i] for i in order[-4:]], [rows["label"][i] for i in order[-4:]]
+    )
+
+
+def own_accuracy(task, folder, *columns_and_labels) -> float:
+    from transformers import AutoTokenizer
+
+    *columns, labels = columns_and_labels
+    tokens = AutoTokenizer.from_pretrained(folder)(*columns, padding=True, return_tensors="pt")
+    task.model.eval()
+    with torch.no_grad():
+        predicted = task.model(**tokens).logits.argmax(1)
+    return (predicted == torch.tensor(labels)).float().mean().item()
+
+
+def test_matched_and_mismatched_are_scored_each_on_its_own_split(bert, data):
+    torch.manual_seed(0)
+    task = build_task(spec(bert, "mnli"), str(data))
+    with torch.no_grad():  # a model whose answers depend on the text
+        task.model.classifier.weight.mul_(50)
+    found = task.evaluate()
+    for part, split in (("test", "validation_matched"), ("test_mismatched", "validation_mismatched")):
+        rows = columns_of("mnli", split)
+        expected = own_accuracy(task, bert, rows["premise"], rows["hypothesis"], rows["label"])
+        assert found[f"{part}_accuracy"] == pytest.approx(expected)
+
+
+def test_the_encoder_is_the_checkpoints_and_the_head_is_drawn_by_the_seed(bert, data, tmp_path):
+    """Also where the checkpoint has a head that would fit: it was tuned before."""
+    from transformers import AutoTokenizer
+
+    config = BertConfig.from_pretrained(bert, num_labels=2)
+    BertForSequenceClassification.from_pretrained(bert, config=config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
+    models = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        models.append(build_task(spec(tmp_path), str(data)).model)
+    saved = BertModel.from_pretrained(bert)
+    for model in models:
+        assert torch.equal(
+            model.bert.encoder.layer[0].attention.self.query.weight, saved.encoder.layer[0].attention.self.query.weight
+        )
+        assert torch.equal(model.bert.pooler.dense.weight, saved.pooler.dense.weight)
+    assert torch.equal(models[0].classifier.weight, models[1].classifier.weight)
+    assert not torch.equal(models[0].classifier.weight, models[2].classifier.weight)
+    with torch.no_grad():
+        models[0].bert.embeddings.word_embeddings.weight[0] += 1
+    assert glue.checksum(models[0]) != glue.checksum(models[1]) == glue.checksum(models[2])
 
 
 def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
@@ -232,20 +288,28 @@ def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
     (bare / "config.json").write_text((bert / "config.json").read_text())
     with pytest.raises(DataError, match="holds no tokenizer"):
         glue.check(spec(bare), str(data))
+    mixed = shutil.copytree(bert, tmp_path / "mixed")
+    content = json.loads((bert / "config.json").read_text())
+    (mixed / "config.json").write_text(json.dumps({**content, "hidden_size": 32}))
+    with pytest.raises(DataError, match="The weights of .* are not those of its config"):
+        glue.check(spec(mixed), str(data))
+    (mixed / "config.json").write_text(json.dumps({**content, "vocab_size": 50}))
+    with pytest.raises(DataError, match="tokens and the model 50"):
+        glue.check(spec(mixed), str(data))
+    (mixed / "config.json").write_text(json.dumps(content))
+    (mixed / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(DataError, match="could not be had"):
+        glue.check(spec(mixed), str(data))
+    for changes, words in (
+        ({"augmentation": "crop-flip"}, "none for texts"),
+        ({"dataset": "stsb", "label_smoothing": 0.1}, "a regression"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            replace(spec(bert), **changes)
     with pytest.raises(SpecError, match="for rte, or the path of a checkpoint's folder"):
         spec("resnet8")
     with pytest.raises(SpecError, match="model is 'minilm'"):
         replace(spec(bert), dataset="cifar10", model="minilm")
-
-
-def test_a_head_of_another_size_is_drawn_anew(bert, data, tmp_path):
-    """A checkpoint that was tuned for two classes, taken on to three."""
-    from transformers import AutoTokenizer
-
-    config = BertConfig.from_pretrained(bert, num_labels=2)
-    BertForSequenceClassification.from_pretrained(bert, config=config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path)
-    assert build_task(spec(tmp_path, "mnli"), str(data)).model.classifier.weight.shape == (3, 16)
 
 
 def test_roberta_counts_its_positions_from_the_padding(roberta, data):

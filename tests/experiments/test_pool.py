@@ -78,6 +78,23 @@ def test_a_worker_that_is_killed_is_reported_and_its_run_goes_on_next_time(tmp_p
     assert not record_of(LONG, tmp_path).busy
 
 
+def test_a_worker_that_is_told_to_stop_by_somebody_else_is_reported(tmp_path):
+    def stop_the_long_one() -> None:
+        record = record_of(LONG, tmp_path)
+        while not record.metrics():
+            time.sleep(0.05)
+        for process in list(pool.multiprocessing.process._children):
+            os.kill(process.pid, signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_the_long_one)
+    stopper.start()
+    outcome = run([LONG], tmp_path)
+    stopper.join()
+    assert not outcome.interrupted
+    assert "A signal from outside stopped this run" in outcome.failed[LONG]
+    assert record_of(LONG, tmp_path).checkpoint.exists()
+
+
 def cli(*arguments: str, root: Path) -> list[str]:
     return [sys.executable, "-m", "experiments", *arguments, "--profile", "smoke", "--results", str(root)]
 

@@ -19,6 +19,7 @@ from experiments.harness.record import RecordError, record_of
 from experiments.harness.spec import Spec, four_methods
 from experiments.harness.task import build_task
 from experiments.harness.train import Diverged, Interrupted, build_optimizer, schedule, train
+from experiments.harness.vision import normalised
 
 RESNET = Spec(
     profile="smoke",
@@ -274,9 +275,26 @@ def test_what_a_finished_run_reports(tmp_path):
     assert len(session["data_checksum"]) == 64
 
 
-def test_a_held_out_run_never_reports_the_test_set(tmp_path):
+def test_a_held_out_run_is_scored_on_the_held_out_images_alone(tmp_path):
+    """The score is recomputed from the final weights and the images of the permutation's end."""
     spec = replace(RESNET, holdout_examples=40)
     train(spec, tmp_path)
-    summary = record_of(spec, tmp_path).summary()
-    assert "holdout_accuracy" in summary
+    record = record_of(spec, tmp_path)
+    summary = record.summary()
     assert not any(name.startswith("test") for name in summary)
+    cifar = load_cifar("cifar10", None)
+    last = np.random.default_rng(0).permutation(50_000)[-40:]
+    model = build("resnet8", 10).eval()
+    model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
+    with torch.no_grad():
+        predicted = model(normalised(torch.from_numpy(cifar.train_images[last]))).argmax(1).numpy()
+    assert summary["holdout_accuracy"] == (predicted == cifar.train_labels[last]).mean()
+
+
+def test_a_run_that_ends_in_nan_has_failed(tmp_path):
+    """The last step's weights are seen by no loss: the scores are."""
+    spec = replace(RESNET, model="linear", epochs=1, batch_size=64, learning_rate=3e38, rho=0.0, clip_norm=None)
+    with pytest.raises(Diverged, match="failed after step 1"):
+        train(spec, tmp_path)
+    assert not record_of(spec, tmp_path).done
+    assert "failed after step 1" in record_of(spec, tmp_path).failure()
