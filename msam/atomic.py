@@ -1,4 +1,4 @@
-"""All or nothing: what `backward` leaves behind when something goes wrong, or when Ctrl-C is pressed."""
+"""All or nothing: what `backward` leaves behind when something goes wrong, or when a signal arrives."""
 
 import signal
 import threading
@@ -8,54 +8,72 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_HELD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+"""Ctrl-C, and the signals whose handlers write checkpoints where jobs are preempted."""
+
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold SIGINT back until the block has ended; a second one does not wait.
+def signals_held(to_the_end: bool = False) -> Iterator[None]:
+    """Hold back signals that Python handles until the block has ended; then their handlers are called.
 
-    Where Python gets no signals (outside the main thread) or SIGINT is not Python's to handle, nothing is held.
+    Nothing is held outside the main thread, where Python gets no signals.
+
+    Args:
+        to_the_end: Hold a second Ctrl-C too. Otherwise it does not wait.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+    usual = {number: signal.getsignal(number) for number in _HELD}
+    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread() or not usual:
         yield
         return
     waiting = []
 
     def hold(number: int, frame: object) -> None:
+        again = number == signal.SIGINT and any(number == earlier for earlier, _ in waiting)
         waiting.append((number, frame))
-        if len(waiting) > 1:
+        if again and not to_the_end:
             waiting.clear()
-            usual(number, frame)
+            usual[number](number, frame)
 
-    signal.signal(signal.SIGINT, hold)
+    for number in usual:
+        signal.signal(number, hold)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-        if waiting:
-            usual(*waiting[0])
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        for number, frame in waiting:
+            usual[number](number, frame)
 
 
 class Gradients:
     """The parameters' `.grad`: what was there is set aside, and added to only when all went well."""
 
-    def __init__(self, params: Sequence[Tensor], shared: bool) -> None:
+    def __init__(self, params: Sequence[Tensor], overwritten: bool) -> None:
         """Take note of what is there; nothing is changed yet.
 
         Args:
             params: The parameters that receive gradients.
-            shared: Whether a reducer may write to the tensors in `.grad`, as DistributedDataParallel does
-                when its buckets are the gradients: then a copy is kept too.
+            overwritten: Whether the tensors in `.grad` are written to before all has gone well, as
+                DistributedDataParallel does whose buckets they are: then copies are kept too.
         """
-        self._params = params
+        self._params = list(params)
         self._before = [p.grad for p in params]
-        self._copies = [g.detach().clone() if shared and g is not None else None for g in self._before]
+        self._copies = [g.detach().clone() if overwritten and g is not None else None for g in self._before]
         self._joined = False
 
     def set_aside(self) -> None:
         """Begin with no gradients, so that this call's are its own."""
         for p in self._params:
             p.grad = None
+
+    def include(self, leaf: Tensor) -> None:
+        """Count in a leaf that turned up later, before anything was accumulated in it."""
+        if not any(leaf is p for p in self._params):
+            self._params.append(leaf)
+            self._before.append(leaf.grad)
+            self._copies.append(None)
+            leaf.grad = None
 
     @torch.no_grad()
     def scale(self, factor: float | Tensor) -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from msam.atomic import signals_held
+
 SMALLEST = 2**16
 """Weights of a table for which the rows are worth their sorting."""
 
@@ -42,10 +44,14 @@ def _free(layer: nn.Embedding) -> bool:
 @contextmanager
 def rows_only(layers: Sequence[nn.Embedding]) -> Iterator[None]:
     """Forward passes in the block give gradients of the rows they read, as sparse tensors."""
-    for layer in layers:
-        layer.sparse = True
+    if not layers:
+        yield
+        return
     try:
+        for layer in layers:
+            layer.sparse = True
         yield
     finally:
-        for layer in layers:
-            layer.sparse = False
+        with signals_held(to_the_end=True):
+            for layer in layers:
+                layer.sparse = False

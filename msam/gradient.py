@@ -1,7 +1,7 @@
 """The mSAM gradient, left in `.grad` for any optimizer to use."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from msam.atomic import Gradients, interrupts_held
+from msam.atomic import Gradients, signals_held
 from msam.batchnorm import Statistics
 from msam.embedding import rows_only, tables
 from msam.mean import Mean, mean_and_weight
-from msam.microbatch import check_micro_batches, examples, split
+from msam.microbatch import check_micro_batches, examples, fresh, split
 from msam.parallel import Replicas, unwrapped
 from msam.perturbation import Weights
 
@@ -75,12 +75,15 @@ def backward(
     Args:
         loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and its
             weight, >= 0, which counts what was averaged (the valid tokens, say): G is then weighted by it. It
-            runs the forward pass only, and is called twice for each micro-batch (once if rho = 0). Weights that
+            runs the forward pass only, and is called twice for each micro-batch (once if rho = 0), with the same
+            tensors in fresh containers: it may pop from a dict, but must not write to a tensor. Weights that
             are numbers, or tensors on the CPU, are looked at, and a micro-batch of weight 0 is left out; of one
             whose weight lies on a GPU the gradient must be finite (that of `cross_entropy` is).
         batch: The mini-batch, of any structure that `msam.split` takes; None if `micro_batches` holds it.
         model: The module whose parameters are perturbed and receive the gradient; those with
             `requires_grad=False` are left alone. DistributedDataParallel and torch.compile may wrap it.
+            Parameters outside it that the loss depends on get their gradient too, at unperturbed values, but
+            are not put back if something goes wrong.
         rho: Radius of the perturbation, finite and >= 0, in the units of the weights.
         micro_batches: m >= 1, how many micro-batches; their sizes differ by one example at most. Or the list of
             micro-batches itself.
@@ -101,12 +104,14 @@ def backward(
     Raises:
         ValueError: for an unusable rho, micro_batches or batch, a model without trainable or perturbed
             parameters, a loss that is not a scalar or does not depend on them, or a negative weight.
-        NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm under
-            DistributedDataParallel, reentrant activation checkpointing, and inside `parametrize.cached()`.
+        NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm or a static graph under
+            DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
+            `parametrize.cached()`.
 
-    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, also
-    after Ctrl-C, which is held back while weights are perturbed. A gradient or norm that is not finite leaves
-    values that are not finite in `.grad`, and the weights as they were.
+    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were. Signals
+    with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler) wait until the weights are no
+    longer perturbed, but a second Ctrl-C does not; one that arrives at the very end finds the call finished. A
+    gradient or norm that is not finite leaves values that are not finite in `.grad`, and the weights as they were.
     """
     check_rho(rho)
     parts, sizes = _parts(batch, micro_batches)
@@ -115,13 +120,12 @@ def backward(
     replicas = Replicas(ddp)
     weights = Weights(perturbed, rho, adaptive)
     statistics = Statistics(network)
-    sparse = [] if ddp else tables(network)
-    anchors = params if ddp else perturbed[:1]
+    sparse = [] if ddp else tables(model)
     scaled = scaler.scale if scaler else lambda loss: loss
 
     def forward(part: Any, layers: Sequence[nn.Embedding], reduced: bool) -> tuple[Tensor, float | Tensor | None]:
         with replicas.silent(unless=reduced), rows_only(layers):
-            return mean_and_weight(loss_fn(part))
+            return mean_and_weight(loss_fn(fresh(part)))
 
     def accumulate(loss: Tensor, share: float | Tensor, reduced: bool) -> None:
         share = share.to(loss.device, loss.dtype) if isinstance(share, Tensor) else share
@@ -130,7 +134,7 @@ def backward(
 
     losses, perturbed_losses, norms = [], [], []
     before = statistics.copied()
-    gradients = Gradients(params, shared=ddp is not None)
+    gradients = Gradients(params, overwritten=replicas.overwrites)
     mean = Mean(sizes, gradients, replicas)
     try:
         gradients.set_aside()
@@ -141,31 +145,35 @@ def backward(
                 noise = _generator_states(params) if rho and same_noise else None
                 loss, weight = forward(part, sparse if rho else summed, reduced=last and not rho)
                 replicas.check_used()
+                if weight is not None and number == 1:
+                    for leaf in _leaves(loss):  # parameters outside the model are weighted alike
+                        gradients.include(leaf)
                 share = mean.share(weight, last)
-                loss = _nothing_if(weight, loss, anchors)
+                loss = _nothing_if(weight, loss, perturbed, ddp is not None)
                 losses.append(loss.detach())
                 if not rho:
                     accumulate(loss, share, reduced=last)
                     continue
 
                 gradient = _ascent_gradient(scaled(loss), perturbed)
-                with interrupts_held(), weights.moved(gradient) as norm, statistics.kept():
+                del loss  # and what the graph has kept for parameters that are not perturbed
+                with signals_held(), weights.moved(gradient) as norm, statistics.kept():
                     if noise:
                         _set_generator_states(noise)
                     loss, _ = forward(part, summed, reduced=last)
-                    loss = _nothing_if(weight, loss, anchors)
+                    loss = _nothing_if(weight, loss, perturbed, ddp is not None)
                     # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
                     # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
                     accumulate(loss * (1 + (norm - norm)).to(loss.device), share, reduced=last)
                 perturbed_losses.append(loss.detach())
                 norms.append(norm)
-        with interrupts_held():
-            gradients.commit()
     except BaseException:
-        with interrupts_held():
+        with signals_held(to_the_end=True):
             gradients.roll_back()
             statistics.put_back(before)
         raise
+    with signals_held(to_the_end=True):
+        gradients.commit()
 
     loss = mean.of(losses)
     if not rho:
@@ -235,28 +243,38 @@ def _ascent_gradient(loss: Tensor, perturbed: Sequence[Tensor]) -> list[Tensor |
 
 def _reentrant(loss: Tensor) -> bool:
     """Whether the loss came through a checkpoint whose parameters torch.autograd.grad cannot see."""
-    seen, waiting = set(), [loss.grad_fn]
+    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss))
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from the loss accumulates gradients in."""
+    return [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+
+
+def _graph(loss: Tensor) -> Iterator[Any]:
+    """Every node of autograd's graph behind a loss, once."""
+    seen, waiting = {None}, [loss.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
-    return False
+        if node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            yield node
 
 
-def _nothing_if(weight: float | Tensor | None, loss: Tensor, anchors: Sequence[Tensor]) -> Tensor:
-    """The loss; or if its weight is 0, a loss of 0 whose gradient is 0 at the anchors, whatever came of no example."""
-    if weight is None or (not isinstance(weight, Tensor) and weight > 0):
+def _nothing_if(weight: float | Tensor | None, loss: Tensor, perturbed: Sequence[Tensor], ddp: bool) -> Tensor:
+    """The loss; or if its weight is 0, a loss of 0 with gradient 0, whatever came of averaging nothing.
+
+    A reducer waits for every leaf of the pass, so there all of them get their 0; else one parameter will do.
+    """
+    if weight is None or isinstance(weight, Tensor) or weight > 0:
         if not loss.requires_grad:
             raise ValueError(
                 "The loss depends on no parameter of the model: does loss_fn call another model, or run under no_grad?"
             )
-        return loss
-    if isinstance(weight, Tensor):  # on a device that must not be waited for
-        return torch.where(weight > 0, loss, torch.zeros_like(loss))
+        # A weight that is still a tensor lies on a device that must not be waited for.
+        return torch.where(weight > 0, loss, torch.zeros_like(loss)) if isinstance(weight, Tensor) else loss
+    anchors = (_leaves(loss) if ddp else []) or perturbed[:1]
     return sum((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors)
 
 

@@ -17,15 +17,16 @@ class Mean:
     """Weights micro-batches by their examples, or by what `loss_fn` says that it counted.
 
     The number of examples is known beforehand: a micro-batch's loss is multiplied by its share of the mini-batch. A
-    weight that `loss_fn` returns is known after its clean pass only. Losses are then multiplied by their weight,
-    in a unit that keeps fp16's range, and what they have left in `.grad` is divided by the sum of the weights
-    when that is known: before the last backward pass, the one that a reducer sees.
+    weight that `loss_fn` returns is known after its clean pass only. A loss is then multiplied by its weight over
+    the greatest so far, so by 1 at most, which keeps fp16's range; what has accumulated in `.grad` follows when that
+    unit grows, and at the last backward pass, the one that a reducer sees, when it becomes the sum.
     """
 
     def __init__(self, sizes: Sequence[int] | None, gradients: Gradients, replicas: Replicas) -> None:
         self._sizes, self._gradients, self._replicas = sizes, gradients, replicas
         self._counted: bool | None = None
         self._total: float | Tensor = 0.0
+        self._unit: float | Tensor | None = None
         self.weights: list[float | Tensor] = []
         """Of the micro-batches so far."""
 
@@ -64,14 +65,13 @@ class Mean:
         return self.weights[-1] / self._total
 
     def _counted_share(self, weight: float | Tensor, last: bool) -> float | Tensor:
+        unit, self._unit = self._unit, _greater(self._unit, weight)
         self.weights.append(weight)
-        unit = _at_least(self.weights[0], 1.0)
-        if not last:
-            return weight / unit
-        self._total = _at_least(self._replicas.per_replica(sum(self.weights)), 1e-30)
-        if len(self.weights) > 1:
-            self._gradients.scale(unit / self._total)
-        return weight / self._total
+        if last:
+            self._unit = _greater(self._replicas.per_replica(sum(self.weights)), 1e-30)
+        if unit is not None and (isinstance(self._unit, Tensor) or self._unit != unit):
+            self._gradients.scale(unit / self._unit)
+        return weight / self._unit
 
 
 def mean_and_weight(returned: Any) -> tuple[Tensor, float | Tensor | None]:
@@ -99,5 +99,10 @@ def mean_and_weight(returned: Any) -> tuple[Tensor, float | Tensor | None]:
     return loss, weight
 
 
-def _at_least(value: float | Tensor, least: float) -> float | Tensor:
-    return value.clamp_min(least) if isinstance(value, Tensor) else max(value, least)
+def _greater(value: float | Tensor | None, other: float | Tensor) -> float | Tensor:
+    """The greater of two numbers, at least 1e-30, so that it can be divided by."""
+    both = [v for v in (value, other, 1e-30) if v is not None]
+    if any(isinstance(v, Tensor) for v in both):
+        like = next(v for v in both if isinstance(v, Tensor))
+        return torch.stack([torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in both]).max()
+    return max(both)

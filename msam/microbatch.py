@@ -1,5 +1,6 @@
 """Splitting a mini-batch into disjoint micro-batches."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -55,6 +56,17 @@ def examples(batch: Any) -> int:
     return size
 
 
+def fresh(batch: Any) -> Any:
+    """The same tensors in containers of its own, so that a `loss_fn` may pop from them."""
+    children = _children(batch)
+    if children is None:
+        return batch
+    pieces = [fresh(child) for child in children]
+    if any(a is not b for a, b in zip(children, pieces, strict=True)):
+        return _rebuilt(batch, pieces)
+    return copy.copy(batch) if isinstance(batch, list | Mapping) else batch
+
+
 def check_micro_batches(micro_batches: int) -> None:
     """Refuse anything but an integer m >= 1.
 
@@ -92,7 +104,11 @@ def _part(batch: Any, index: int, parts: int) -> Any:
     children = _children(batch)
     if children is None:
         return batch
-    pieces = [_part(child, index, parts) for child in children]
+    return _rebuilt(batch, [_part(child, index, parts) for child in children])
+
+
+def _rebuilt(batch: Any, pieces: list[Any]) -> Any:
+    """A container of the batch's type with other values."""
     if isinstance(batch, Mapping):
         pairs = dict(zip(batch, pieces, strict=True))
         return pairs if type(batch) is dict else type(batch)(pairs)

@@ -24,6 +24,8 @@ class Replicas:
 
     def __init__(self, ddp: DistributedDataParallel | None) -> None:
         self._ddp = ddp
+        self.overwrites = ddp is not None and ddp.gradient_as_bucket_view
+        """Whether the reduction writes to tensors that `.grad` held before."""
         self.reducing = ddp is not None and ddp.require_backward_grad_sync
         """Whether the step ends with a reduction; not inside the caller's own `no_sync`, which accumulates."""
         self._forwards = 0
@@ -79,7 +81,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
 
     Raises:
         NotImplementedError: for models whose parameters are sharded, or run by an engine of their own, and
-            for SyncBatchNorm under DistributedDataParallel.
+            for SyncBatchNorm or a static graph under DistributedDataParallel; for embeddings with max_norm.
     """
     ddp = None
     while True:
@@ -89,7 +91,16 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             model = model._orig_mod
         else:
             break
+    if ddp is not None and ddp.static_graph:
+        raise NotImplementedError(
+            "DistributedDataParallel(static_graph=True) counts on one backward pass a step: leave static_graph out."
+        )
     for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise NotImplementedError(
+                "nn.Embedding(max_norm=...) writes to its weights in the forward pass: leave max_norm out, and "
+                "normalise after the optimizer's step."
+            )
         if ddp is not None and isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
                 "SyncBatchNorm averages over the ranks, whose micro-batches are perturbed apart: use BatchNorm, "

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from msam.atomic import signals_held
+
 _HALF = (torch.float16, torch.bfloat16)
 
 _warned = WeakTensorKeyDictionary()
@@ -56,7 +58,8 @@ class Weights:
             torch.clear_autocast_cache()  # else a surrounding autocast reuses its casts of the weights at w
             yield norm
         finally:
-            self._put_back(reached)
+            with signals_held(to_the_end=True):
+                self._put_back(reached)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -71,32 +74,39 @@ class Weights:
 
     @torch.no_grad()
     def _move(self, reached: Sequence[_Reached]) -> Tensor:
-        scaled = [part.g * part.w.abs() if self._adaptive else part.g for part in reached]
+        whole = [part for part in reached if part.rows is None and part.w.dtype not in _HALF]
+        others = [part for part in reached if part.rows is not None or part.w.dtype in _HALF]
+        p, w, g = ([getattr(part, name) for part in whole] for name in ("parameter", "w", "g"))
+        if self._adaptive and whole:
+            torch._foreach_mul_(p, g)  # w g, in the place where w + e will be: no further copy of the parameters
+        scaled = [*(p if self._adaptive else g), *(t.g * t.w.abs() if self._adaptive else t.g for t in others)]
         dtype = reduce(torch.promote_types, (t.dtype for t in scaled), torch.float32)
         norms = torch._foreach_norm(scaled, 2, dtype=dtype)
-        del scaled
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         scale = self._rho / norm.clamp_min(1e-12)
         scales = {device: scale.to(device) for device in {part.w.device for part in reached}}
 
-        at_once = [part for part in reached if part.rows is None and part.w.dtype not in _HALF and not self._adaptive]
-        if at_once:
-            factors = [scales[part.w.device].to(part.w.dtype) for part in at_once]
-            torch._foreach_addcmul_([part.parameter for part in at_once], [part.g for part in at_once], factors)
-        for part in set(reached).difference(at_once):
+        factors = [scales[t.device].to(t.dtype) for t in w]
+        if self._adaptive and whole:
+            torch._foreach_mul_(p, w)
+            for t, factor in zip(p, factors, strict=True):
+                t.mul_(factor)
+            torch._foreach_add_(p, w)
+        elif whole:
+            torch._foreach_addcmul_(p, g, factors)
+        for part in others:
             self._move_one(part, scales[part.w.device])
         self._warn_of_rounding(reached)
         return norm
 
     def _move_one(self, part: _Reached, scale: Tensor) -> None:
+        """Rows, or a parameter of half precision, in float32 or better."""
         w, g = (part.w.float(), part.g.float()) if part.w.dtype in _HALF else (part.w, part.g)
-        e = g * scale.to(g.dtype)
-        if self._adaptive:
-            e *= w.square()
+        moved = (w + g * scale.to(g.dtype) * (w.square() if self._adaptive else 1)).to(part.w.dtype)
         if part.rows is None:
-            part.parameter.copy_(w + e)
+            part.parameter.copy_(moved)
         else:
-            part.parameter.index_copy_(0, part.rows, (w + e).to(part.w.dtype))
+            part.parameter.index_copy_(0, part.rows, moved)
 
     @torch.no_grad()
     def _put_back(self, reached: Sequence[_Reached]) -> None:

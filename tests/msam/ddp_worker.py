@@ -154,6 +154,73 @@ def not_finite(rank):
     return {"finite": finite, "kept": kept, "grad": tensors(ddp)}
 
 
+class Optional(nn.Module):
+    """A layer that is used if all inputs are positive, and one that never is."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.spare = mlp(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def unused_and_empty(rank):
+    """find_unused_parameters, and rank 1's last micro-batch has weight 0."""
+    torch.manual_seed(0)
+    ddp = DDP(Optional(), find_unused_parameters=True)
+    parts = msam.split(shard(data(12, 5), [6, 6], rank), 2)
+
+    def loss_fn(part):
+        loss = loss_of(ddp)(part)
+        return (loss * float("nan"), 0) if rank == 1 and part is parts[1] else (loss, 3)
+
+    msam.backward(loss_fn, None, ddp, rho=RHO, micro_batches=parts)
+    return {"grad": {name.removeprefix("body."): g for name, g in tensors(ddp).items() if "spare" not in name}}
+
+
+def rolled_back(rank, **options):
+    """An exception in the last backward pass, when `.grad` holds something already."""
+    ddp = DDP(convnet(), **options)
+    batch = shard(data(12, 3, 8, 8), [6, 6], rank)
+    msam.backward(loss_of(ddp), batch, ddp, rho=RHO, micro_batches=2)
+    before = copy.deepcopy(ddp.module.state_dict())
+    grads = {name: g.clone() for name, g in tensors(ddp).items()}
+    passes = iter(range(9))
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise RuntimeError("out of memory, say")
+
+    def loss_fn(part):
+        last = next(passes) == 3
+        x = F.conv2d(part[0], torch.eye(3, dtype=torch.float64)[:, :, None, None])
+        return loss_of(ddp)((Fails.apply(x.requires_grad_()) if last else x, part[1]))
+
+    try:
+        msam.backward(loss_fn, batch, ddp, rho=RHO, micro_batches=2)
+        raised = False
+    except RuntimeError:
+        raised = True
+    kept = all(torch.equal(t, before[name]) for name, t in ddp.module.state_dict().items())
+    same = all(torch.equal(g, grads[name]) for name, g in tensors(ddp).items())
+    return {"raised": raised, "kept": kept, "same": same}
+
+
+def rolled_back_bucket_views(rank):
+    return rolled_back(rank, gradient_as_bucket_view=True)
+
+
+def static_graph(rank):
+    ddp = DDP(mlp(), static_graph=True)
+    return refusal(NotImplementedError, lambda: msam.backward(loss_of(ddp), data(4, 5), ddp, rho=RHO))
+
+
 def bare_module(rank):
     """loss_fn goes past the wrapper."""
     ddp = DDP(mlp())
@@ -196,6 +263,10 @@ SCENARIOS = [
     drift,
     buffers,
     not_finite,
+    unused_and_empty,
+    rolled_back,
+    rolled_back_bucket_views,
+    static_graph,
     bare_module,
     sync_batchnorm,
     fsdp2,

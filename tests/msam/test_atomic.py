@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import msam
+from msam.atomic import Gradients
 from tests.msam.small import convnet, data, gradients, loss_of
 
 
@@ -152,3 +153,62 @@ def test_works_outside_the_main_thread():
     thread.join()
     msam.backward(loss_of(twin), batch, twin, rho=0.1, micro_batches=2)
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_while_the_weights_are_put_back_waits(monkeypatch):
+    model, batch, before, grads = with_gradients()
+    copy_back = torch._foreach_copy_
+
+    def pressed(*tensors):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(100):
+                pass
+        copy_back(*tensors)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        msam.backward(loss_of(model), batch, model, rho=3.0)
+    assert_unchanged(model, before, grads)
+
+
+def test_ctrl_c_at_the_end_finds_the_call_finished(monkeypatch):
+    model, batch, _, _ = with_gradients()
+    twin = copy.deepcopy(model)
+    for p, q in zip(twin.parameters(), model.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    msam.backward(loss_of(twin), batch, twin, rho=3.0)
+    commit = Gradients.commit
+
+    def pressed(self):
+        commit(self)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            pass
+
+    monkeypatch.setattr(Gradients, "commit", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        msam.backward(loss_of(model), batch, model, rho=3.0)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
+    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_handler_that_saves_a_checkpoint_never_sees_perturbed_weights(number):
+    model, batch, before, _ = with_gradients()
+    saved, calls = [], iter(range(100))
+    usual = signal.signal(number, lambda *_: saved.append(copy.deepcopy(dict(model.named_parameters()))))
+
+    def loss_fn(part):
+        if next(calls) == 1:
+            os.kill(os.getpid(), number)
+            for _ in range(100):
+                pass
+        return loss_of(model)(part)
+
+    try:
+        msam.backward(loss_fn, batch, model, rho=3.0)
+    finally:
+        signal.signal(number, usual)
+    (weights,) = saved
+    assert all(torch.equal(p, before[name]) for name, p in weights.items())

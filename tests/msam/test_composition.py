@@ -318,6 +318,81 @@ def test_no_host_synchronisation(adaptive):
     assert waits.found == ["_local_scalar_dense"]
 
 
+def test_nothing_waits_for_the_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model, (x, y) = convnet().cuda(), data(8, 3, 8, 8)
+    batch = x.cuda(), y.cuda()
+    msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counted = lambda part: (loss_of(model)(part), (part[1] >= 0).sum())  # noqa: E731
+        msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=4)
+        msam.backward(counted, batch, model, rho=0.3, micro_batches=4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Box:
+    """A saved tensor that is counted while the graph keeps it."""
+
+    alive = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Box.alive += 1
+
+    def __del__(self):
+        Box.alive -= 1
+
+
+@pytest.mark.parametrize("perturb", [None, lambda name: name.startswith("3.")])
+def test_activations_of_one_pass_are_alive_at_a_time(perturb):
+    model, batch, alive = mlp(), data(12, 5), []
+
+    def loss_fn(part):
+        alive.append(Box.alive)
+        return loss_of(model)(part)
+
+    def pack(tensor):
+        return Box(tensor.detach())  # a tensor with its graph would keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        msam.backward(loss_fn, batch, model, rho=0.3, micro_batches=3, perturb=perturb)
+    assert alive == [0] * 6
+
+
+SIZE = 1200
+
+
+def peak_copies(step) -> float:
+    """The most that a step has allocated at once, in copies of the one large parameter."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak / (4 * SIZE * SIZE)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("m", [1, 4])
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_memory_above_plain_training(m, accumulated, adaptive):
+    """Two copies of the parameters; three where `.grad` holds something, which is then set aside."""
+    model, x = nn.Linear(SIZE, SIZE, bias=False), torch.randn(8, SIZE)
+    loss_fn = lambda part: model(part).square().mean()  # noqa: E731
+    loss_fn(x).backward()
+    usual = peak_copies(lambda: loss_fn(x).backward())
+    if not accumulated:
+        model.zero_grad()
+        usual = 1.0  # the gradient itself
+    found = peak_copies(lambda: msam.backward(loss_fn, x, model, rho=0.1, micro_batches=m, adaptive=adaptive))
+    assert found - usual < (3 if accumulated else 2) + 0.1
+
+
 @dataclass
 class Pair:
     x: torch.Tensor

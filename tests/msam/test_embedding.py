@@ -120,6 +120,16 @@ def test_a_layer_that_uses_its_flag_is_left_alone(layer):
     assert not tables(tagger(**layer))
 
 
+def test_a_compiled_model_is_left_alone_and_max_norm_is_refused():
+    model = tagger()
+    assert not tables(torch.compile(model, backend="eager"))
+    model.mix = torch.compile(model.mix, backend="eager")
+    assert not tables(model)
+    model = tagger(max_norm=1.0)
+    with pytest.raises(NotImplementedError, match="leave max_norm out"):
+        msam.backward(loss_of(model), text(), model, rho=0.1)
+
+
 def test_a_hook_sees_whole_gradients():
     model, batch, seen = tagger(), text(), []
     model.words.weight.register_hook(lambda g: seen.append(g.layout))

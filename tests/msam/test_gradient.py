@@ -202,6 +202,49 @@ def test_a_parameter_used_in_the_first_pass_only_is_put_back():
         assert torch.equal(tensor, before[name])
 
 
+def test_a_parameter_that_is_used_no_more_stays_where_it_is():
+    """It was perturbed in the first call; calls without a gradient for it must not move it back again."""
+    model, batch = mlp(), data(6, 5)
+    extra = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    model.register_parameter("extra", extra)
+    before = copy.deepcopy(model.state_dict())
+    for used in (True, False, False, False):
+        model.zero_grad()
+        msam.backward(
+            lambda part, used=used: F.cross_entropy(model(part[0]) + (extra if used else 0), part[1]),
+            batch,
+            model,
+            rho=0.5,
+            micro_batches=2,
+        )
+        assert (extra.grad is not None) == used
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_loss_fn_may_take_a_batch_apart():
+    """As Hugging Face's compute_loss does, which pops the labels: both passes get containers of their own."""
+    model, (x, y) = mlp(), data(6, 5)
+    expected = reference(model, (x, y), 2, 0.4)
+
+    def loss_fn(part):
+        labels = part["all"].pop("y")
+        return F.cross_entropy(model(part["all"].pop("x")), labels)
+
+    batch = {"all": {"x": x, "y": y}}
+    msam.backward(loss_fn, batch, model, rho=0.4, micro_batches=2)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-12, atol=1e-14)
+    assert set(batch["all"]) == {"x", "y"}
+
+
+def test_buffers_that_nothing_can_write_to():
+    model, batch = mlp(), data(6, 5)
+    model.register_buffer("mask", torch.zeros(1).expand(5))
+    model.register_buffer("nothing", None)
+    msam.backward(loss_of(model), batch, model, rho=0.4, micro_batches=2)
+    torch.testing.assert_close(gradients(model), reference(mlp(), batch, 2, 0.4), rtol=1e-12, atol=1e-14)
+
+
 def test_parameters_keep_their_storage():
     model, batch = mlp(), data(6, 5)
     pointers = [p.data_ptr() for p in model.parameters()]

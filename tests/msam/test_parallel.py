@@ -83,6 +83,18 @@ def test_weights_are_summed_over_the_ranks(ranks):
     check(ranks, "counted", of_one_process(parts))
 
 
+def test_unused_parameters_and_a_last_micro_batch_of_weight_0(ranks):
+    torch.manual_seed(0)  # the model of the scenario
+    x, y = data(12, 5)
+    parts = list(zip(x[:9].split(3), y[:9].split(3), strict=True))
+    check(ranks, "unused_and_empty", of_one_process(parts))
+
+
+@pytest.mark.parametrize("scenario", ["rolled_back", "rolled_back_bucket_views"])
+def test_an_exception_in_the_last_backward_pass_leaves_everything_as_it_was(ranks, scenario):
+    assert [seen[scenario] for seen in ranks] == [{"raised": True, "kept": True, "same": True}] * WORLD
+
+
 def test_accumulation_under_no_sync_is_reduced_by_the_call_after_it(ranks):
     first, second = (of_one_process(msam.split(data(8, 5, seed=seed), 4)) for seed in (1, 2))
     check(ranks, "accumulated", {name: first[name] + second[name] for name in first})
@@ -117,6 +129,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all(ranks):
     [
         ("bare_module", "call the wrapped model in loss_fn"),
         ("sync_batchnorm", "use BatchNorm"),
+        ("static_graph", "leave static_graph out"),
         ("fsdp2", "use DistributedDataParallel"),
     ],
 )
