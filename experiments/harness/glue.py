@@ -110,7 +110,7 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, nn.Module, str]:
         _fit(spec, config, tokenizer)
         kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
         pretrained, told = transformers.AutoModel.from_pretrained(
-            place, config=config, output_loading_info=True, **kind, **options
+            place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kind, **options
         )
     except Exception as error:  # the libraries raise whatever a damaged file makes of them
         if isinstance(error, DataError):
@@ -246,6 +246,6 @@ def _fit(spec: Spec, config: Any, tokenizer: Any) -> None:
 def _not_to_be_had(model: str, error: Exception) -> DataError:
     said = str(error).strip().splitlines()
     return DataError(
-        f"The model or tokenizer of {model} could not be had ({said[0][:200] if said else type(error).__name__}): name a "
-        "folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
+        f"The model or tokenizer of {model} could not be had ({said[0][:200] if said else type(error).__name__}): name "
+        "a folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
     )

@@ -29,7 +29,9 @@ from experiments.harness.spec import Spec, SpecError
 from experiments.harness.task import build_task
 from experiments.harness.texts import TASKS
 from experiments.harness.train import build_optimizer, schedule, train
-from tests.experiments.test_texts import all_texts, columns_of, write  # noqa: F401: dozens is a fixture
+from tests.experiments.test_texts import all_texts, columns_of, write
+
+pytestmark = pytest.mark.usefixtures("dozens")
 
 SMALL = {
     "hidden_size": 16,
@@ -42,16 +44,24 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    """A tiny random BERT, saved as the hub lays it out."""
-    from transformers import BertTokenizerFast
+    """A tiny random BERT with a tokenizer of whole words, saved as the hub lays it out."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("bert")
-    words = sorted({word for text in all_texts() for word in text.split()})
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({word for text in all_texts() for word in text.split()})]
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **SMALL)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(words), **SMALL)).save_pretrained(folder)
     return folder
 
 
@@ -59,13 +69,17 @@ def bert(tmp_path_factory) -> Path:
 def roberta(tmp_path_factory) -> Path:
     """A tiny random RoBERTa with a byte-level tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import RobertaTokenizerFast
+    from tokenizers.processors import RobertaProcessing
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("roberta")
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(all_texts(), 400, 1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    trained.save_model(str(folder))
-    tokenizer = RobertaTokenizerFast(vocab_file=str(folder / "vocab.json"), merges_file=str(folder / "merges.txt"))
+    trained.train_from_iterator(all_texts(), 400, 1, special_tokens=["<s>", "<pad>", "</s>", "<unk>"])
+    trained._tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0))
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, model_input_names=["input_ids", "attention_mask"], **special
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = RobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, type_vocab_size=1, **SMALL)
@@ -291,10 +305,10 @@ def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
     mixed = shutil.copytree(bert, tmp_path / "mixed")
     content = json.loads((bert / "config.json").read_text())
     (mixed / "config.json").write_text(json.dumps({**content, "hidden_size": 32}))
-    with pytest.raises(DataError, match="The weights of .* are not those of its config"):
+    with pytest.raises(DataError, match=r"The weights of .* are not those of its config"):
         glue.check(spec(mixed), str(data))
-    (mixed / "config.json").write_text(json.dumps({**content, "vocab_size": 50}))
-    with pytest.raises(DataError, match="tokens and the model 50"):
+    (mixed / "config.json").write_text(json.dumps({**content, "vocab_size": 20}))
+    with pytest.raises(DataError, match="tokens and the model 20"):
         glue.check(spec(mixed), str(data))
     (mixed / "config.json").write_text(json.dumps(content))
     (mixed / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])

@@ -20,10 +20,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = 12
 
 
-@pytest.fixture(autouse=True)
-def dozens(monkeypatch):
-    """Made-up tasks are whole with a dozen rows."""
-    monkeypatch.setattr(texts, "TEXTS", {**dict.fromkeys(TEXTS, (ROWS, ROWS)), "snippets": TEXTS["snippets"]})
+pytestmark = pytest.mark.usefixtures("dozens")
 
 
 def columns_of(task: str, split: str = "train") -> dict[str, list]:
@@ -112,7 +109,7 @@ def test_a_part_of_a_split_is_refused(tmp_path, monkeypatch):
     """Subsets are cut from a permutation of all rows: of a part of them they would be others."""
     write(tmp_path, "rte")
     monkeypatch.setattr(texts, "TEXTS", TEXTS)
-    with pytest.raises(DataError, match="12 rows, but GLUE's rte has 2490. Get the file anew"):
+    with pytest.raises(DataError, match=r"12 rows, but GLUE's rte has 2490\. Get the file anew"):
         load_texts("rte", tmp_path)
 
 
