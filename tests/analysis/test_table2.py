@@ -81,13 +81,15 @@ def test_radii_metrics_and_missing_runs_are_told(document):
     assert "minilm, SAM: rho 0.01 on sst2, 0.001 on cola." in text
     assert "sst2 accuracy, cola Matthews correlation" in text
     assert "1 of 2 runs missing (seed 1)" in text
+    assert "minilm, sst2: AdamW over the majority class: +30.00 ± 12.71 (n=2): separated" in text
+    assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not separated" in text
     assert "minilm, sst2: SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
     assert all(form in document.files() for form in ("table2.md", "table2.csv", "table2.tex"))
 
 
 def test_the_committed_table_stands_below_ours(document):
     shown = document.terminal(document.numbers)
-    assert shown.count("majority class") == 2
+    assert shown.count("\nminilm   majority class  ") == 2
     assert shown.index("Committed") > shown.index("mSAM, m=4 over SAM")
 
 
