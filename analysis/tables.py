@@ -39,12 +39,15 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     for number, block in enumerate(_blocks(cells, ("micro_batches", "seed", *_TUNED))):
         base = next((cell for cell in block if cell.method == "base"), None)
         sam = next((cell for cell in block if cell.method == "sam"), None)
+        controls = {cell.micro_batches: cell for cell in block if cell.method == "control"}
         for cell in block:
             row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds)}
             over_base = base if cell != base else None
             over_sam = sam if cell.method in ("sam", "msam") and cell != sam else None
             row |= _difference("over_base", cell, over_base, runs, seeds)
             row |= _difference("over_sam", cell, over_sam, runs, seeds)
+            over_control = controls.get(cell.micro_batches) if cell.method == "msam" else None
+            row |= _difference("over_control", cell, over_control, runs, seeds)
             train = mean_interval(100 * values(runs, cell, seeds, "train_accuracy"))
             seconds = mean_interval(values(runs, cell, seeds, "wall_seconds")).mean
             usual = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
@@ -108,7 +111,7 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
 
 
 def claims(numbers: pd.DataFrame) -> list[str]:
-    """What each block of `table_1` says about SAM over its base optimizer and about mSAM over SAM."""
+    """What each block of `table_1` says about SAM over its base optimizer, mSAM over SAM, and over the control."""
     lines = []
     for _, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
@@ -118,6 +121,8 @@ def claims(numbers: pd.DataFrame) -> list[str]:
                 parts.append(f"{row.label} over {names['base']}: {verdict(interval(row, 'over_base'))}")
             if row.method == "msam" and "sam" in names:
                 parts.append(f"{row.label} over {names['sam']}: {verdict(interval(row, 'over_sam'))}")
+            if row.method == "msam" and "control" in names:
+                parts.append(f"over the control: {verdict(interval(row, 'over_control'))}")
         if parts:
             lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}: {'; '.join(parts)}.")
     return lines

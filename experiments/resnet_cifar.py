@@ -6,8 +6,8 @@
 cpu: ResNet-8 of width 16 on 1,024 images of CIFAR-10, scored on all 10,000 test images. paper: ResNet-50 on CIFAR-10
 and CIFAR-100; no GPU has run it yet.
 
-Expected (n=3, +- 95 %): SGD 44.1 +- 2.2, over micro-batches 44.1 +- 1.7, SAM 44.4 +- 0.4, mSAM 46.4 +- 4.4; 37, 37, 72
-and 79 seconds a run on one core of an AMD EPYC.
+Expected (n=8, +- 95 %): SGD 44.3 +- 0.9, over micro-batches 45.0 +- 0.7, SAM 43.8 +- 0.5, mSAM 46.4 +- 0.6; 37, 37, 72
+and 79 seconds a run on one core of an AMD EPYC, twice that on another one.
 """
 
 from dataclasses import replace

@@ -6,8 +6,8 @@
 cpu: WRN-10-1, the family's smallest member, on 1,024 images of CIFAR-10, scored on all 10,000 test images. paper:
 WRN-28-10 on CIFAR-10 and CIFAR-100; no GPU has run it yet.
 
-Expected (n=3, +- 95 %): SGD 43.1 +- 2.4, over micro-batches 43.9 +- 3.1, SAM 44.6 +- 1.8, mSAM 45.4 +- 1.6; 33, 35, 72
-and 81 seconds a run on one core of an AMD EPYC.
+Expected (n=8, +- 95 %): SGD 43.3 +- 0.6, over micro-batches 43.9 +- 0.9, SAM 44.9 +- 0.8, mSAM 46.2 +- 0.9; 33, 35, 72
+and 81 seconds a run on one core of an AMD EPYC, twice that on another one.
 """
 
 from dataclasses import replace

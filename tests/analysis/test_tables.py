@@ -68,7 +68,9 @@ def test_numbers_are_scipys(document):
 def test_claims_and_footnotes(document):
     assert document.claims == (
         "resnet8, cifar10: SAM over SGD: +2.50 ± 6.35 (n=2): not separated; "
-        "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): not separated.",
+        "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): not separated; "
+        # 5, 6 and 5 over the control: sd 0.5774, half-width 4.3027 * 0.5774 / sqrt(3).
+        "over the control: +5.33 ± 1.43 (n=3): separated.",
     )
     assert document.notes[:2] == (
         "[1] 1 of 3 runs missing (seed 2 failed: Diverged: the loss of step 3 is not finite).",
@@ -125,7 +127,9 @@ def test_nothing_run_yet():
     document = document_1("table1", frame([]), CELLS, 2)
     assert set(document.cells["test accuracy %"]) == {"not run"}
     assert document.origin.endswith("nothing has run yet.")
-    assert document.claims == ("resnet8, cifar10: SAM over SGD: not run; mSAM, m=4 over SAM: not run.",)
+    assert document.claims == (
+        "resnet8, cifar10: SAM over SGD: not run; mSAM, m=4 over SAM: not run; over the control: not run.",
+    )
     assert "not run" in document.markdown()
 
 
