@@ -297,10 +297,10 @@ def main() -> None:
         work.model.train()
         steps = contenders(work, sizes)
         measured = measure(steps, arguments.rounds, name)
-        for told, (middle, least, most), bar in rows(name, measured, sizes):
-            verdict = "" if bar is None else "yes" if middle <= bar else "no"
+        for told, (measured_ratio, low, high), bar in rows(name, measured, sizes):
+            verdict = "" if bar is None else "yes" if measured_ratio <= bar else "no"
             shown = "" if bar is None else f"<= {bar:.2f}"
-            lines.append(f"| {name} | {told} | {middle:.3f} ({least:.3f} to {most:.3f}) | {shown} | {verdict} |")
+            lines.append(f"| {name} | {told} | {measured_ratio:.3f} ({low:.3f} to {high:.3f}) | {shown} | {verdict} |")
         told = ", ".join(f"{step} {least(measured, step):.2f}" for step in steps)
         seconds.append(f"| {name} | {told} |")
         copies = sum(p.numel() * p.element_size() for p in work.model.parameters())
