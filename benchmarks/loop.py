@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,11 +47,12 @@ def bare(spec: Spec) -> float:
     batches = [batch for epoch in range(spec.epochs) for batch in task.batches(epoch, 0)]
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
+    loss_fn = partial(task.loss_fn, task.model)
     task.model.train()
     begun = time.perf_counter()
     for batch in batches:
         optimizer.zero_grad()
-        msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
+        msam.backward(loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
         optimizer.step()

@@ -1,20 +1,18 @@
 """python -m experiments list | plan | run | status: the only command line that trains."""
 
-import dataclasses
-import json
 import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from experiments.harness import catalogue
 from experiments.harness.estimate import measured
-from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, record_of
+from experiments.harness.record import DEFAULT_ROOT, RecordError, duration, record_of, state_of
 from experiments.harness.spec import PROFILES, Spec, SpecError
 
 Target = Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]
@@ -52,10 +50,10 @@ def plan(
     Args:
         jobs: Workers at a time; left out: one for each core, or a single GPU.
     """
-    from experiments.harness.pool import default_jobs, duration
+    from experiments.harness.pool import default_jobs
 
     _check_jobs(jobs)
-    specs = _specs(target, profile, seeds, set)
+    specs = catalogue.runs(target, profile, seeds, set)
     results = results.absolute()
     estimate, left, unknown = measured(results), 0.0, 0
     for spec in specs:
@@ -95,7 +93,7 @@ def run(
     from experiments.harness.provenance import command_line, environment
 
     _check_jobs(jobs)
-    specs = _specs(target, profile, seeds, set)
+    specs = catalogue.runs(target, profile, seeds, set)
     results = results.absolute()
     for record in (record_of(spec, results) for spec in specs):
         if record.done:  # and not damaged, foreign, or a newer version's
@@ -148,53 +146,12 @@ def status(
 ) -> int:
     """Say of each run of a target whether it is done, running, begun, failed or not begun."""
     counts: Counter[str] = Counter()
-    for spec in _specs(target, profile, seeds, set):
-        state, words = _state(record_of(spec, results.absolute()), spec)
+    for spec in catalogue.runs(target, profile, seeds, set):
+        state, words = state_of(spec, results.absolute())
         counts[state] += 1
         print(f"{spec.run_id}  {state:<9} {spec.title}{words}")
     print("\n" + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".")
     return 0
-
-
-def _state(record: Record, spec: Spec) -> tuple[str, str]:
-    try:
-        if record.done:
-            record.spec(), record.summary()
-            return "done", ""
-        if not record.folder.exists():
-            return "not begun", ""
-        lines = record.metrics()
-        epoch = f": epoch {lines[-1]['epoch']} of {spec.epochs}" if lines else ""
-        if record.busy:
-            return "running", epoch
-        if failure := record.failure():
-            return "failed", f": {failure}"
-        return ("begun", epoch) if lines or record.checkpoint.exists() else ("not begun", "")
-    except (OSError, RecordError) as error:
-        return "damaged", f": {error}"
-
-
-def _specs(target: str, profile: str, seeds: int | None, changes: tuple[str, ...]) -> list[Spec]:
-    specs = catalogue.runs(target, profile, seeds)
-    if not specs:
-        raise SpecError(f"{target} has no runs in the profile {profile!r}.")
-    if not changes:
-        return specs
-    fields = dict(_change(text) for text in changes)
-    return list(dict.fromkeys(Spec.from_dict({**spec.to_dict(), **fields}) for spec in specs))
-
-
-def _change(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
-    if name not in {field.name for field in dataclasses.fields(Spec)}:
-        known = ", ".join(field.name for field in dataclasses.fields(Spec))
-        raise SpecError(f"Unknown field {name!r}; the fields are: {known}.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _check_jobs(jobs: int | None) -> None:
@@ -205,6 +162,11 @@ def _check_jobs(jobs: int | None) -> None:
 def _check_device(specs: list[Spec]) -> None:
     from experiments.harness.pool import default_jobs
 
+    if any(spec.ranks > 1 for spec in specs):
+        raise SpecError(
+            "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
+            "with python -m slurm submit, or leave ranks out."
+        )
     if any(spec.device == "cuda" for spec in specs) and not default_jobs("cuda"):
         raise SpecError(
             "These runs need a GPU and this machine has none that torch can use: take --profile cpu here, or run "

@@ -9,10 +9,13 @@ An experiment is a module of `experiments/` with a docstring and
 Targets are an experiment's name, a table's name, or either followed by "-tuning".
 """
 
+import dataclasses
 import importlib
+import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import experiments
 from experiments.harness.spec import PROFILES, SEEDS, Spec, SpecError, with_seeds
@@ -72,9 +75,38 @@ def cells(target: str, profile: str) -> list[Spec]:
     return list(dict.fromkeys(cell for cells_of_one in lists for cell in cells_of_one))
 
 
-def runs(target: str, profile: str, seeds: int | None = None) -> list[Spec]:
-    """The runs of a target: its cells at every seed of the profile, or at seeds 0, ..., seeds - 1."""
+def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Spec]:
+    """The runs of a target: its cells at every seed of the profile, or at seeds 0, ..., seeds - 1.
+
+    Args:
+        target: An experiment, a table, or one of their grids.
+        profile: Size of the runs.
+        seeds: How many seeds; None takes the profile's own number.
+        changes: "FIELD=VALUE" each, for all of them.
+
+    Raises:
+        SpecError: for what is unknown or cannot be run, and for a target without runs in the profile.
+    """
     default = TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
     if seeds is not None and seeds < 1:
         raise SpecError(f"seeds is {seeds}, but must be 1 or more.")
-    return with_seeds(cells(target, profile), seeds or default)
+    specs = with_seeds(cells(target, profile), seeds or default)
+    if not specs:
+        raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another with --profile.")
+    if not changes:
+        return specs
+    fields = dict(_change(text) for text in changes)
+    return list(dict.fromkeys(Spec.from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
+    if name not in {field.name for field in dataclasses.fields(Spec)}:
+        known = ", ".join(field.name for field in dataclasses.fields(Spec))
+        raise SpecError(f"Unknown field {name!r}; the fields are: {known}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

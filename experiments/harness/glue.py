@@ -45,7 +45,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         parts = {names[s]: v.taken(first[: len(v.labels)]) if first else v for s, v in data.validation.items()}
         scored = {part: _Encoded(v, tokenizer, spec.max_length) for part, v in parts.items()}
 
-    def forward(batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
             return model(**inputs).logits.float()
@@ -67,7 +67,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         for part, examples in scored.items():
             outputs = torch.empty(len(examples), max(1, len(task.labels)))
             for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
-                outputs[chosen] = forward(examples.batch(chosen.tolist(), device)).cpu()
+                outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
             values = scores(task, outputs.numpy(), examples.labels)
             found |= {f"{part}_{name}": value for name, value in values.items()}
             found[f"{part}_score"] = values[task.metrics[0]]
@@ -78,7 +78,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
     steps_per_epoch = len(trained) // spec.batch_size  # an incomplete last batch is left out
     return Task(
         model=model,
-        loss_fn=lambda batch: loss_of(forward(batch), batch["labels"]),
+        loss_fn=lambda model, batch: loss_of(forward(model, batch), batch["labels"]),
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,

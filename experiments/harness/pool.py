@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.harness.estimate import Estimate
-from experiments.harness.record import RecordError, RunLocked, record_of
+from experiments.harness.record import RecordError, RunLocked, duration, record_of
 from experiments.harness.spec import TEXTS, Spec, score_name
 
 log = logging.getLogger(__name__)
@@ -271,20 +271,26 @@ def _stop_on_signals() -> Iterator[_Flag]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
-    """What libraries read when they are loaded, so before the workers' server starts.
+def library_settings(specs: Sequence[Spec]) -> dict[str, str]:
+    """Environment variables for whoever trains these runs, which libraries read when they are loaded.
 
     Threads: no more than a run is allowed. Memory: glibc is to keep large blocks instead of returning them to the
     system after each batch, which took about a sixth off a step of the `cpu` ResNet at batch 128.
     """
-    settings = {
-        "OMP_NUM_THREADS": str(max((s.threads for s in specs), default=1)),
-        "MKL_NUM_THREADS": str(max((s.threads for s in specs), default=1)),
+    threads = str(max((s.threads for s in specs), default=1))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
+
+
+@contextmanager
+def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
+    """Set `library_settings` for the block, before the workers' server starts."""
+    settings = library_settings(specs)
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -340,10 +346,3 @@ class _Display:
         if done <= 0 or elapsed < 1:
             return "?"
         return duration(elapsed * (sum(self.seconds.values()) - done) / done)
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 7 min, 3.5 h."""
-    if seconds < 99:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"

@@ -215,6 +215,39 @@ def record_of(spec: Spec, root: Path) -> Record:
     return Record(root, spec.run_id)
 
 
+def state_of(spec: Spec, root: Path) -> tuple[str, str]:
+    """What the disk tells of a run, and words about it.
+
+    Returns:
+        "done", "running", "failed", "begun", "not begun" or "damaged"; then how far it is, or why it failed.
+    """
+    record = record_of(spec, root)
+    try:
+        if record.done:
+            record.spec(), record.summary()
+            return "done", ""
+        if not record.folder.exists():
+            return "not begun", ""
+        lines = record.metrics()
+        if lines:
+            left = lines[-1]["seconds"] / lines[-1]["epoch"] * (spec.epochs - lines[-1]["epoch"])
+            progress = f": epoch {lines[-1]['epoch']} of {spec.epochs}, step {lines[-1]['step']}"
+        if record.busy:
+            return "running", f"{progress}, about {duration(left)} left" if lines else ""
+        if failure := record.failure():
+            return "failed", f": {' '.join(failure.split())}"
+        return ("begun", progress if lines else "") if lines or record.checkpoint.exists() else ("not begun", "")
+    except (KeyError, OSError, RecordError) as error:
+        return "damaged", f": {error}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 7 min, 3.5 h."""
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object so that a reader sees the old file or the whole new one."""
     _write(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")

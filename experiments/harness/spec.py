@@ -119,6 +119,8 @@ class Spec:
     device: str = "cpu"
     threads: int = 1
     """Of one worker process: bit-for-bit equality holds for equal threads only."""
+    ranks: int = 1
+    """Data-parallel processes, each on its share of every mini-batch; `micro_batches` counts those of all of them."""
     recipe: int = RECIPE
 
     def __post_init__(self) -> None:
@@ -132,7 +134,8 @@ class Spec:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), f"one of {', '.join(allowed)}")
-        for name in ("learning_rate", "epochs", "batch_size", "micro_batches", "threads", "recipe", "max_length"):
+        counts = ("epochs", "batch_size", "micro_batches", "threads", "ranks", "recipe", "max_length")
+        for name in ("learning_rate", *counts):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0")
         for name in ("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"):
@@ -150,6 +153,13 @@ class Spec:
                 "micro_batches",
                 self.micro_batches,
                 f"at most the batch size, {self.batch_size} here: every micro-batch needs an example",
+            )
+        if self.micro_batches % self.ranks or self.batch_size % self.ranks:
+            _refuse(
+                "ranks",
+                self.ranks,
+                f"a divisor of micro_batches ({self.micro_batches}) and of the batch size ({self.batch_size}): each "
+                "rank perturbs its own micro-batches, so SAM (m=1) stays on one",
             )
         models = IMAGE_MODELS if self.dataset in IMAGES else TEXT_MODELS
         if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
@@ -202,7 +212,8 @@ class Spec:
             "msam": f"mSAM m={self.micro_batches} rho={self.rho:g}",
         }[self.method]
         scored = " (held-out)" if self.holdout_examples else ""
-        return f"{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{scored}"
+        together = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{together}{scored}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""

@@ -21,8 +21,8 @@ class Task:
 
     model: nn.Module
     """On its device, with the spec's initial weights."""
-    loss_fn: Callable[[Any], Tensor]
-    """Mean loss of a (micro-)batch, a scalar; the forward pass only."""
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    """Mean loss of a (micro-)batch under `model` or its data-parallel wrapper, a scalar; the forward pass only."""
     batches: Callable[[int, int], Iterator[Any]]
     """`batches(epoch, first)`: the mini-batches of an epoch (from 0) from batch `first` on. A pure function of
     the seed, the epoch and the position: neither the method nor an interruption changes them."""

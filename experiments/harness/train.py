@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import contextlib
 import math
 import pickle
 import statistics
@@ -7,12 +8,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import msam
+from experiments.harness.ranks import Ranks
 from experiments.harness.record import Record, RecordError, record_of, replacing
 from experiments.harness.spec import Spec
 from experiments.harness.task import Task, build_task
@@ -66,33 +69,40 @@ def train(
         report: Called with (steps done, steps in all) as the run goes on.
         stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
 
+    A run of several ranks is trained by as many processes (see `ranks.py`), each of which calls this.
+
     Raises:
-        Interrupted: if `stop` said so.
+        Interrupted: if `stop` said so, on any rank.
         RunLocked: if another process trains this run.
         RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
         Diverged: if a loss or a final score is not finite; like any other failure it is also in the record.
     """
-    record = record_of(spec, root)
-    with record.locked():
-        record.create(spec)
-        if redo:
-            record.remove()
+    record, ranks = record_of(spec, root), Ranks(spec)
+    with record.locked() if ranks.first else contextlib.nullcontext():
+        if ranks.first:
             record.create(spec)
+            if redo:
+                record.remove()
+                record.create(spec)
+            if not record.done:
+                record.clear_failure()
+        ranks.wait()
         if record.done:
             return
-        record.clear_failure()
         try:
-            _train(spec, record, data_root, environment or {}, checkpoint_seconds, report, stop)
+            _train(spec, record, ranks, data_root, environment or {}, checkpoint_seconds, report, stop)
         except Interrupted:
             raise
         except Exception as error:
-            record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+            told = f"Rank {ranks.rank}: " if ranks.count > 1 else ""
+            record.fail(f"{told}{type(error).__name__}: {error}", traceback.format_exc())
             raise
 
 
 def _train(
     spec: Spec,
     record: Record,
+    ranks: Ranks,
     data_root: str | None,
     environment: Mapping[str, Any],
     checkpoint_seconds: float,
@@ -100,46 +110,52 @@ def _train(
     stop: Callable[[], bool],
 ) -> None:
     torch.set_num_threads(spec.threads)
-    torch.manual_seed(spec.seed)
+    ranks.seed()
     task = build_task(spec, data_root)
-    gpu = torch.cuda.get_device_name() if spec.device == "cuda" else None
-    record.add_environment({**environment, **task.data, "threads": torch.get_num_threads(), "gpu": gpu})
+    model = ranks.wrapped(task.model)
+    loss_fn = partial(task.loss_fn, model)
+    if ranks.first:
+        record.add_environment({**environment, **task.data, **_here(spec)})
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
     state = (task.model, optimizer, scheduler)
-    progress = load_checkpoint(record, *state)
-    record.rewind(progress.step // task.steps_per_epoch)
+    progress = load_checkpoint(record, ranks, *state)
+    if ranks.first:
+        record.rewind(progress.step // task.steps_per_epoch)
     clock, saved = _Clock(progress), time.monotonic()
     seen: list[msam.Step] = []
 
-    task.model.train()
+    model.train()
     for batch in _batches_from(task, progress.step, steps):
-        if stop():
-            _look(seen, progress, clock)
-            save_checkpoint(record, progress, *state)
+        stopping, checkpoint_due = ranks.any(stop(), time.monotonic() - saved > checkpoint_seconds)
+        if stopping or checkpoint_due:
+            _look(seen, progress, ranks, clock)
+            save_checkpoint(record, ranks, progress, *state)
+            saved = time.monotonic()
+        if stopping:
             raise Interrupted(f"Stopped before step {progress.step + 1} of {steps}.")
 
         optimizer.zero_grad()
-        seen.append(msam.backward(task.loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches))
+        batch, micro_batches = ranks.share(batch)
+        seen.append(msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches))
         if spec.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         optimizer.step()
         scheduler.step()
         progress.step += 1
 
         end_of_epoch = progress.step % task.steps_per_epoch == 0
-        checkpoint_due = time.monotonic() - saved > checkpoint_seconds
-        if len(seen) == CHECK_EVERY or end_of_epoch or checkpoint_due:
-            _look(seen, progress, clock)
+        if len(seen) == CHECK_EVERY or end_of_epoch:
+            _look(seen, progress, ranks, clock)
         if end_of_epoch:
-            epoch = progress.step // task.steps_per_epoch
-            record.append(_epoch_line(epoch, progress, scheduler.get_last_lr()[0]))
-        if checkpoint_due:
-            save_checkpoint(record, progress, *state)
-            saved = time.monotonic()
+            line = _epoch_line(progress.step // task.steps_per_epoch, progress, scheduler.get_last_lr()[0])
+            if ranks.first:
+                record.append(line)
         report(progress.step, steps)
 
+    if not ranks.first:
+        return
     last = record.metrics()[-1]
     scores = task.evaluate()
     if lost := sorted(name for name, value in scores.items() if not math.isfinite(value)):
@@ -189,28 +205,45 @@ def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
+def _here(spec: Spec) -> dict[str, Any]:
+    """What this process knows of itself, for the record."""
+    return {
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if spec.device == "cuda" else None,
+        "ranks": spec.ranks,
+        "micro_batches_per_rank": spec.micro_batches // spec.ranks,
+    }
+
+
 def save_checkpoint(
     record: Record,
+    ranks: Ranks,
     progress: Progress,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """Write all that the rest of the run depends on, in one rename."""
+    """Write all that the rest of the run depends on, in one rename; every rank comes here, and the first one writes."""
+    generators = ranks.gathered(torch.get_rng_state())
+    cuda_generators = ranks.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
+    if not ranks.first:
+        return ranks.wait()
     content = {
         "progress": vars(progress),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
-        "generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "generators": generators,
+        "cuda_generators": cuda_generators,
     }
     with replacing(record.checkpoint) as temporary:
         torch.save(content, temporary)
+    ranks.wait()
 
 
 def load_checkpoint(
     record: Record,
+    ranks: Ranks,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
@@ -229,9 +262,9 @@ def load_checkpoint(
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
-    torch.set_rng_state(content["generator"])
+    torch.set_rng_state(content["generators"][ranks.rank])
     if content["cuda_generators"]:
-        torch.cuda.set_rng_state_all(content["cuda_generators"])
+        torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
     return Progress(**content["progress"])
 
 
@@ -264,7 +297,7 @@ def _batches_from(task: Task, step: int, steps: int) -> Iterator[Any]:
             step += 1
 
 
-def _look(seen: list[msam.Step], progress: Progress, clock: _Clock) -> None:
+def _look(seen: list[msam.Step], progress: Progress, ranks: Ranks, clock: _Clock) -> None:
     """Fetch the losses of the steps since the last look.
 
     Raises:
@@ -272,8 +305,8 @@ def _look(seen: list[msam.Step], progress: Progress, clock: _Clock) -> None:
     """
     if not seen:
         return
-    losses = torch.stack([s.loss for s in seen]).tolist()
-    sharpness = torch.stack([s.sharpness for s in seen]).tolist()
+    losses = ranks.mean(torch.stack([s.loss for s in seen])).tolist()
+    sharpness = ranks.mean(torch.stack([s.sharpness for s in seen])).tolist()
     first = progress.step - len(seen) + 1
     for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
         if not math.isfinite(loss + rise):

@@ -1,12 +1,13 @@
 """Image classification: from a spec to a Task."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.harness.data import load_cifar
 from experiments.harness.models import build
@@ -41,13 +42,13 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
     classes = 100 if spec.dataset == "cifar100" else 10
     model = build(spec.model, classes).to(device, memory_format=torch.channels_last)
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
             return model(images)
 
-    def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return F.cross_entropy(forward(x).float(), y, label_smoothing=spec.label_smoothing)
+        return F.cross_entropy(forward(model, x).float(), y, label_smoothing=spec.label_smoothing)
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(labels), generator=generator(spec.seed, epoch)).to(device)
@@ -62,7 +63,7 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         model.eval()
         scores = {}
         for part, (x, y) in (scored, ("train", (images, labels))):
-            accuracy, loss = _score(forward, x, y)
+            accuracy, loss = _score(partial(forward, model), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 

@@ -184,7 +184,7 @@ def test_micro_batches_of_a_batch_agree_in_shape_and_padding_changes_no_loss(ber
         name: nn.functional.pad(t, (0, 5)) if t.ndim == 2 else t  # [PAD] is 0, and so is the mask there
         for name, t in batch.items()
     }
-    torch.testing.assert_close(task.loss_fn(wider), task.loss_fn(batch))
+    torch.testing.assert_close(task.loss_fn(task.model, wider), task.loss_fn(task.model, batch))
 
 
 def test_the_head_is_paired_by_seed_and_batches_do_not_depend_on_the_method(bert, data):

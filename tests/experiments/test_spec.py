@@ -86,6 +86,7 @@ def test_every_field_is_part_of_the_name():
             continue
         value = others[field.name] if field.name in others else getattr(BASE, field.name) + 1
         base = TEXT if field.name in ("dropout", "attention", "max_length") else BASE
+        base = replace(base, micro_batches=2) if field.name == "ranks" else base
         changed = replace(base, **{field.name: value})
         assert changed.run_id != base.run_id, field.name
 
@@ -101,6 +102,8 @@ def test_a_field_at_its_default_is_not_in_the_name():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("ranks", 0),
+        ("ranks", 2),  # of m = 1: SAM
         ("micro_batches", 0),
         ("micro_batches", -4),
         ("micro_batches", 33),

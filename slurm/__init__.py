@@ -1,0 +1,1 @@
+"""The suite's runs on a Slurm cluster, through submitit."""

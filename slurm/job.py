@@ -1,0 +1,196 @@
+"""What runs inside a job: some runs one after the other, each through the one training loop.
+
+Everything a run needs to go on lies in its record, so a job that is told to stop writes checkpoints and asks Slurm to
+queue it again; whatever else ends it (a node's failure, an administrator's requeue) is mended by the same restart.
+Torch is not imported before the signals have their handlers.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.provenance import code_hash, environment
+from experiments.harness.record import RunLocked, read_json, record_of, write_json
+from experiments.harness.spec import Spec
+from slurm.resources import SIGNAL_SECONDS
+
+RENDEZVOUS_SECONDS = 600
+"""How long the ranks of a run wait for the last of them to start."""
+
+
+class RunsFailed(Exception):
+    """Some runs of the job failed; their tracebacks are above, and in their records."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The runs of one job. submitit pickles it at submission and calls it in every process of the job."""
+
+    runs: tuple[Mapping[str, Any], ...]
+    results: str
+    data_root: str | None
+    minutes: int
+    """The job's time limit."""
+    submitted: Mapping[str, Any]
+    """Provenance from the submission: commit, dirty, code, command."""
+
+    def __call__(self) -> None:
+        """Train the runs that are not done.
+
+        Raises:
+            RunsFailed: at the end, if any of them failed; the others have been trained.
+        """
+        told = _Signals()
+        begun = time.monotonic()
+        specs = [Spec.from_dict(fields) for fields in self.runs]
+        if code_hash() != self.submitted["code"]:
+            raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
+        if specs[0].ranks > 1:
+            _join(specs[0], Path(self.results))
+        session = {**environment(""), **self.submitted, **_job()}
+        print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
+
+        from experiments.harness.train import Interrupted, train
+
+        failed = []
+        for spec in specs:
+            steps_before = None
+
+            def report(step: int, steps: int) -> None:
+                nonlocal steps_before
+                steps_before = step
+
+            print(f"{spec.run_id}  {spec.title}", flush=True)
+            while True:
+                try:
+                    train(
+                        spec,
+                        Path(self.results),
+                        data_root=self.data_root,
+                        environment=session,
+                        report=report,
+                        stop=told.to_stop,
+                    )
+                    break
+                except RunLocked:  # elsewhere it is being trained: wait for its result
+                    if told.to_stop():
+                        self._leave(told)
+                    time.sleep(1)
+                except Interrupted as stopped:
+                    print(stopped, flush=True)
+                    late = time.monotonic() - begun > 60 * self.minutes - SIGNAL_SECONDS - 90
+                    if late and steps_before is None:
+                        words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
+                        record_of(spec, Path(self.results)).fail(words)
+                        raise RunsFailed(f"{spec.run_id}: {words}") from None
+                    self._leave(told)
+                except Exception as error:
+                    if spec.ranks > 1:
+                        raise  # the other ranks wait for this one: end the job
+                    print(f"FAILED {spec.run_id}: {error!r}", file=sys.stderr, flush=True)
+                    failed.append(error)
+                    break
+        if failed:
+            raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, the last one with the error above.") from (
+                failed[-1]
+            )
+
+    def _leave(self, told: "_Signals") -> None:
+        """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself."""
+        if told.requeue and _rank() == 0:
+            subprocess.run(["scontrol", "requeue", _job()["slurm_job"]], check=True, timeout=60)
+            print("Queued again.", flush=True)
+        _wait_for_the_end(SIGNAL_SECONDS if told.requeue else 900)
+        sys.exit(128 + signal.SIGTERM)
+
+
+def perform(work: Work) -> None:
+    """What submitit calls."""
+    work()
+
+
+class _Signals:
+    """What Slurm has told this process.
+
+    USR2 comes ahead of the time limit or of a preemption; TERM with scancel, or with a preemption on clusters that
+    send nothing else, and then Slurm itself queues the job again.
+    """
+
+    def __init__(self) -> None:
+        self.requeue = self.ending = False
+        signal.signal(signal.SIGUSR2, self._usr2)
+        signal.signal(signal.SIGTERM, self._term)
+
+    def to_stop(self) -> bool:
+        return self.requeue or self.ending
+
+    def _usr2(self, *_: object) -> None:
+        self.requeue = True
+
+    def _term(self, *_: object) -> None:
+        self.ending = True
+
+
+def _wait_for_the_end(seconds: float) -> None:
+    """Stay until Slurm ends this process, or no longer counts the job as running.
+
+    Whoever leaves within the grace of a preemption would look finished, and would not be queued again.
+    """
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(1)
+        asked = ["squeue", "--noheader", "--jobs", _job()["slurm_job"], "--format=%T"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        if done.returncode == 0 and done.stdout.strip() != "RUNNING":
+            return
+
+
+def _job() -> dict[str, Any]:
+    """Which job this is, for the record."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "slurm_job": f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"],
+        "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
+        "requeues": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+    }
+
+
+def _rank() -> int:
+    return int(os.environ.get("SLURM_PROCID", 0))
+
+
+def _join(spec: Spec, results: Path) -> None:
+    """Bring the job's processes together as the ranks of a run.
+
+    Rank 0 takes a free port and tells the others in a file of the shared folder: nodes need not know each other's
+    names, and two jobs on one node cannot meet.
+    """
+    import torch
+    import torch.distributed as dist
+
+    rank = _rank()
+    job = _job()
+    meeting = results / "slurm" / "ranks" / f"{job['slurm_job']}-{job['requeues']}.json"
+    if rank == 0:
+        host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
+        store = dist.TCPStore(host, 0, spec.ranks, is_master=True, wait_for_workers=False)
+        meeting.parent.mkdir(parents=True, exist_ok=True)
+        write_json(meeting, {"host": host, "port": store.port})
+    else:
+        until = time.monotonic() + RENDEZVOUS_SECONDS
+        while not meeting.exists():
+            if time.monotonic() > until:
+                raise RunsFailed(f"Rank 0 has not written {meeting}: the results folder must be on a shared disk.")
+            time.sleep(0.1)
+        told = read_json(meeting)
+        store = dist.TCPStore(told["host"], told["port"], spec.ranks, is_master=False, wait_for_workers=False)
+    if spec.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", 0)))
+    dist.init_process_group("nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.ranks)

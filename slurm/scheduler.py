@@ -1,0 +1,122 @@
+"""Questions to Slurm: its queue, the fates of jobs that left it, its limits. Standard library only."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from experiments.harness.spec import SpecError
+
+GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+"""States of jobs that have ended for good. A PREEMPTED one may yet be queued again."""
+
+
+class SlurmError(SpecError):
+    """Slurm is not there, does not answer, or refuses. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job or array task, as Slurm has it."""
+
+    id: str
+    """"12", or "12_3" for a task of an array."""
+    state: str
+    name: str = ""
+    reason: str = ""
+    """Why it waits."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits, runs or ends; an array task that has ended stays known to Slurm for a while."""
+        return self.state not in GONE
+
+    @property
+    def running(self) -> bool:
+        """Whether its processes are there."""
+        return self.state in ("RUNNING", "COMPLETING", "SUSPENDED")
+
+
+def here() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("sbatch") is not None
+
+
+def queue() -> dict[str, Job] | None:
+    """The user's jobs that squeue knows, by id; None where no squeue can be asked.
+
+    Raises:
+        SlurmError: if squeue is there and fails.
+    """
+    if shutil.which("squeue") is None:
+        return None
+    answer = _call(["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%j|%r"])
+    jobs = (line.split("|", 3) for line in answer.splitlines() if line.strip())
+    return {id_: Job(id_, state, name, reason) for id_, state, name, reason in jobs}
+
+
+def fates(ids: Iterable[str]) -> dict[str, str]:
+    """What accounting says became of jobs; nothing where there is no accounting."""
+    arrays = sorted({id_.split("_")[0] for id_ in ids})
+    if not arrays or shutil.which("sacct") is None:
+        return {}
+    try:
+        answer = _call(["sacct", "--noheader", "--parsable2", "--format=JobID,State", "--jobs", ",".join(arrays)])
+    except SlurmError:
+        return {}
+    rows = (line.split("|") for line in answer.splitlines() if line.count("|") == 1)
+    return {id_: state.split()[0] for id_, state in rows if "." not in id_ and state}
+
+
+def largest_array() -> int:
+    """How many tasks an array may have."""
+    for line in _call(["scontrol", "show", "config"]).splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize":
+            return max(1, int(value))
+    return 1001
+
+
+def test_only(script: str) -> str:
+    """What `sbatch --test-only` says to a script.
+
+    Raises:
+        SlurmError: with sbatch's own words, if it refuses.
+    """
+    with outside_of_any_job():
+        return _call(["sbatch", "--test-only"], words="sbatch refuses these jobs", text=script).strip()
+
+
+def cancel(ids: Sequence[str]) -> None:
+    """Ask Slurm to end jobs; whichever it no longer knows are left out silently."""
+    for first in range(0, len(ids), 200):
+        _call(["scancel", "--quiet", *ids[first : first + 200]])
+
+
+@contextmanager
+def outside_of_any_job() -> Iterator[None]:
+    """Hide from sbatch the job that this process runs in, whose SLURM_ variables it would take for flags."""
+    hidden = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF"
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _call(command: Sequence[str], words: str = "", text: str | None = None) -> str:
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    except OSError as error:
+        raise SlurmError(f"{command[0]} cannot be run ({error.strerror}): go to a machine of the cluster.") from error
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} has not answered for a minute: try again when Slurm does.") from None
+    if done.returncode:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise SlurmError(f"{words or command[0] + ' failed'}: {said}")
+    return done.stdout or done.stderr

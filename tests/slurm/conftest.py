@@ -1,0 +1,98 @@
+"""One real Slurm for all tests, and the same runs trained without it to compare with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.harness.provenance import ROOT
+from tests.slurm.loopback import Loopback, missing
+
+LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=60")
+"""Four runs of some seconds, one of each method."""
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    if why := missing():
+        if os.environ.get("MSAM_SLURM_TESTS") == "required":
+            pytest.fail(f"No loopback Slurm: {why}")
+        pytest.skip(f"no loopback Slurm: {why}")
+    one = Loopback()
+    yield one
+    one.stop()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The results root of runs trained on this machine by the main command."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    for target in (("table1", "--profile", "smoke", "--seeds", "1"), LONG):
+        command = [sys.executable, "-m", "experiments", "run", *target, "--results", str(root)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return root
+
+
+@pytest.fixture
+def slurm(cluster, tmp_path):
+    return Command(cluster, tmp_path / "results")
+
+
+class Command:
+    """`python -m slurm` beside the loopback cluster, on a results root of its own."""
+
+    def __init__(self, cluster: Loopback, root: Path) -> None:
+        self.cluster, self.root = cluster, root
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it prints, after it has ended with `code`."""
+        command = [sys.executable, "-m", "slurm", *arguments, "--results", str(self.root)]
+        environment = {**os.environ, **self.cluster.environment}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == code, f"{done.stdout}\n{done.stderr}\n{self.logs()}"
+        return done.stdout + done.stderr
+
+    def wait(self, *target: str, code: int = 0) -> str:
+        return self("wait", *target, "--every", "0.5", code=code)
+
+    def until(self, ready, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, f"{self.cluster('squeue', '-t', 'all', '-r')}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in self.root.glob("slurm/*/*.out"))
+
+    def job(self) -> str:
+        """The id of the last submission's first array."""
+        told = json.loads(max(self.root.glob("slurm/*/submission.json")).read_text())
+        return told["arrays"][0]["ids"][0].split("_")[0]
+
+    def epochs(self) -> list[int]:
+        """How many epochs each run has recorded."""
+        return [len(path.read_text().splitlines()) for path in self.root.glob("runs/*/metrics.jsonl")]
+
+    def sessions(self) -> list[list[dict]]:
+        """The provenance of each run."""
+        return [json.loads(path.read_text())["sessions"] for path in self.root.glob("runs/*/env.json")]
+
+
+def numbers(root: Path) -> dict[str, tuple]:
+    """All that a run's training came to, by run: scores, curves and weights, without the times."""
+    found = {}
+    for path in root.glob("runs/*/summary.json"):
+        summary = json.loads(path.read_text())
+        summary = {name: value for name, value in summary.items() if not name.endswith("_seconds")}
+        lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            del line["seconds"]
+        weights = torch.load(path.parent / "checkpoint.pt", weights_only=True)["model"]
+        found[path.parent.name] = (summary, lines, {name: tensor.tolist() for name, tensor in weights.items()})
+    return found

@@ -1,0 +1,227 @@
+"""The suite on a real Slurm: slurmctld, two slurmd and munge on this machine, real training of the smoke profile."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.harness import catalogue
+from experiments.harness.provenance import ROOT
+from tests.slurm.conftest import LONG, numbers
+
+TABLE = ("table1", "--profile", "smoke", "--seeds", "1")
+TWELVE = ("linear_cifar", "--profile", "smoke", "--seeds", "12")
+ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
+
+
+def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, undisturbed):
+    said = slurm("submit", *TABLE, "--runs-per-job", "4")
+    assert "scancel" in said
+    assert "_log.out" in said
+    assert "nothing to submit" in slurm("submit", *TABLE), "queued runs were submitted again"
+    slurm.wait(*TABLE)
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+    assert len(numbers(slurm.root)) == len(catalogue.runs("table1", "smoke", 1))
+    assert "nothing to submit" in slurm("submit", *TABLE)
+    command = [sys.executable, "-m", "analysis", *TABLE, "--results", str(slurm.root)]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "not run" not in table
+    for (session,) in slurm.sessions():
+        assert session["command"].startswith("python -m slurm submit table1")
+        assert session["slurm_job"].startswith(slurm.job())
+
+
+def test_twelve_jobs_four_at_a_time_and_one_that_fails(slurm):
+    bad = catalogue.runs("linear_cifar", "smoke", 12)[5]
+    folder = slurm.root / "runs" / bad.run_id
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
+    slurm("submit", *TWELVE, "--parallelism", "4")
+    seen = []
+
+    def ended() -> bool:
+        states = slurm.cluster("squeue", "-h", "-r", "-j", slurm.job(), "-t", "all", "-o", "%T").split()
+        seen.append(states.count("RUNNING"))
+        return len(states) == 12 and not {"RUNNING", "PENDING", "COMPLETING"} & set(states)
+
+    slurm.until(ended, 120)
+    assert max(seen) == 4
+    said = slurm("status", *TWELVE)
+    assert "11 done, 1 failed." in said
+    line = next(line for line in said.splitlines() if line.startswith(bad.run_id))
+    assert "checkpoint.pt cannot be read" in line
+    log = Path(re.search(rf"{bad.run_id}.*\n\s+log: (.*)", said).group(1))
+    assert "Traceback" in log.read_text()
+
+    (folder / "checkpoint.pt").unlink()
+    assert "Submitted 1 of 12 runs" in slurm("submit", *TWELVE)
+    slurm.wait(*TWELVE)
+
+
+def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, undisturbed):
+    slurm("submit", *LONG)
+    slurm.until(lambda: len(slurm.epochs()) == 4 and min(slurm.epochs()) > 2)
+    slurm.cluster("scancel", "--signal=USR2", slurm.job())
+    slurm.wait(*LONG)
+    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]] * 4
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
+    slurm("submit", *LONG, "--partition", "low")
+    slurm.until(lambda: len(slurm.epochs()) == 4 and min(slurm.epochs()) > 2)
+    slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    slurm.wait(*LONG)
+    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]] * 4
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
+    slurm("submit", *LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
+    target = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    os.kill(_python_of(slurm.job()), signal.SIGKILL)
+    said = slurm.wait(*target, code=1)
+    assert "lost" in said
+    assert "Submit again" in said
+    assert "Submitted 1 of 1 runs" in slurm("submit", *target)
+    slurm.wait(*target)
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
+    target = (*LONG[:-1], "epochs=2000")
+    slurm("submit", *target, "--parallelism", "2")
+    slurm.until(lambda: len(slurm.epochs()) == 2 and min(slurm.epochs()) > 1)
+    assert "Asked Slurm to end 4 jobs" in slurm("cancel", *target)
+    said = slurm.wait(*target, code=1)
+    assert said.count("CANCELLED") == 4
+    assert len(list(slurm.root.glob("runs/*/checkpoint.pt"))) == 2
+    assert "No run" in slurm("cancel", *target)
+
+
+def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
+    mean = ("linear_cifar", "--profile", "smoke", "--seeds", "1", "--set", "micro_batches=4", "--set", "rho=0.05")
+    slurm("submit", *mean, "--set", "ranks=2", "--nodes", "2")
+    slurm.wait(*mean, "--set", "ranks=2")
+    command = [sys.executable, "-m", "experiments", "run", *mean, "--results", str(tmp_path / "one")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (two,), (one,) = numbers(slurm.root).values(), numbers(tmp_path / "one").values()
+    for name, value in one[0].items():
+        assert two[0][name] == pytest.approx(value, abs=1e-5), name
+    for here, there in zip(one[1], two[1], strict=True):
+        assert there == pytest.approx(here, abs=1e-5)
+    for name, weights in one[2].items():
+        torch.testing.assert_close(torch.tensor(two[2][name]), torch.tensor(weights), rtol=0, atol=1e-5)
+    ((session,),) = slurm.sessions()
+    assert (session["ranks"], session["micro_batches_per_rank"]) == (2, 2)
+    assert session["slurm_nodes"] == "n[1-2]"
+
+
+def test_a_dead_rank_ends_its_job_and_ranks_resume_bit_for_bit(slurm):
+    target = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=60", "--set", "ranks=2")
+    target = (*target, "--set", "micro_batches=4", "--set", "rho=0.1")
+    slurm("submit", *target)
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    slurm.cluster("scancel", "--signal=USR2", slurm.job())
+    slurm.until(lambda: len(slurm.sessions()[0]) == 2)
+    os.kill(_python_of(slurm.job(), rank="1"), signal.SIGKILL)
+    slurm.wait(*target, code=1)
+    slurm("submit", *target)
+    slurm.wait(*target)
+    disturbed = numbers(slurm.root)
+    slurm.root = slurm.root.with_name("again")
+    slurm("submit", *target)
+    slurm.wait(*target)
+    assert numbers(slurm.root) == disturbed
+
+
+def test_submitting_from_inside_a_job(slurm):
+    command = f"cd {ROOT} && {sys.executable} -m slurm submit {' '.join(ONE)} --results {slurm.root}"
+    slurm.cluster("sbatch", "--wait", "-n2", "-o", f"{slurm.root}.log", "--wrap", command, check=True)
+    slurm.wait(*ONE)
+
+
+def test_queued_jobs_run_the_code_that_was_submitted(slurm):
+    slurm("submit", *ONE)
+    (code,) = (slurm.root / "slurm" / "code").iterdir()
+    slurm.wait(*ONE)
+    ((session,),) = slurm.sessions()
+    assert session["code"] == code.name
+    changed = code / "experiments" / "harness" / "train.py"
+    changed.write_text(changed.read_text() + "# another line\n")
+    slurm("submit", "linear_cifar", "--profile", "smoke", "--seeds", "2")
+    said = slurm.wait("linear_cifar", "--profile", "smoke", "--seeds", "2", code=1)
+    assert "1 done, 1 lost" in said
+    assert "no longer the code that was submitted" in slurm.logs()
+
+
+def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm):
+    slurm("submit", "linear_cifar", "--profile", "smoke")
+    (path,) = slurm.root.glob("slurm/*/submission.json")
+    told = json.loads(path.read_text())
+    told["arrays"][0]["ids"] = None
+    path.write_text(json.dumps(told))
+    assert "nothing to submit" in slurm("submit", "linear_cifar", "--profile", "smoke")
+    slurm.wait("linear_cifar", "--profile", "smoke")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*ONE, "--partition", "nowhere"), "invalid partition"),
+        (("table1", "--profile", "paper", "--gpus", "8"), "node configuration is not available"),
+    ],
+)
+def test_what_sbatch_refuses_is_told_in_its_words(slurm, arguments, words):
+    said = slurm("submit", *arguments, code=2)
+    assert words in said
+    assert "Nothing was submitted" in said
+    assert "not begun" in slurm("status", *arguments[: len(arguments) - 2])
+    assert words in slurm("submit", *arguments, "--dry-run", code=2)
+
+
+def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slurm):
+    before = slurm.cluster("squeue", "-h", "-t", "all")
+    said = slurm("submit", "resnet_cifar", "--profile", "paper", "--dry-run")
+    assert "#SBATCH --gpus-per-node=1" in said
+    assert "to start at" in said
+    assert re.search(r"About [1-9][0-9.]* GPU-hours", said)
+    assert slurm.cluster("squeue", "-h", "-t", "all") == before
+    assert not (slurm.root / "runs").exists()
+
+
+@pytest.mark.parametrize(("options", "words"), [("size=1m", "MB free"), ("ro", "cannot be written")])
+def test_a_results_folder_without_room_is_refused_before_sbatch(slurm, options, words):
+    slurm.root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(slurm.root)], check=True)
+    try:
+        said = slurm("submit", *ONE, code=2)
+    finally:
+        subprocess.run(["umount", str(slurm.root)], check=True)
+    assert words in said
+    assert "--results" in said
+
+
+def _python_of(job: str, rank: str = "0") -> int:
+    """The process that trains in a job's (first) task."""
+    for folder in Path("/proc").iterdir():
+        try:
+            told = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
+            command = (folder / "cmdline").read_bytes() if told else b""
+        except OSError:
+            continue
+        mine = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= set(told)
+        if mine and b"submitit.core._submit" in command and b"srun" not in command:
+            return int(folder.name)
+    raise AssertionError(f"no process of job {job}")

@@ -1,0 +1,246 @@
+"""What is submitted, without a Slurm: needs, packing, scripts, the site's file, and refusals."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from experiments import bert_glue, resnet_cifar, wrn_cifar
+from experiments.harness import catalogue
+from experiments.harness.estimate import Estimate, measured
+from experiments.harness.provenance import ROOT, code_hash
+from experiments.harness.record import record_of
+from experiments.harness.spec import SpecError
+from slurm import scheduler, site
+from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, gpu_hours, resources
+from slurm.submission import SlurmError, alone, arrays, script, snapshot, standings
+
+NOTHING = Estimate({}, {})
+
+
+def call(*arguments, path="/"):
+    command = [sys.executable, "-m", "slurm", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env={"PATH": path, "HOME": "/nowhere"}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu"])
+@pytest.mark.parametrize("table", ["table1", "table2"])
+def test_small_profiles_ask_for_one_core_and_two_gigabytes(table, profile):
+    for spec in catalogue.runs(table, profile):
+        asked = resources(spec, NOTHING)
+        assert (asked.gpus, asked.cpus) == (0, 1)
+        assert asked.memory_gb <= 2
+
+
+def test_paper_runs_ask_for_a_gpu_and_have_an_estimate():
+    for table in ("table1", "table2"):
+        for spec in catalogue.runs(table, "paper"):
+            assert resources(spec, NOTHING).gpus == 1
+            assert gpu_hours(spec, NOTHING) > 0
+    assert resources(wrn_cifar.PAPER, NOTHING) == WIDE_RESNET
+    assert resources(bert_glue.PAPER, NOTHING) == ENCODER
+
+
+def test_measured_times_decide_the_time_limit(tmp_path):
+    spec = resnet_cifar.SMOKE
+    record = record_of(spec, tmp_path)
+    record.create(spec)
+    record.finish({"wall_seconds": 1200.0})
+    assert resources(spec, measured(tmp_path)).minutes == 60  # twice 20 minutes, and the least, by half hours
+    assert resources(spec, measured(tmp_path), minutes=7).minutes == 7
+
+
+def test_runs_are_packed_and_arrays_stay_below_the_largest():
+    specs = catalogue.runs("linear_cifar", "smoke", 25)
+    found = arrays(specs, NOTHING, largest=4, runs_per_job=3)
+    assert [len(array.jobs) for array in found] == [4, 4, 1]
+    assert [spec for array in found for job in array.jobs for spec in job] == specs
+    assert all(len(job) <= 3 for array in found for job in array.jobs)
+    assert found[0].size.minutes == 3 * resources(specs[0], NOTHING).minutes
+
+
+def test_runs_of_different_needs_are_different_arrays():
+    specs = [resnet_cifar.PAPER, bert_glue.PAPER, replace(resnet_cifar.PAPER, seed=1)]
+    found = arrays(specs, NOTHING)
+    assert [array.jobs for array in found] == [((specs[0],), (specs[2],)), ((specs[1],),)]
+
+
+def test_ranks_are_processes_with_a_gpu_each(tmp_path):
+    spec = replace(resnet_cifar.PAPER, rho=0.1, micro_batches=8, ranks=8)
+    (array,) = arrays([spec], NOTHING, nodes=2)
+    text = script(array, tmp_path, site.Site())
+    for flag in ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", f"signal=USR2@{SIGNAL_SECONDS}", "requeue"):
+        assert f"#SBATCH --{flag}\n" in text
+    assert "--kill-on-bad-exit=1" in text
+    assert f"#SBATCH --mem={4 * 16 * 1024}MB\n" in text
+    with pytest.raises(SlurmError, match="nodes is 3"):
+        arrays([spec], NOTHING, nodes=3)
+
+
+def test_a_script_says_nothing_of_any_site_but_what_its_file_says(tmp_path):
+    (array,) = arrays([resnet_cifar.PAPER], NOTHING)
+    bare = script(array, tmp_path, site.Site())
+    for word in ("partition", "account", "qos", "constraint", "wckey", "module", "gres"):
+        assert word not in bare
+    (tmp_path / "site.toml").write_text(
+        'partition = "gpu"\naccount = "mine"\nconstraint = "a100"\ngpus_through = "gres"\n'
+        'modules = ["python/3.11"]\nsetup = ["export NCCL_DEBUG=WARN"]\n'
+    )
+    text = script(array, tmp_path, site.read(tmp_path / "site.toml", partition="other"))
+    for line in (
+        "#SBATCH --partition=other",
+        "#SBATCH --account=mine",
+        "#SBATCH --gres=gpu:1",
+        "module load python/3.11",
+    ):
+        assert f"{line}\n" in text
+    assert text.index("module load") < text.index("NCCL_DEBUG") < text.index("srun")
+    assert "gpus-per-node" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("partitoin = 'gpu'", "'partitoin', which is not known"),
+        ("modules = 'python'", "modules must be a list of strings"),
+        ("partition = 3", "partition must be a string"),
+        ("gpus_through = 'magic'", "gpus_through must be"),
+        ("partition = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_site_file_is_refused_with_the_mend(tmp_path, content, words):
+    (tmp_path / "site.toml").write_text(content)
+    with pytest.raises(SpecError, match=words):
+        site.read(tmp_path / "site.toml")
+
+
+def test_a_missing_site_file_is_refused_only_where_it_was_named(tmp_path, monkeypatch):
+    with pytest.raises(SpecError, match="cannot be read"):
+        site.read(tmp_path / "site.toml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert site.read() == site.Site()
+    (tmp_path / ".config" / "msam").mkdir(parents=True)
+    (tmp_path / ".config" / "msam" / "slurm.toml").write_text('qos = "long"')
+    assert site.read().flags == {"qos": "long"}
+    monkeypatch.setenv("MSAM_SLURM_SITE", str(tmp_path / "other.toml"))
+    (tmp_path / "other.toml").write_text('qos = "short"')
+    assert site.read().flags == {"qos": "short"}
+
+
+def test_without_slurm_the_local_form_is_named(tmp_path):
+    done = call("submit", "table1", "--profile", "smoke", "--results", tmp_path)
+    assert done.returncode == 2
+    assert "no Slurm" in done.stderr
+    assert "python -m slurm submit table1 --profile smoke --cluster local" in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert "no Slurm" in call("cancel", "table1", "--results", tmp_path).stderr
+
+
+def test_the_local_form_trains_through_the_pool_of_the_main_command(tmp_path):
+    command = [sys.executable, "-m", "slurm", "submit", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
+    done = subprocess.run(
+        [*command, "--cluster", "local", "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Training 1 runs" in done.stdout
+    assert record_of(catalogue.runs("linear_cifar", "smoke", 1)[0], tmp_path).done
+
+
+def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path):
+    done = call("submit", "table1", "--profile", "paper", "--dry-run", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "GPU-hours" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "2"), "use no GPU"),
+        (("--gpus", "0"), "gpus is 0"),
+        (("--runs-per-job", "0"), "runs-per-job is 0"),
+        (("--parallelism", "-1"), "parallelism is -1"),
+        (("--minutes", "2"), "minutes is 2"),
+        (("--profile", "huge"), "Unknown profile"),
+        (("--set", "rho=-1"), "rho is -1"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, arguments, words):
+    done = call("submit", "table1", *arguments, "--results", tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_submitting_and_looking_need_no_torch(tmp_path):
+    code = (
+        "import sys; sys.argv[1:] = ['submit', 'table1', '--profile', 'paper', '--dry-run', '--results', sys.argv[1]]\n"
+        "from slurm.__main__ import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'numpy', 'pandas'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env={"PATH": "/"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_snapshot_is_the_training_code_and_is_made_once(tmp_path):
+    folder = snapshot(tmp_path)
+    assert folder.name == code_hash()
+    told = "from experiments.harness.provenance import code_hash; print(code_hash())"
+    done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == code_hash()
+    before = (folder / "msam" / "gradient.py").stat().st_mtime_ns, folder.stat().st_ino
+    assert snapshot(tmp_path) == folder
+    assert ((folder / "msam" / "gradient.py").stat().st_mtime_ns, folder.stat().st_ino) == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def submitted(root, specs, ids):
+    folder = root / "slurm" / "20260101-000000-abcd"
+    folder.mkdir(parents=True)
+    told = {"arrays": [{"name": "msam-x", "ids": ids, "runs": [[s.run_id] for s in specs]}]}
+    (folder / "submission.json").write_text(json.dumps(told))
+
+
+def test_where_the_queue_cannot_be_asked_nothing_is_called_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    specs = catalogue.runs("linear_cifar", "smoke", 3)
+    submitted(tmp_path, specs[:2], ["7_0", "7_1"])
+    record = record_of(specs[0], tmp_path)
+    record.create(specs[0])
+    record.finish({})
+    assert [run.state for run in standings(specs, tmp_path)] == ["done", "submitted", "not begun"]
+
+
+def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
+    specs = catalogue.runs("linear_cifar", "smoke", 6)
+    submitted(tmp_path, specs, [f"7_{i}" for i in range(6)])
+    record_of(specs[3], tmp_path).create(specs[3])
+    record_of(specs[3], tmp_path).fail("ValueError: no\nsuch luck")
+    states = [("PENDING", "Priority"), ("RUNNING", "None"), ("OUT_OF_MEMORY", "None"), ("FAILED", "None")]
+    queue = {f"7_{i}": scheduler.Job(f"7_{i}", *told) for i, told in enumerate([(s, "msam-x", r) for s, r in states])}
+    monkeypatch.setattr(scheduler, "queue", lambda: queue)
+    monkeypatch.setattr(scheduler, "fates", lambda ids: {"7_4": "NODE_FAIL"})
+    found = standings(specs, tmp_path)
+    assert [run.state for run in found] == ["queued", "running", "lost", "failed", "lost", "lost"]
+    assert "Priority" in found[0].words
+    assert "OUT_OF_MEMORY" in found[2].words
+    assert found[3].words == ": ValueError: no such luck"
+    assert "NODE_FAIL" in found[4].words
+    assert "without a word" in found[5].words
+
+
+def test_one_submission_at_a_time_and_a_sentence_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SlurmError, match="--results"), alone(tmp_path / "file"):
+        pass
+    with alone(tmp_path):
+        code = (
+            f"from pathlib import Path; from slurm.submission import alone\nwith alone(Path({str(tmp_path)!r})): pass"
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=3)
