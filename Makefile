@@ -19,7 +19,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 tables plan status test test-fast bench lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 tables plan submit status test test-fast bench lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -45,6 +45,9 @@ tables: setup ## Draw the committed tables again from the committed runs, withou
 
 plan: setup ## List the runs of Table 1: which are done, which would train
 	$(python) -m experiments plan table1 $(how)
+
+submit: setup ## Hand the missing runs of Table 1 to Slurm (python -m slurm has the rest)
+	$(python) -m slurm submit table1 $(which)
 
 status: setup ## Count the runs of Table 1: done, running, failed, missing
 	$(python) -m experiments status table1 $(which)

@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | run | status: the only command line that trains."""
+"""python -m experiments list | plan | fetch | run | status: the only command line that trains."""
 
 import logging
 import sys
@@ -137,6 +137,18 @@ def run(
     return 1 if outcome.failed else 0
 
 
+def fetch(target: Positional[Target], profile: Profile = "cpu", set: Set = (), data_root: Path | None = None) -> int:
+    """Fetch and verify the data sets and encoders of a target, for machines whose jobs have no network.
+
+    Args:
+        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
+    """
+    specs = catalogue.runs(target, profile, 1, set)
+    found = _with_data(specs, data_root, needed=True)
+    print(f"The data of {len(found)} of {len(specs)} cells of {target} ({profile}) are here.")
+    return 0 if len(found) == len(specs) else 1
+
+
 def status(
     target: Positional[Target],
     profile: Profile = "cpu",
@@ -202,7 +214,13 @@ def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[
 def main() -> None:
     """Run the command line; a mistake in it ends with one sentence and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    commands: dict[str, Callable[..., int]] = {"list": list_, "plan": plan, "run": run, "status": status}
+    commands: dict[str, Callable[..., int]] = {
+        "list": list_,
+        "plan": plan,
+        "fetch": fetch,
+        "run": run,
+        "status": status,
+    }
     from experiments.harness.data import DataError
 
     try:

@@ -72,17 +72,18 @@ def submit(
 
         return run(target, profile, seeds, set, results=results, data_root=data_root)
     facts = site.read(site_file, partition)
-    if not scheduler.here() and not dry_run:
-        raise SlurmError(
-            "This machine has no Slurm (sbatch is not on the PATH). To train on its own cores or GPUs: "
-            f"python -m slurm submit {target} --profile {profile} --cluster local"
-        )
-    estimate = measured(results)
-    largest = scheduler.largest_array() if scheduler.here() else 1001
-    packed = {"largest": largest, "runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
+    estimate, packed = measured(results), {"runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
+    try:
+        packed["largest"] = scheduler.largest_array()
+    except SlurmError as error:
+        if not dry_run:
+            local = f"python -m slurm submit {target} --profile {profile} --cluster local"
+            raise SlurmError(f"{error} To train on this machine's cores or GPUs: {local}") from None
+        print(error, file=sys.stderr)
     if dry_run:
-        waiting = _to_submit(standings(specs, results))
-        return _dry_run(arrays(waiting, estimate, **packed), results, facts, parallelism, len(specs) - len(waiting))
+        checked = "largest" in packed
+        waiting = _to_submit(standings(specs, results)) if checked else specs
+        return _dry_run(arrays(waiting, estimate, **packed), results, facts, parallelism, len(specs), checked)
     with alone(results):
         waiting = _to_submit(standings(specs, results))
         if not waiting:
@@ -162,8 +163,7 @@ def cancel(
     gpus: Gpus = 1,
 ) -> int:
     """Ask Slurm to end the jobs of a target's queued and running runs, with whatever other runs share them."""
-    if not scheduler.here():
-        raise SlurmError("This machine has no Slurm (scancel is not on the PATH): cancel on a machine of the cluster.")
+    scheduler.largest_array()
     found = standings(_specs(target, profile, seeds, set, gpus), results.absolute())
     jobs = list(dict.fromkeys(run.place.job for run in found if run.waiting and run.place and run.place.job))
     if not jobs:
@@ -201,7 +201,9 @@ def _to_submit(found: Sequence[Standing]) -> list[Spec]:
     return [run.spec for run in found if run.state in UNFINISHED]
 
 
-def _dry_run(found: list[Array], results: Path, facts: site.Site, parallelism: int | None, left_out: int) -> int:
+def _dry_run(
+    found: list[Array], results: Path, facts: site.Site, parallelism: int | None, wanted: int, checked: bool
+) -> int:
     estimate, hours, runs = measured(results), 0.0, 0
     for array in found:
         size = array.size
@@ -215,10 +217,12 @@ def _dry_run(found: list[Array], results: Path, facts: site.Site, parallelism: i
                 hours, runs = hours + gpu_hours(spec, estimate), runs + 1
         text = script(array, results, facts, parallelism)
         print(f"\n{text}")
-        if scheduler.here():
+        if checked:
             print(f"sbatch --test-only: {scheduler.test_only(text)}\n")
-    print(f"{runs} runs would be submitted, {left_out} are done or queued. About {hours:.1f} GPU-hours ", end="")
-    print("(guessed for an A100-class GPU where nothing was measured; no GPU has run these yet).")
+    print(
+        f"{runs} of {wanted} runs would be submitted: about {hours:.1f} GPU-hours (guessed for an A100-class GPU where "
+        "nothing was measured; no GPU has run these yet)."
+    )
     return 0
 
 

@@ -39,11 +39,6 @@ class Job:
         return self.state in ("RUNNING", "COMPLETING", "SUSPENDED")
 
 
-def here() -> bool:
-    """Whether this machine has Slurm's commands."""
-    return shutil.which("sbatch") is not None
-
-
 def queue() -> dict[str, Job] | None:
     """The user's jobs that squeue knows, by id; None where no squeue can be asked.
 
@@ -71,12 +66,19 @@ def fates(ids: Iterable[str]) -> dict[str, str]:
 
 
 def largest_array() -> int:
-    """How many tasks an array may have."""
-    for line in _call(["scontrol", "show", "config"]).splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize":
-            return max(1, int(value))
-    return 1001
+    """How many tasks an array may have; asking is also how to find out that there is a Slurm.
+
+    Raises:
+        SlurmError: if this machine has none, or it does not answer.
+    """
+    if shutil.which("sbatch") is None:
+        raise SlurmError("This machine has no Slurm (sbatch is not on the PATH).")
+    try:
+        config = _call(["scontrol", "show", "config"])
+    except SlurmError as error:
+        raise SlurmError(f"Slurm does not answer on this machine ({error})") from None
+    found = [line.partition("=")[2] for line in config.splitlines() if line.startswith("MaxArraySize")]
+    return max(1, int(found[0])) if found else 1001
 
 
 def test_only(script: str) -> str:
@@ -117,6 +119,6 @@ def _call(command: Sequence[str], words: str = "", text: str | None = None) -> s
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} has not answered for a minute: try again when Slurm does.") from None
     if done.returncode:
-        said = done.stderr.strip() or f"exit status {done.returncode}"
+        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise SlurmError(f"{words or command[0] + ' failed'}: {said}")
     return done.stdout or done.stderr

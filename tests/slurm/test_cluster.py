@@ -15,6 +15,8 @@ from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT
 from tests.slurm.conftest import LONG, numbers
 
+pytestmark = pytest.mark.slow
+
 TABLE = ("table1", "--profile", "smoke", "--seeds", "1")
 TWELVE = ("linear_cifar", "--profile", "smoke", "--seeds", "12")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
