@@ -20,12 +20,12 @@ from experiments.harness.spec import Spec, SpecError
 from slurm import scheduler, site
 from slurm.resources import LEAST_MINUTES, gpu_hours
 from slurm.scheduler import SlurmError
-from slurm.submission import Array, Standing, alone, arrays, script, standings
+from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, standings
 from slurm.submission import submit as hand_over
 
 Gpus = Annotated[int, arg(help="Ranks of a data-parallel run, one GPU each, where that divides its micro-batches.")]
 
-UNFINISHED = ("failed", "lost", "begun", "not begun")
+UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
 """States of runs that `submit` submits."""
 
 
@@ -89,10 +89,13 @@ def submit(
         if not waiting:
             print(f"All {len(specs)} runs of {target} ({profile}) are done or queued; nothing to submit.")
             return 0
+        found = arrays(waiting, estimate, **packed)
+        for array in found:
+            scheduler.test_only(script(array, results, facts, parallelism))
         told = environment(" ".join(["python -m slurm", *sys.argv[1:]]))
         session = {name: told[name] for name in ("commit", "dirty", "code", "command")}
         folder, ids = hand_over(
-            arrays(waiting, estimate, **packed),
+            found,
             results,
             facts,
             session=session,
@@ -113,7 +116,7 @@ def status(
     results: Results = DEFAULT_ROOT,
     gpus: Gpus = 1,
 ) -> int:
-    """Say of each run whether it is done, running, queued, failed, lost (neither record nor job) or not begun."""
+    """Say of each run whether it is done, running, queued, failed, cancelled, lost (no record, no job) or not begun."""
     found = standings(_specs(target, profile, seeds, set, gpus), results.absolute())
     for run in found:
         log = f"\n{'':14}log: {run.place.log}" if run.place and run.state in ("failed", "lost") else ""
@@ -165,11 +168,13 @@ def cancel(
     """Ask Slurm to end the jobs of a target's queued and running runs, with whatever other runs share them."""
     scheduler.largest_array()
     found = standings(_specs(target, profile, seeds, set, gpus), results.absolute())
-    jobs = list(dict.fromkeys(run.place.job for run in found if run.waiting and run.place and run.place.job))
+    places = [run.place for run in found if run.waiting and run.place and run.place.job]
+    jobs = list(dict.fromkeys(place.job for place in places))
     if not jobs:
         print(f"No run of {target} ({profile}) is queued or running.")
         return 0
     scheduler.cancel(jobs)
+    note_cancelled(places)
     print(
         f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first: "
         f"python -m slurm status {target} --profile {profile} tells when they are gone."

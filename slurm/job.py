@@ -147,7 +147,10 @@ def _wait_for_the_end(seconds: float) -> None:
     while time.monotonic() < until:
         time.sleep(1)
         asked = ["squeue", "--noheader", "--jobs", _job()["slurm_job"], "--format=%T"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        try:
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
         if done.returncode == 0 and done.stdout.strip() != "RUNNING":
             return
 

@@ -88,7 +88,7 @@ def test_only(script: str) -> str:
         SlurmError: with sbatch's own words, if it refuses.
     """
     with outside_of_any_job():
-        return _call(["sbatch", "--test-only"], words="sbatch refuses these jobs", text=script).strip()
+        return _call(["sbatch", "--test-only"], words="Nothing was submitted: sbatch refuses these jobs", text=script).strip()
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -61,6 +61,7 @@ class Place:
     folder: Path
     alone: bool
     """Whether the job has no other run."""
+    cancelled: bool = False
 
     @property
     def log(self) -> Path:
@@ -74,8 +75,8 @@ class Standing:
 
     spec: Spec
     state: str
-    """done, running, queued, failed, lost (it was submitted, and there is neither record nor job), begun, not begun,
-    damaged; submitted where the queue cannot be asked."""
+    """done, running, queued, failed, cancelled, lost (it was submitted; there is neither record nor job), begun, not
+    begun, damaged; submitted where the queue cannot be asked."""
     words: str
     place: Place | None
 
@@ -311,15 +312,27 @@ def _places(root: Path, queue: Mapping[str, Job]) -> dict[str, Place]:
         by_name.setdefault(job.name, []).append(job.id)
     for path in sorted((root / "slurm").glob("*/submission.json")):
         try:
-            told = read_json(path)["arrays"]
+            told, cancelled = read_json(path)["arrays"], _cancelled(path.parent)
             for array in told:
                 ids = array["ids"] or _by_index(by_name.get(array["name"], []), len(array["runs"]))
                 for job, runs in zip(ids, array["runs"], strict=True):
-                    place = Place(job, array["name"], path.parent, len(runs) == 1)
+                    place = Place(job, array["name"], path.parent, len(runs) == 1, job in cancelled)
                     places |= dict.fromkeys(runs, place)
         except (KeyError, TypeError, ValueError) as error:
             raise RecordError(f"{path} is damaged ({error}): move its folder away.") from error
     return places
+
+
+def note_cancelled(places: Sequence[Place]) -> None:
+    """Write down that jobs were cancelled: Slurm forgets those that never began."""
+    for folder in dict.fromkeys(place.folder for place in places):
+        ids = {place.job for place in places if place.folder == folder}
+        write_json(folder / "cancelled.json", {"ids": sorted(_cancelled(folder) | ids)})
+
+
+def _cancelled(folder: Path) -> set[str]:
+    path = folder / "cancelled.json"
+    return set(read_json(path)["ids"]) if path.exists() else set()
 
 
 def _by_index(ids: Sequence[str], count: int) -> list[str | None]:
@@ -350,6 +363,8 @@ def _standing(
     if state == "failed":
         return Standing(spec, state, words, place)
     fate = job.state if job else fates.get(place.job or "")
+    if place.cancelled or fate == "CANCELLED":
+        return Standing(spec, "cancelled", f": job {place.job}{words}", place)
     how = f"ended: {fate}" if fate else "left the queue without a word"
     return Standing(spec, "lost", f": job {place.job} {how}. Submit again to go on{words}", place)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import msam
+from experiments.harness.record import RecordError
 from experiments.harness.spec import Spec, SpecError
 
 
@@ -85,6 +86,16 @@ class Ranks:
         values: Sequence[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return list(values)
+
+    def agree(self, number: int, words: str) -> None:
+        """Go on only if all ranks came with the same number.
+
+        Raises:
+            RecordError: with `words`, if not.
+        """
+        found = [int(value) for value in self.gathered(torch.tensor(number))]
+        if len(set(found)) > 1:
+            raise RecordError(f"{words} ({found}): start the run again, or use another disk.")
 
     def wait(self) -> None:
         """Go on only once all ranks have come here."""

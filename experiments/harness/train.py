@@ -86,8 +86,7 @@ def train(
                 record.create(spec)
             if not record.done:
                 record.clear_failure()
-        ranks.wait()
-        if record.done:
+        if ranks.any(ranks.first and record.done) == [True]:
             return
         try:
             _train(spec, record, ranks, data_root, environment or {}, checkpoint_seconds, report, stop)
@@ -121,6 +120,7 @@ def _train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
     state = (task.model, optimizer, scheduler)
     progress = load_checkpoint(record, ranks, *state)
+    ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
     if ranks.first:
         record.rewind(progress.step // task.steps_per_epoch)
     clock, saved = _Clock(progress), time.monotonic()

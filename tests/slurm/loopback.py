@@ -1,6 +1,6 @@
 """A real Slurm on this machine alone: munged, slurmctld and two slurmd on loopback, ended with this process.
 
-Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. Two nodes of 4 CPUs and 4 GPUs that do
+Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. Two nodes of 32 CPUs and 4 GPUs that do
 not exist; partitions debug, low (preempted by high, and queued again) and high. No accounting, as on many clusters.
 """
 
@@ -57,8 +57,8 @@ MaxArraySize={largest_array}
 InactiveLimit=0
 WaitTime=0
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=131072 Gres=gpu:none:4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=131072 Gres=gpu:none:4
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=32 RealMemory=131072 Gres=gpu:none:4
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=32 RealMemory=131072 Gres=gpu:none:4
 PartitionName=debug Nodes=ALL Default=YES PriorityTier=1 PreemptMode=OFF
 PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF
