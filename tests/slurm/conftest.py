@@ -13,8 +13,11 @@ import torch
 from experiments.harness.provenance import ROOT
 from tests.slurm.loopback import Loopback, missing
 
-LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=60")
+LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=40")
 """Four runs of some seconds, one of each method."""
+
+MSAM = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
+"""The last of them."""
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A real Slurm on this machine alone: munged, slurmctld and two slurmd on loopback, ended with this process.
 
-Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. Two nodes of 32 CPUs and 4 GPUs that do
-not exist; partitions debug, low (preempted by high, and queued again) and high. No accounting, as on many clusters.
+Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. Two nodes of 32 CPUs and 4 GPUs, which
+do not exist; partitions debug, low (preempted by high, and queued again) and high. No accounting, as on many clusters.
 """
 
 import ctypes

@@ -13,7 +13,7 @@ import torch
 
 from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT
-from tests.slurm.conftest import LONG, numbers
+from tests.slurm.conftest import LONG, MSAM, numbers
 
 pytestmark = pytest.mark.slow
 
@@ -78,25 +78,24 @@ def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, un
 
 
 def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
-    slurm("submit", *LONG, "--partition", "low")
-    slurm.until(lambda: len(slurm.epochs()) == 4 and min(slurm.epochs()) > 2)
+    slurm("submit", *MSAM, "--partition", "low")
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.wait(*LONG)
-    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]] * 4
+    slurm.wait(*MSAM)
+    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]]
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
-    slurm("submit", *LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
-    target = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
+    slurm("submit", *MSAM)
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     os.kill(_python_of(slurm.job()), signal.SIGKILL)
-    said = slurm.wait(*target, code=1)
+    said = slurm.wait(*MSAM, code=1)
     assert "lost" in said
     assert "Submit again" in said
-    assert "Submitted 1 of 1 runs" in slurm("submit", *target)
-    slurm.wait(*target)
+    assert "Submitted 1 of 1 runs" in slurm("submit", *MSAM)
+    slurm.wait(*MSAM)
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
@@ -131,8 +130,7 @@ def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
 
 
 def test_a_dead_rank_ends_its_job_and_ranks_resume_bit_for_bit(slurm):
-    target = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=60", "--set", "ranks=2")
-    target = (*target, "--set", "micro_batches=4", "--set", "rho=0.1")
+    target = (*MSAM, "--set", "ranks=2")
     slurm("submit", *target)
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
