@@ -34,6 +34,8 @@ class Arguments:
     """Look at the seeds 0, ..., N - 1 of each cell. Left out: the profile's own number."""
     results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT
     """The results root."""
+    gpus: Annotated[int, arg(metavar="N")] = 1
+    """Runs that python -m slurm submit --gpus N made: data-parallel where N divides their micro-batches."""
     publish: bool = False
     """Write the committed files; refused if a run is missing, of another commit, or of an unclean tree."""
     from_committed: bool = False
@@ -87,8 +89,10 @@ def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
     from analysis.publish import TABLES, missing, target
 
     where = (arguments.profile, arguments.results.absolute())
+    if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
+        raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
     if arguments.targets:
-        return [target(name, *where, arguments.seeds) for name in dict.fromkeys(arguments.targets)]
+        return [target(name, *where, arguments.seeds, arguments.gpus) for name in dict.fromkeys(arguments.targets)]
     known, chosen = catalogue.targets(), []
     for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):

@@ -11,7 +11,7 @@ from analysis import render, tables
 from analysis.collect import UNKNOWN, Results, write_files
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import IMAGES, Spec, score_name, with_seeds
+from experiments.harness.spec import IMAGES, Spec, score_name, with_ranks, with_seeds
 
 TABLES = ("table1", "table2")
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
@@ -51,13 +51,13 @@ class Target:
         return document(self.name, frame, self.cells, self.seeds, failures)
 
 
-def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None) -> Target:
+def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None, ranks: int = 1) -> Target:
     """A table, an experiment or one of their grids, looked up in the catalogue.
 
     Raises:
         SpecError: for an unknown name, or one that has no cells in this profile.
     """
-    runs = catalogue.runs(name, profile, seeds)
+    runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
     cells = tuple(dict.fromkeys(replace(run, seed=0) for run in runs))
     return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root)

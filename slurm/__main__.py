@@ -1,10 +1,12 @@
 """python -m slurm submit | status | wait | cancel: the runs of `python -m experiments` on a Slurm cluster."""
 
+import logging
+import os
+import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,17 +18,22 @@ from experiments.harness import catalogue
 from experiments.harness.estimate import measured
 from experiments.harness.provenance import environment
 from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import Spec, SpecError
+from experiments.harness.spec import Spec, SpecError, with_ranks
 from slurm import scheduler, site
 from slurm.resources import LEAST_MINUTES, gpu_hours
 from slurm.scheduler import SlurmError
-from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, standings
+from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, snapshot, standings
 from slurm.submission import submit as hand_over
 
-Gpus = Annotated[int, arg(help="Ranks of a data-parallel run, one GPU each, where that divides its micro-batches.")]
+Gpus = Annotated[
+    int, arg(help="Data-parallel runs of N ranks, one GPU each, where N divides m (analysis takes --gpus N too).")
+]
 
 UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
 """States of runs that `submit` submits."""
+
+PATIENCE = 30
+"""How often in a row `wait` may find the queue silent, as while Slurm is restarted."""
 
 
 def submit(
@@ -60,7 +67,7 @@ def submit(
         cluster: "local" trains on this machine's cores or GPUs instead, as python -m experiments run does.
         dry_run: Print the jobs, their sbatch scripts and the GPU-hours, let sbatch check them, submit nothing.
     """
-    _check(gpus=gpus, nodes=nodes, runs_per_job=runs_per_job, parallelism=parallelism)
+    _check(nodes=nodes, runs_per_job=runs_per_job, parallelism=parallelism)
     if minutes is not None and minutes < LEAST_MINUTES:
         raise SlurmError(f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, for a checkpoint before the end.")
     specs = _specs(target, profile, seeds, set, gpus)
@@ -69,41 +76,49 @@ def submit(
         if gpus > 1:
             raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
         from experiments.__main__ import run
+        from experiments.harness.data import DataError
 
-        return run(target, profile, seeds, set, results=results, data_root=data_root)
+        try:
+            return run(target, profile, seeds, set, results=results, data_root=data_root)
+        except DataError as error:
+            raise SlurmError(str(error)) from error
+    _check_paths(specs)
     facts = site.read(site_file, partition)
     estimate, packed = measured(results), {"runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
     try:
         packed["largest"] = scheduler.largest_array()
     except SlurmError as error:
         if not dry_run:
-            local = f"python -m slurm submit {target} --profile {profile} --cluster local"
+            local = f"{_command('submit', target, profile, seeds, set, results, gpus)} --cluster local"
             raise SlurmError(f"{error} To train on this machine's cores or GPUs: {local}") from None
         print(error, file=sys.stderr)
     if dry_run:
         checked = "largest" in packed
-        waiting = _to_submit(standings(specs, results)) if checked else specs
+        waiting = _to_submit(standings(specs, results, need_queue=checked))
         return _dry_run(arrays(waiting, estimate, **packed), results, facts, parallelism, len(specs), checked)
     with alone(results):
-        waiting = _to_submit(standings(specs, results))
+        waiting = _to_submit(standings(specs, results, need_queue=True))
         if not waiting:
             print(f"All {len(specs)} runs of {target} ({profile}) are done or queued; nothing to submit.")
             return 0
         found = arrays(waiting, estimate, **packed)
         for array in found:
             scheduler.test_only(script(array, results, facts, parallelism))
+        code = snapshot(results)
         told = environment(" ".join(["python -m slurm", *sys.argv[1:]]))
-        session = {name: told[name] for name in ("commit", "dirty", "code", "command")}
+        session = {name: told[name] for name in ("commit", "dirty", "command")}
         folder, ids = hand_over(
             found,
             results,
             facts,
+            code=code,
             session=session,
             data_root=str(data_root.absolute()) if data_root else None,
             parallelism=parallelism,
         )
     print(f"Submitted {len(waiting)} of {len(specs)} runs of {target} ({profile}) in jobs {', '.join(ids)}.")
-    print(f"Logs:    {folder}/JOB_0_log.out\nState:   python -m slurm status {target} --profile {profile}")
+    print(f"Logs:    {folder}/JOB_0_log.out")
+    print(f"State:   {_command('status', target, profile, seeds, set, results, gpus)}")
     print(f"To stop: scancel {' '.join(ids)}")
     return 0
 
@@ -141,15 +156,23 @@ def wait(
     """
     _check(every=every)
     specs, before = _specs(target, profile, seeds, set, gpus), ""
+    silent = 0
     while True:
-        found = standings(specs, results.absolute())
+        try:
+            found = standings(specs, results.absolute(), need_queue=True)
+        except SlurmError as error:
+            silent += 1
+            if silent > PATIENCE:
+                raise
+            print(f"{time.strftime('%H:%M:%S')}  {error} Asking again.", file=sys.stderr, flush=True)
+            time.sleep(every)
+            continue
+        silent = 0
         if (now := _counted(found)) != before:
             print(f"{time.strftime('%H:%M:%S')}  {now}", flush=True)
             before = now
         if not any(run.waiting for run in found):
             break
-        if any(run.state == "submitted" for run in found):
-            raise SlurmError("The queue cannot be asked from here (no squeue): wait on a machine of the cluster.")
         time.sleep(every)
     unfinished = [run for run in found if run.state != "done"]
     for run in unfinished:
@@ -166,9 +189,8 @@ def cancel(
     gpus: Gpus = 1,
 ) -> int:
     """Ask Slurm to end the jobs of a target's queued and running runs, with whatever other runs share them."""
-    scheduler.largest_array()
-    found = standings(_specs(target, profile, seeds, set, gpus), results.absolute())
-    places = [run.place for run in found if run.waiting and run.place and run.place.job]
+    found = standings(_specs(target, profile, seeds, set, gpus), results.absolute(), need_queue=True)
+    places = [run.place for run in found if run.waiting and run.place]
     jobs = list(dict.fromkeys(place.job for place in places))
     if not jobs:
         print(f"No run of {target} ({profile}) is queued or running.")
@@ -176,27 +198,46 @@ def cancel(
     scheduler.cancel(jobs)
     note_cancelled(places)
     print(
-        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first: "
-        f"python -m slurm status {target} --profile {profile} tells when they are gone."
+        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first; when they are gone tells: "
+        f"{_command('status', target, profile, seeds, set, results, gpus)}"
     )
     return 0
 
 
 def _specs(target: str, profile: str, seeds: int | None, changes: tuple[str, ...], gpus: int) -> list[Spec]:
     """The runs, those on several GPUs where `gpus` divides their micro-batches."""
+    _check(gpus=gpus)
     specs = catalogue.runs(target, profile, seeds, changes)
-    if gpus == 1:
-        return specs
-    if any(spec.device == "cpu" for spec in specs):
+    if gpus > 1 and any(spec.device == "cpu" for spec in specs):
         raise SlurmError(f"gpus is {gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
-    fit = [spec.micro_batches % gpus == 0 and spec.batch_size % gpus == 0 for spec in specs]
-    if not all(fit):
+    found = with_ranks(specs, gpus)
+    if single := sum(spec.ranks == 1 for spec in found) * (gpus > 1):
         print(
-            f"{fit.count(False)} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so "
-            f"the ranks must divide m.",
+            f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the ranks "
+            "must divide m.",
             file=sys.stderr,
         )
-    return [replace(spec, ranks=gpus) if fits else spec for spec, fits in zip(specs, fit, strict=True)]
+    return found
+
+
+def _command(
+    name: str, target: str, profile: str, seeds: int | None, changes: tuple[str, ...], results: Path, gpus: int
+) -> str:
+    """A command of this program for the same runs, to be copied."""
+    words = ["python -m slurm", name, target, "--profile", profile]
+    words += ["--seeds", str(seeds)] * (seeds is not None) + ["--gpus", str(gpus)] * (gpus > 1)
+    words += [word for change in changes for word in ("--set", shlex.quote(change))]
+    words += ["--results", shlex.quote(str(results))] * (results.absolute() != DEFAULT_ROOT)
+    return " ".join(words)
+
+
+def _check_paths(specs: Sequence[Spec]) -> None:
+    """Jobs run in a folder of their own: what is relative to this one must not be."""
+    if os.environ.get("MSAM_DATA"):
+        os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
+    for spec in specs:
+        if "/" in spec.model and not Path(spec.model).expanduser().is_absolute():
+            raise SlurmError(f"model is {spec.model!r}, but jobs run elsewhere: name the folder by its absolute path.")
 
 
 def _to_submit(found: Sequence[Standing]) -> list[Spec]:
@@ -209,7 +250,7 @@ def _to_submit(found: Sequence[Standing]) -> list[Spec]:
 def _dry_run(
     found: list[Array], results: Path, facts: site.Site, parallelism: int | None, wanted: int, checked: bool
 ) -> int:
-    estimate, hours, runs = measured(results), 0.0, 0
+    estimate, hours, runs, refused = measured(results), 0.0, 0, False
     for array in found:
         size = array.size
         print(
@@ -223,12 +264,16 @@ def _dry_run(
         text = script(array, results, facts, parallelism)
         print(f"\n{text}")
         if checked:
-            print(f"sbatch --test-only: {scheduler.test_only(text)}\n")
+            try:
+                print(f"sbatch --test-only: {scheduler.test_only(text)}\n")
+            except SlurmError as error:
+                refused = True
+                print(f"{error}\n", file=sys.stderr)
     print(
         f"{runs} of {wanted} runs would be submitted: about {hours:.1f} GPU-hours (guessed for an A100-class GPU where "
         "nothing was measured; no GPU has run these yet)."
     )
-    return 0
+    return 2 if refused else 0
 
 
 def _counted(found: Sequence[Standing]) -> str:
@@ -245,6 +290,7 @@ def _check(**values: float | None) -> None:
 def main() -> None:
     """Run the command line; a mistake in it ends with one sentence and exit status 2."""
     commands: dict[str, Callable[..., int]] = {"submit": submit, "status": status, "wait": wait, "cancel": cancel}
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
     try:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__)
     except (SpecError, RecordError) as error:
@@ -252,6 +298,9 @@ def main() -> None:
         code = 2
     except BrokenPipeError:
         code = 0
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that.", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print("\nStopped looking. What is queued or running goes on: python -m slurm cancel ends it.", file=sys.stderr)
         code = 130

@@ -6,11 +6,13 @@ Torch is not imported before the signals have their handlers.
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from experiments.harness.provenance import code_hash, environment
 from experiments.harness.record import RunLocked, read_json, record_of, write_json
 from experiments.harness.spec import Spec
 from slurm.resources import SIGNAL_SECONDS
+
+PACKAGES = ("msam", "experiments", "slurm")
+"""The code that jobs run: what a submission copies."""
 
 RENDEZVOUS_SECONDS = 600
 """How long the ranks of a run wait for the last of them to start."""
@@ -39,7 +44,9 @@ class Work:
     minutes: int
     """The job's time limit."""
     submitted: Mapping[str, Any]
-    """Provenance from the submission: commit, dirty, code, command."""
+    """Provenance from the submission: commit, dirty, command."""
+    code: str
+    """Hash of all code that was submitted, which this process must have loaded."""
 
     def __call__(self) -> None:
         """Train the runs that are not done.
@@ -50,7 +57,7 @@ class Work:
         told = _Signals()
         begun = time.monotonic()
         specs = [Spec.from_dict(fields) for fields in self.runs]
-        if code_hash() != self.submitted["code"]:
+        if code_hash(folders=PACKAGES) != self.code:
             raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
         if specs[0].ranks > 1:
             _join(specs[0], Path(self.results))
@@ -59,14 +66,13 @@ class Work:
 
         from experiments.harness.train import Interrupted, train
 
-        failed = []
+        failed, stepped = [], False
+
+        def report(step: int, steps: int) -> None:
+            nonlocal stepped
+            stepped = True
+
         for spec in specs:
-            steps_before = None
-
-            def report(step: int, steps: int) -> None:
-                nonlocal steps_before
-                steps_before = step
-
             print(f"{spec.run_id}  {spec.title}", flush=True)
             while True:
                 try:
@@ -86,7 +92,7 @@ class Work:
                 except Interrupted as stopped:
                     print(stopped, flush=True)
                     late = time.monotonic() - begun > 60 * self.minutes - SIGNAL_SECONDS - 90
-                    if late and steps_before is None:
+                    if late and not stepped and _rank() == 0:
                         words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
                         record_of(spec, Path(self.results)).fail(words)
                         raise RunsFailed(f"{spec.run_id}: {words}") from None
@@ -94,20 +100,30 @@ class Work:
                 except Exception as error:
                     if spec.ranks > 1:
                         raise  # the other ranks wait for this one: end the job
-                    print(f"FAILED {spec.run_id}: {error!r}", file=sys.stderr, flush=True)
+                    print(f"FAILED {spec.run_id}", file=sys.stderr)
+                    traceback.print_exception(error)
                     failed.append(error)
                     break
         if failed:
-            raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, the last one with the error above.") from (
-                failed[-1]
-            )
+            raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, with the errors above.")
 
     def _leave(self, told: "_Signals") -> None:
-        """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself."""
-        if told.requeue and _rank() == 0:
-            subprocess.run(["scontrol", "requeue", _job()["slurm_job"]], check=True, timeout=60)
-            print("Queued again.", flush=True)
-        _wait_for_the_end(SIGNAL_SECONDS if told.requeue else 900)
+        """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself.
+
+        Until Slurm ends it, or no longer counts the job as running: whoever leaves within the grace of a preemption
+        would look finished, and would not be queued again. Rank 0 speaks for all; the others go when it goes.
+        """
+        until, queued = time.monotonic() + 900, False
+        while time.monotonic() < until:
+            if _rank() == 0 and told.requeue and not queued:  # another rank may have been told first
+                queued = _asked(["scontrol", "requeue", _job()["slurm_job"]]) is not None
+            if _rank() == 0 and _asked(["squeue", "-h", "-j", _job()["slurm_job"], "-o", "%T"]) not in (
+                "RUNNING",
+                None,
+            ):
+                break
+            time.sleep(1 if told.requeue and not queued else random.uniform(2, 5))
+        print("Queued again." if queued else "Ended by Slurm.", flush=True)
         sys.exit(128 + signal.SIGTERM)
 
 
@@ -138,21 +154,13 @@ class _Signals:
         self.ending = True
 
 
-def _wait_for_the_end(seconds: float) -> None:
-    """Stay until Slurm ends this process, or no longer counts the job as running.
-
-    Whoever leaves within the grace of a preemption would look finished, and would not be queued again.
-    """
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        time.sleep(1)
-        asked = ["squeue", "--noheader", "--jobs", _job()["slurm_job"], "--format=%T"]
-        try:
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            continue
-        if done.returncode == 0 and done.stdout.strip() != "RUNNING":
-            return
+def _asked(command: list[str]) -> str | None:
+    """What a command of Slurm answers; None if it does not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _job() -> dict[str, Any]:
@@ -197,3 +205,6 @@ def _join(spec: Spec, results: Path) -> None:
     if spec.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", 0)))
     dist.init_process_group("nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.ranks)
+    dist.barrier()
+    if rank == 0:
+        meeting.unlink()  # a cluster may count its jobs anew

@@ -68,4 +68,4 @@ def gpu_hours(spec: Spec, estimate: Estimate) -> float:
     seconds = estimate.seconds(spec)
     if seconds is None and family.examples_per_second:
         seconds = work(spec) / family.examples_per_second
-    return family.gpus * (seconds or 0.0) / 3600
+    return family.gpus * spec.ranks * (seconds or 0.0) / 3600

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 from experiments.harness.spec import SpecError
 
-GONE = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
-"""States of jobs that have ended for good. A PREEMPTED one may yet be queued again."""
+GONE = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "TIMEOUT"),
+)
+"""States of jobs that have ended for good; a job that is queued again after a preemption is PENDING."""
 
 
 class SlurmError(SpecError):
@@ -39,15 +42,14 @@ class Job:
         return self.state in ("RUNNING", "COMPLETING", "SUSPENDED")
 
 
-def queue() -> dict[str, Job] | None:
-    """The user's jobs that squeue knows, by id; None where no squeue can be asked.
+def queue(users: Iterable[str]) -> dict[str, Job]:
+    """These users' jobs that squeue knows, by id.
 
     Raises:
-        SlurmError: if squeue is there and fails.
+        SlurmError: if there is no squeue, or it does not answer.
     """
-    if shutil.which("squeue") is None:
-        return None
-    answer = _call(["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%j|%r"])
+    whose = f"--user={','.join(sorted(set(users)))}"
+    answer = _call(["squeue", "--noheader", "--array", whose, "--states=all", "--format=%i|%T|%j|%r"])
     jobs = (line.split("|", 3) for line in answer.splitlines() if line.strip())
     return {id_: Job(id_, state, name, reason) for id_, state, name, reason in jobs}
 
@@ -61,8 +63,20 @@ def fates(ids: Iterable[str]) -> dict[str, str]:
         answer = _call(["sacct", "--noheader", "--parsable2", "--format=JobID,State", "--jobs", ",".join(arrays)])
     except SlurmError:
         return {}
-    rows = (line.split("|") for line in answer.splitlines() if line.count("|") == 1)
-    return {id_: state.split()[0] for id_, state in rows if "." not in id_ and state}
+    found = {}
+    for id_, _, state in (line.partition("|") for line in answer.splitlines()):
+        if "." in id_ or not state:
+            continue  # a step of a job
+        array, _, tasks = id_.partition("_")
+        for task in _expanded(tasks.strip("[]").partition("%")[0]) if tasks else [""]:
+            found[f"{array}_{task}" if task else array] = state.split()[0]
+    return found
+
+
+def _expanded(tasks: str) -> list[str]:
+    """Of "1,3-5": 1, 3, 4 and 5."""
+    ends = [part.partition("-") for part in tasks.split(",")]
+    return [str(task) for first, dash, last in ends for task in range(int(first), int(last if dash else first) + 1)]
 
 
 def largest_array() -> int:
@@ -100,11 +114,15 @@ def cancel(ids: Sequence[str]) -> None:
 
 @contextmanager
 def outside_of_any_job() -> Iterator[None]:
-    """Hide from sbatch the job that this process runs in, whose SLURM_ variables it would take for flags."""
+    """Hide from sbatch the job that this process runs in, whose variables it would take for flags.
+
+    Outside of a job nothing is hidden: there SBATCH_ variables are the user's own wishes.
+    """
+    prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()
     hidden = {
         name: os.environ.pop(name)
         for name in list(os.environ)
-        if name.startswith(("SLURM_", "SLURMD_", "SBATCH_", "SRUN_")) and name != "SLURM_CONF"
+        if name.startswith(tuple(prefixes)) and name != "SLURM_CONF"
     }
     try:
         yield

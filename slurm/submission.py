@@ -6,6 +6,8 @@ results/slurm/code/<hash>/             the training code as it was submitted, on
 """
 
 import fcntl
+import getpass
+import logging
 import math
 import os
 import secrets
@@ -25,13 +27,18 @@ from experiments.harness.provenance import ROOT, code_hash
 from experiments.harness.record import RecordError, read_json, record_of, state_of, write_json
 from experiments.harness.spec import Spec
 from slurm import scheduler
-from slurm.job import Work, perform
+from slurm.job import PACKAGES, Work, perform
 from slurm.resources import SIGNAL_SECONDS, Resources, resources
 from slurm.scheduler import Job, SlurmError
 from slurm.site import Site
 
 FREE_MEGABYTES = 200
 """Of the results folder's disk, without which nothing is submitted."""
+
+PROBE_MEGABYTES = 4
+"""Written and removed again before submitting."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,7 @@ class Array:
 class Place:
     """Where a run was submitted to last."""
 
-    job: str | None
-    """None if the submission ended before sbatch had answered."""
-    name: str
-    """The jobs' common name."""
+    job: str
     folder: Path
     alone: bool
     """Whether the job has no other run."""
@@ -124,6 +128,7 @@ def submit(
     root: Path,
     site: Site,
     *,
+    code: Path,
     session: Mapping[str, Any],
     data_root: str | None = None,
     parallelism: int | None = None,
@@ -134,6 +139,7 @@ def submit(
         found: The jobs.
         root: The results root, on a disk that all nodes see.
         site: The cluster's facts.
+        code: The code that they run, from `snapshot`.
         session: Provenance of this submission, for the records.
         data_root: A folder to look for data in first.
         parallelism: How many jobs may run at a time; left out, as many as Slurm likes.
@@ -147,6 +153,7 @@ def submit(
     folder = _folder(root)
     told = {
         "format": 1,
+        "user": getpass.getuser(),
         "session": dict(session),
         "arrays": [
             {
@@ -159,18 +166,15 @@ def submit(
         ],
     }
     write_json(folder / "submission.json", told)
-    code = snapshot(root)
     queued: list[str] = []
     for array, entry in zip(found, told["arrays"], strict=True):
         after = f"afterany:{queued[-1]}" if queued and parallelism else None
         executor = _executor(array, folder, site, code, entry["name"], parallelism, after)
         try:
             with scheduler.outside_of_any_job():
-                jobs = executor.map_array(perform, _work(array, root, data_root, session))
+                jobs = executor.map_array(perform, _work(array, root, data_root, session, code.name))
         except Exception as error:
-            if not queued:
-                shutil.rmtree(folder)
-            raise _refusal(error, queued) from None
+            raise _refusal(error, queued, folder, entry["name"]) from error
         entry["ids"] = [job.job_id for job in jobs]
         queued.append(jobs[0].job_id.split("_")[0])
         write_json(folder / "submission.json", told)
@@ -185,12 +189,24 @@ def script(array: Array, root: Path, site: Site, parallelism: int | None = None)
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def standings(specs: Sequence[Spec], root: Path) -> list[Standing]:
-    """How each run stands. The queue is asked before the disk is read: a job may end in between."""
-    queue = scheduler.queue()
-    places = _places(root, queue or {})
+def standings(specs: Sequence[Spec], root: Path, need_queue: bool = False) -> list[Standing]:
+    """How each run stands. The queue is asked before the disk is read: a job may end in between.
+
+    Raises:
+        SlurmError: if `need_queue` and the queue cannot be asked; else what only it knows is "submitted".
+    """
+    told = {path.parent: read_json(path) for path in sorted((root / "slurm").glob("*/submission.json"))}
+    try:
+        queue = scheduler.queue([getpass.getuser(), *(str(one.get("user")) for one in told.values())])
+    except SlurmError as error:
+        if need_queue:
+            raise
+        queue = None
+        if told:
+            log.warning("%s", error)
+    places = _places(told, queue or {})
     mine = [places[spec.run_id] for spec in specs if spec.run_id in places]
-    gone = [p.job for p in mine if p.job and queue is not None and p.job not in queue]
+    gone = [p.job for p in mine if queue is not None and p.job not in queue]
     fates = scheduler.fates(gone)
     return [_standing(spec, root, places.get(spec.run_id), queue, fates) for spec in specs]
 
@@ -207,6 +223,10 @@ def alone(root: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
         free = shutil.disk_usage(folder).free
+        with open(folder / "room", "wb") as probe:  # a quota shows only when it is reached
+            probe.write(bytes(PROBE_MEGABYTES * 2**20))
+        (folder / "room").unlink()
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         raise SlurmError(
             f"{error.filename or folder} cannot be written ({error.strerror}): choose another results folder, on a "
@@ -218,17 +238,25 @@ def alone(root: Path) -> Iterator[None]:
                 f"The disk of {root} has {free / 2**20:.0f} MB free, but {FREE_MEGABYTES} MB are asked for before "
                 "anything is submitted: free some, or choose another results folder with --results."
             )
-        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def snapshot(root: Path) -> Path:
-    """Copy the code that jobs run, unless it lies there already, so that they run what was submitted."""
-    folder = root / "slurm" / "code" / code_hash()
+    """Copy the code that jobs run, unless it lies there already, so that they run what was submitted.
+
+    Raises:
+        SlurmError: if the code is being edited meanwhile.
+    """
+    name = code_hash(folders=PACKAGES)
+    folder = root / "slurm" / "code" / name
+    if folder.is_dir() and code_hash(folder, PACKAGES) != name:  # purged in parts, or edited
+        folder.rename(folder.with_name(f"{name}-damaged-{secrets.token_hex(2)}"))
     if not folder.is_dir():
         with _made_whole(folder) as temporary:
-            for package in ("msam", "experiments", "slurm"):
+            for package in PACKAGES:
                 shutil.copytree(ROOT / package, temporary / package, ignore=shutil.ignore_patterns("__pycache__"))
+            if code_hash(temporary, PACKAGES) != name:
+                raise SlurmError("The code was changed while it was copied: submit again.")
     return folder
 
 
@@ -237,8 +265,11 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    temporary.replace(folder)
+    try:
+        yield temporary
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _folder(root: Path) -> Path:
@@ -275,10 +306,15 @@ def _executor(
         array_parallelism=parallelism or len(array.jobs),
         stderr_to_stdout=True,
         dependency=after,
-        setup=[*site.lines, *(f"export {name}={value}" for name, value in settings.items())],
-        # One dead rank ends its job. Since 22.05 srun does not take --cpus-per-task over from sbatch.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={size.cpus}"],
-        additional_parameters={"chdir": str(code), "requeue": True},
+        setup=[
+            *site.lines,
+            *(f"export {name}={value}" for name, value in settings.items()),
+            "unset SUBMITIT_PREEMPT_SIGNAL",
+        ],
+        # One dead rank ends its job, and none is ended for finishing before the first. Since 22.05 srun does not take
+        # --cpus-per-task over from sbatch.
+        srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={size.cpus}"],
+        additional_parameters={"chdir": str(code), "requeue": True, "signal": f"USR2@{SIGNAL_SECONDS}"},
         wckey=None,
         **site.gpus(size.gpus * on_node),
         **site.flags,
@@ -286,40 +322,43 @@ def _executor(
     return executor
 
 
-def _work(array: Array, root: Path, data_root: str | None, session: Mapping[str, Any]) -> list[Work]:
-    return [
-        Work(tuple(spec.to_dict() for spec in job), str(root), data_root, array.size.minutes, dict(session))
-        for job in array.jobs
-    ]
+def _work(array: Array, root: Path, data_root: str | None, session: Mapping[str, Any], code: str) -> list[Work]:
+    rest = (str(root), data_root, array.size.minutes, dict(session), code)
+    return [Work(tuple(spec.to_dict() for spec in job), *rest) for job in array.jobs]
 
 
-def _refusal(error: Exception, queued: Sequence[str]) -> Exception:
-    """sbatch's own words, and what had been queued before them."""
-    from submitit.core.utils import FailedJobError
+def _refusal(error: Exception, queued: Sequence[str], folder: Path, name: str) -> SlurmError:
+    """sbatch's own words, and what is queued all the same; the folder stays unless that is certainly nothing."""
+    said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [f"{error}".strip()]
+    words = f"{' '.join(said).rstrip('.')}."
+    try:
+        accepted = any(job.name == name for job in scheduler.queue([getpass.getuser()]).values())
+    except SlurmError:
+        accepted = True
+    if accepted:
+        return SlurmError(f"{words} Some jobs may be queued all the same: python -m slurm status tells which.")
+    if queued:
+        return SlurmError(f"{words} Queued before that: {' '.join(queued)}.")
+    shutil.rmtree(folder)
+    return SlurmError(f"{words} Nothing was submitted.")
 
-    if not isinstance(error, FailedJobError | OSError):
-        return error
-    said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [str(error).strip()]
-    before = f" Queued before that: scancel {' '.join(queued)}" if queued else " Nothing was submitted."
-    return SlurmError(f"{' '.join(said).rstrip('.')}.{before}")
 
-
-def _places(root: Path, queue: Mapping[str, Job]) -> dict[str, Place]:
+def _places(submissions: Mapping[Path, Mapping[str, Any]], queue: Mapping[str, Job]) -> dict[str, Place]:
     """Where each run was submitted to last."""
     places: dict[str, Place] = {}
     by_name: dict[str, list[str]] = {}
     for job in queue.values():
         by_name.setdefault(job.name, []).append(job.id)
-    for path in sorted((root / "slurm").glob("*/submission.json")):
+    for folder, told in submissions.items():
         try:
-            told, cancelled = read_json(path)["arrays"], _cancelled(path.parent)
-            for array in told:
+            cancelled = _cancelled(folder)
+            for array in told["arrays"]:
                 ids = array["ids"] or _by_index(by_name.get(array["name"], []), len(array["runs"]))
                 for job, runs in zip(ids, array["runs"], strict=True):
-                    place = Place(job, array["name"], path.parent, len(runs) == 1, job in cancelled)
-                    places |= dict.fromkeys(runs, place)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordError(f"{path} is damaged ({error}): move its folder away.") from error
+                    if job:  # else sbatch refused it, or never came to it
+                        places |= dict.fromkeys(runs, Place(job, folder, len(runs) == 1, job in cancelled))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(f"{folder} is damaged ({error!r}): move it away.") from error
     return places
 
 
@@ -351,22 +390,36 @@ def _standing(
     state, words = state_of(spec, root)
     if place is None or state in ("done", "running", "damaged"):
         return Standing(spec, state, words, place)
+    failed = state == "failed" and _failed_since(spec, root, place)
+    if queue is None and failed:
+        return Standing(spec, "failed", words, place)
     if queue is None:
         return Standing(spec, "submitted", f": in job {place.job}; the queue cannot be asked from here{words}", place)
-    job = queue.get(place.job or "")
+    job = queue.get(place.job)
     if job is not None and job.active:
         if not job.running:
             return Standing(spec, "queued", f": job {job.id}, {job.reason or job.state}", place)
+        if not place.alone and failed:
+            return Standing(spec, "failed", words, place)
         if place.alone or _worked_on_by(spec, root, job.id):
-            return Standing(spec, state if state == "failed" and not place.alone else "running", words, place)
+            return Standing(spec, "running", words, place)
         return Standing(spec, "queued", f": job {job.id} trains its other runs first", place)
     if state == "failed":
         return Standing(spec, state, words, place)
-    fate = job.state if job else fates.get(place.job or "")
+    fate = job.state if job else fates.get(place.job)
     if place.cancelled or fate == "CANCELLED":
         return Standing(spec, "cancelled", f": job {place.job}{words}", place)
     how = f"ended: {fate}" if fate else "left the queue without a word"
     return Standing(spec, "lost", f": job {place.job} {how}. Submit again to go on{words}", place)
+
+
+def _failed_since(spec: Spec, root: Path, place: Place) -> bool:
+    """Whether the failure on the disk is of this submission or of a later attempt, not of an earlier one."""
+    try:
+        failure = record_of(spec, root).folder / "failure.json"
+        return failure.stat().st_mtime >= (place.folder / "submission.json").stat().st_mtime
+    except OSError:
+        return False
 
 
 def _worked_on_by(spec: Spec, root: Path, job: str) -> bool:

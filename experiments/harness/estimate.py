@@ -30,9 +30,9 @@ class Estimate:
 
 
 def work(spec: Spec) -> int:
-    """Examples that pass forward and backward in a run: SAM and mSAM look at each twice."""
+    """Examples that pass forward and backward in each process of a run: SAM and mSAM look at each twice."""
     passes = 1 if spec.rho == 0 else 2
-    return spec.examples // spec.batch_size * spec.batch_size * spec.epochs * passes
+    return spec.examples // spec.batch_size * spec.batch_size * spec.epochs * passes // spec.ranks
 
 
 def measured(root: Path) -> Estimate:
@@ -65,4 +65,4 @@ def _roughly(spec: Spec) -> tuple:
 
 def _exactly(spec: Spec) -> tuple:
     size = (spec.epochs, spec.train_examples, spec.holdout_examples, spec.test_examples)
-    return *_roughly(spec), spec.batch_size, spec.micro_batches, spec.rho > 0, size
+    return *_roughly(spec), spec.batch_size, spec.micro_batches, spec.rho > 0, spec.ranks, size

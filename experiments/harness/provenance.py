@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -43,12 +44,12 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
-def code_hash() -> str:
-    """Sixteen hexadecimal digits over the names and contents of the training code's files."""
+def code_hash(root: Path = ROOT, folders: Sequence[str] = TRAINING_CODE) -> str:
+    """Sixteen hexadecimal digits over the names and contents of the training code's files, or of other folders'."""
     digest = hashlib.sha256()
-    for folder in TRAINING_CODE:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -53,8 +53,12 @@ class Ranks:
         torch.manual_seed(apart if self.rank else self._seed)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
-        """The model to train: itself, or in DistributedDataParallel, which gives all ranks the first one's weights."""
-        return DistributedDataParallel(model) if self.count > 1 else model
+        """The model to train: itself, or in DistributedDataParallel, which gives all ranks the first one's weights.
+
+        Without `find_unused_parameters` the gradients' places in the buckets change after the first step, and with
+        them the order of sums over three or more ranks: a resumed run would end with other bits.
+        """
+        return DistributedDataParallel(model, find_unused_parameters=True) if self.count > 1 else model
 
     def share(self, batch: Any) -> tuple[Any, int | list[Any]]:
         """What this rank gives `msam.backward` as `batch` and `micro_batches`."""

@@ -154,12 +154,12 @@ class Spec:
                 self.micro_batches,
                 f"at most the batch size, {self.batch_size} here: every micro-batch needs an example",
             )
-        if self.micro_batches % self.ranks or self.batch_size % self.ranks:
+        if self.ranks > 1 and not _shareable(self, self.ranks):
             _refuse(
                 "ranks",
                 self.ranks,
-                f"a divisor of micro_batches ({self.micro_batches}) and of the batch size ({self.batch_size}): each "
-                "rank perturbs its own micro-batches, so SAM (m=1) stays on one",
+                f"a divisor of micro_batches ({self.micro_batches}), and these one of the batch size "
+                f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) stays on one",
             )
         models = IMAGE_MODELS if self.dataset in IMAGES else TEXT_MODELS
         if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
@@ -279,6 +279,15 @@ def with_seeds(cells: Iterable[Spec], seeds: int) -> list[Spec]:
     """Every cell at seeds 0, ..., seeds - 1; seed by seed, so that an interrupted sweep has whole rows."""
     cells = list(cells)
     return list(dict.fromkeys(replace(cell, seed=seed) for seed in range(seeds) for cell in cells))
+
+
+def with_ranks(specs: Iterable[Spec], ranks: int) -> list[Spec]:
+    """The specs with `ranks` data-parallel processes where that divides their micro-batches; the others as they are."""
+    return [replace(spec, ranks=ranks) if ranks > 1 and _shareable(spec, ranks) else spec for spec in specs]
+
+
+def _shareable(spec: Spec, ranks: int) -> bool:
+    return spec.micro_batches % ranks == 0 and spec.batch_size % spec.micro_batches == 0
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:

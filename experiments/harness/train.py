@@ -93,8 +93,8 @@ def train(
         except Interrupted:
             raise
         except Exception as error:
-            told = f"Rank {ranks.rank}: " if ranks.count > 1 else ""
-            record.fail(f"{told}{type(error).__name__}: {error}", traceback.format_exc())
+            if ranks.count == 1 or record.failure() is None:  # the other ranks only see that one is gone
+                record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
 
 
@@ -113,8 +113,6 @@ def _train(
     task = build_task(spec, data_root)
     model = ranks.wrapped(task.model)
     loss_fn = partial(task.loss_fn, model)
-    if ranks.first:
-        record.add_environment({**environment, **task.data, **_here(spec)})
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
@@ -122,6 +120,7 @@ def _train(
     progress = load_checkpoint(record, ranks, *state)
     ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
     if ranks.first:
+        record.add_environment({**environment, **task.data, **_here(spec), "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
     clock, saved = _Clock(progress), time.monotonic()
     seen: list[msam.Step] = []
@@ -154,6 +153,11 @@ def _train(
                 record.append(line)
         report(progress.step, steps)
 
+    stopping, checkpoint_due = ranks.any(stop(), time.monotonic() - saved > checkpoint_seconds)
+    if stopping or checkpoint_due:
+        save_checkpoint(record, ranks, progress, *state)
+    if stopping:
+        raise Interrupted("Stopped before the scores.")
     if not ranks.first:
         return
     last = record.metrics()[-1]
@@ -262,7 +266,8 @@ def load_checkpoint(
     model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     scheduler.load_state_dict(content["scheduler"])
-    torch.set_rng_state(content["generators"][ranks.rank])
+    generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
+    torch.set_rng_state(generators[ranks.rank])
     if content["cuda_generators"]:
         torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
     return Progress(**content["progress"])

@@ -1,4 +1,4 @@
-"""Data-parallel runs between two real gloo processes."""
+"""Data-parallel runs between real gloo processes."""
 
 import json
 import subprocess
@@ -25,12 +25,12 @@ from experiments.harness.train import Interrupted, train
 
 rank, root, stop_after = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 spec = Spec.from_dict(json.loads(sys.argv[4]))
-dist.init_process_group("gloo", init_method=f"file://{root}/meeting-{stop_after}", rank=rank, world_size=2)
-done = 0
+dist.init_process_group("gloo", init_method=f"file://{root}/meeting-{stop_after}", rank=rank, world_size=spec.ranks)
+done, first = 0, None
 
 def report(step, steps):
-    global done
-    done = step
+    global done, first
+    done, first = step, first or step
     torch.rand(1)  # noise, as dropout would draw it
 
 try:  # only rank 1 is told to stop: they have to agree
@@ -38,15 +38,16 @@ try:  # only rank 1 is told to stop: they have to agree
 except Interrupted as stopped:
     print(stopped)
 else:
-    print(torch.rand(3).tolist())
+    print(first, torch.rand(3).tolist())
 dist.destroy_process_group()
 """
 
 LINEAR = replace(linear_cifar.SMOKE, micro_batches=4, rho=0.05)
-VIT = replace(vit_cifar.SMOKE, micro_batches=4, rho=0.1, ranks=2, epochs=3)
+VIT = replace(vit_cifar.SMOKE, batch_size=12, micro_batches=6, rho=0.1, ranks=3, epochs=2)
+"""Of three ranks, whose sums depend on their order, and of more than one bucket."""
 
 
-def two_ranks(spec, root, stop_after=-1):
+def all_ranks(spec, root, stop_after=-1):
     root.mkdir(exist_ok=True)
     arguments = (str(root), str(stop_after), json.dumps(spec.to_dict()))
     workers = [
@@ -57,10 +58,10 @@ def two_ranks(spec, root, stop_after=-1):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in (0, 1)
+        for rank in range(spec.ranks)
     ]
     ended = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], ended
+    assert [worker.returncode for worker in workers] == [0] * spec.ranks, ended
     return [out for out, _ in ended]
 
 
@@ -72,7 +73,7 @@ def weights(spec, root):
 def test_two_ranks_train_what_one_trains(tmp_path):
     train(LINEAR, tmp_path / "one")
     both = replace(LINEAR, ranks=2)
-    two_ranks(both, tmp_path / "two")
+    all_ranks(both, tmp_path / "two")
     one, two = record_of(LINEAR, tmp_path / "one"), record_of(both, tmp_path / "two")
     for name in ("test_accuracy", "test_loss", "train_loss", "epoch_loss", "sharpness"):
         assert two.summary()[name] == pytest.approx(one.summary()[name], abs=1e-5), name
@@ -85,12 +86,14 @@ def test_two_ranks_train_what_one_trains(tmp_path):
 @pytest.mark.slow
 def test_ranks_stop_together_and_resume_bit_for_bit(tmp_path):
     """Weights, and each rank's own generator too."""
-    noise = two_ranks(VIT, tmp_path / "whole")
-    assert noise[0] != noise[1]
-    said = two_ranks(VIT, tmp_path / "broken", stop_after=3)
-    assert said == [f"Stopped before step 4 of {3 * 2}.\n"] * 2
+    ended = all_ranks(VIT, tmp_path / "whole")
+    noise = [said.partition(" ")[2] for said in ended]
+    assert len(set(noise)) == 3
+    assert [said[0] for said in ended] == ["1"] * 3
+    said = all_ranks(VIT, tmp_path / "broken", stop_after=3)
+    assert said == [f"Stopped before step 4 of {2 * 5}.\n"] * 3
     assert not record_of(VIT, tmp_path / "broken").done
-    assert two_ranks(VIT, tmp_path / "broken") == noise
+    assert all_ranks(VIT, tmp_path / "broken") == [f"4 {drawn}" for drawn in noise]
     whole = weights(VIT, tmp_path / "whole")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(VIT, tmp_path / "broken").items())
     scores = [record_of(VIT, tmp_path / name).summary() for name in ("whole", "broken")]
@@ -98,7 +101,7 @@ def test_ranks_stop_together_and_resume_bit_for_bit(tmp_path):
 
 
 def test_a_run_of_two_ranks_is_not_trained_by_one_process(tmp_path):
-    with pytest.raises(SpecError, match="ranks is 2, but 1 process trained it"):
+    with pytest.raises(SpecError, match="ranks is 3, but 1 process trained it"):
         train(VIT, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -108,13 +111,13 @@ def test_the_shares_of_all_ranks_are_the_micro_batches_of_one(monkeypatch):
 
     import msam
 
-    batch = (torch.arange(32), torch.arange(32))
+    batch = (torch.arange(12), torch.arange(12))
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
     shares = []
-    for rank in (0, 1):
+    for rank in (0, 1, 2):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         nothing, parts = Ranks(VIT).share(batch)
         assert nothing is None
         shares += parts
-    assert [x.tolist() for x, _ in shares] == [x.tolist() for x, _ in msam.split(batch, 4)]
+    assert [x.tolist() for x, _ in shares] == [x.tolist() for x, _ in msam.split(batch, 6)]

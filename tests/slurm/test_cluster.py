@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.harness import catalogue
-from experiments.harness.provenance import ROOT
+from experiments.harness.provenance import ROOT, code_hash
 from tests.slurm.conftest import LONG, MSAM, numbers
 
 pytestmark = pytest.mark.slow
@@ -73,6 +73,7 @@ def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, un
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
     slurm.wait(*LONG)
     assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]] * 4
+    assert all(sessions[1]["first_step"] > 4 for sessions in slurm.sessions()), "begun anew instead of resumed"
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
@@ -82,7 +83,9 @@ def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     slurm.wait(*MSAM)
-    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]]
+    ((first, second),) = slurm.sessions()
+    assert (first["requeues"], second["requeues"]) == (0, 1)
+    assert second["first_step"] > 4, "begun anew instead of resumed"
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
@@ -157,13 +160,15 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
     (code,) = (slurm.root / "slurm" / "code").iterdir()
     slurm.wait(*ONE)
     ((session,),) = slurm.sessions()
-    assert session["code"] == code.name
+    assert session["code"] == code_hash()
     changed = code / "experiments" / "harness" / "train.py"
     changed.write_text(changed.read_text() + "# another line\n")
     slurm("submit", "linear_cifar", "--profile", "smoke", "--seeds", "2")
     said = slurm.wait("linear_cifar", "--profile", "smoke", "--seeds", "2", code=1)
     assert "1 done, 1 lost" in said
     assert "no longer the code that was submitted" in slurm.logs()
+    slurm("submit", "linear_cifar", "--profile", "smoke", "--seeds", "2")
+    slurm.wait("linear_cifar", "--profile", "smoke", "--seeds", "2")
 
 
 def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm):
