@@ -102,8 +102,6 @@ def submit(
             print(f"All {len(specs)} runs of {target} ({profile}) are done or queued; nothing to submit.")
             return 0
         found = arrays(waiting, estimate, **packed)
-        for array in found:
-            scheduler.test_only(script(array, results, facts, parallelism))
         code = snapshot(results)
         told = environment(" ".join(["python -m slurm", *sys.argv[1:]]))
         session = {name: told[name] for name in ("commit", "dirty", "command")}

@@ -102,8 +102,7 @@ def test_only(script: str) -> str:
         SlurmError: with sbatch's own words, if it refuses.
     """
     with outside_of_any_job():
-        words = "Nothing was submitted: sbatch refuses these jobs"
-        return _call(["sbatch", "--test-only"], words=words, text=script).strip()
+        return _call(["sbatch", "--test-only"], words="sbatch refuses these jobs", text=script).strip()
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -101,6 +101,8 @@ def arrays(
 ) -> list[Array]:
     """Pack runs into jobs of equal needs, and those into arrays of at most `largest` jobs.
 
+    Those of most ranks come first: what a cluster may refuse is refused before anything is queued.
+
     Raises:
         SlurmError: if the ranks of a run do not divide among the nodes.
     """
@@ -111,7 +113,7 @@ def arrays(
             raise SlurmError(f"nodes is {nodes}, but must divide the {spec.ranks} ranks of {spec.title}.")
         groups.setdefault((replace(size, minutes=0), spec.ranks, spec.threads), []).append((spec, size))
     found = []
-    for group in groups.values():
+    for group in sorted(groups.values(), key=lambda group: -group[0][0].ranks):
         jobs = [
             tuple(spec for spec, _ in group[first : first + runs_per_job])
             for first in range(0, len(group), runs_per_job)

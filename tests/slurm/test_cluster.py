@@ -1,5 +1,6 @@
 """The suite on a real Slurm: slurmctld, two slurmd and munge on this machine, real training of the smoke profile."""
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import torch
 
 from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT, code_hash
-from tests.slurm.conftest import LONG, MSAM, numbers
+from tests.slurm.conftest import LONG, MSAM, Command, numbers
+from tests.slurm.loopback import Loopback
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +90,41 @@ def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
     assert second["first_step"] > 4, "begun anew instead of resumed"
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+@pytest.mark.parametrize("what", ["an administrator's requeue", "a node's failure"])
+def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, undisturbed, what):
+    slurm("submit", *MSAM)
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    if what == "a node's failure":
+        slurm.cluster("scontrol", "update", "nodename=n1", "state=down", "reason=test", check=True)
+        slurm.cluster("scontrol", "update", "nodename=n1", "state=resume", check=True)
+    else:
+        slurm.cluster("scontrol", "requeue", slurm.job(), check=True)
+    slurm.wait(*MSAM)
+    ((first, second),) = slurm.sessions()
+    assert (first["requeues"], second["requeues"]) == (0, 1)
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
+    """On a cluster that takes arrays of four at most, and has no node to run them on."""
+    small = Loopback(largest_array=4)
+    try:
+        small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
+        slurm = Command(small, tmp_path)
+        slurm("submit", *TWELVE, "--parallelism", "2")
+        arrays = small("squeue", "-h", "-o", "%i %E").splitlines()
+        ids = sorted(int(line.split("_")[0]) for line in arrays)
+        assert [line.split()[0] for line in sorted(arrays)] == [f"{i}_[0-3%2]" for i in ids]
+        for earlier, later in itertools.pairwise(ids):
+            assert any(line.startswith(f"{later}_") and f"afterany:{earlier}_" in line for line in arrays)
+        assert "12 queued." in slurm("status", *TWELVE)
+        slurm("cancel", *TWELVE)
+        assert "12 cancelled." in slurm("status", *TWELVE)
+    finally:
+        small.stop()
 
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):

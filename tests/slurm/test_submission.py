@@ -133,9 +133,9 @@ def test_without_slurm_the_local_form_is_named(tmp_path):
     done = call("submit", "table1", "--profile", "smoke", "--results", tmp_path)
     assert done.returncode == 2
     assert "no Slurm" in done.stderr
-    assert "python -m slurm submit table1 --profile smoke --cluster local" in done.stderr
+    assert f"python -m slurm submit table1 --profile smoke --results {tmp_path} --cluster local" in done.stderr
     assert not list(tmp_path.iterdir())
-    assert "no Slurm" in call("cancel", "table1", "--results", tmp_path).stderr
+    assert "go to a machine of the cluster" in call("cancel", "table1", "--results", tmp_path).stderr
 
 
 def test_the_local_form_trains_through_the_pool_of_the_main_command(tmp_path):
