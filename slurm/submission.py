@@ -334,7 +334,8 @@ def _refusal(error: Exception, queued: Sequence[str], folder: Path, name: str) -
     said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [f"{error}".strip()]
     words = f"{' '.join(said).rstrip('.')}."
     try:
-        accepted = any(job.name == name for job in scheduler.queue([getpass.getuser()]).values())
+        jobs = scheduler.queue([getpass.getuser()]).values()
+        accepted = any(job.active and job.name == name for job in jobs)  # a refused one may be there, FAILED
     except SlurmError:
         accepted = True
     if accepted:

@@ -14,7 +14,7 @@ import torch
 
 from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT, code_hash
-from tests.slurm.conftest import LONG, MSAM, Command, numbers
+from tests.slurm.conftest import LONG, Command, numbers
 from tests.slurm.loopback import Loopback
 
 pytestmark = pytest.mark.slow
@@ -25,66 +25,57 @@ ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 
 
 def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, undisturbed):
-    said = slurm("submit", *TABLE, "--runs-per-job", "4")
-    assert "scancel" in said
-    assert "_log.out" in said
-    assert "nothing to submit" in slurm("submit", *TABLE), "queued runs were submitted again"
-    slurm.wait(*TABLE)
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
-    assert len(numbers(slurm.root)) == len(catalogue.runs("table1", "smoke", 1))
-    assert "nothing to submit" in slurm("submit", *TABLE)
-    command = [sys.executable, "-m", "analysis", *TABLE, "--results", str(slurm.root)]
-    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "not run" not in table
-    for (session,) in slurm.sessions():
-        assert session["command"].startswith("python -m slurm submit table1")
-        assert session["slurm_job"].startswith(slurm.job())
-
-
-def test_twelve_jobs_four_at_a_time_and_one_that_fails(slurm):
-    bad = catalogue.runs("linear_cifar", "smoke", 12)[5]
+    """Thirteen jobs, four at a time, one of which fails at first."""
+    specs = catalogue.runs("table1", "smoke", 1)
+    bad = specs[5]
     folder = slurm.root / "runs" / bad.run_id
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
-    slurm("submit", *TWELVE, "--parallelism", "4")
+    said = slurm("submit", *TABLE, "--parallelism", "4")
+    assert "To stop: scancel" in said
+    assert "nothing to submit" in slurm("submit", *TABLE), "queued runs were submitted again"
     seen = []
 
     def ended() -> bool:
         states = slurm.cluster("squeue", "-h", "-r", "-j", slurm.job(), "-t", "all", "-o", "%T").split()
         seen.append(states.count("RUNNING"))
-        return len(states) == 12 and not {"RUNNING", "PENDING", "COMPLETING"} & set(states)
+        return len(states) == 13 and not {"RUNNING", "PENDING", "COMPLETING"} & set(states)
 
-    slurm.until(ended, 120)
+    slurm.until(ended, 170)
     assert max(seen) == 4
-    said = slurm("status", *TWELVE)
-    assert "11 done, 1 failed." in said
+    said = slurm("status", *TABLE)
+    assert "12 done, 1 failed." in said
     line = next(line for line in said.splitlines() if line.startswith(bad.run_id))
     assert "checkpoint.pt cannot be read" in line
     log = Path(re.search(rf"{bad.run_id}.*\n\s+log: (.*)", said).group(1))
     assert "Traceback" in log.read_text()
 
     (folder / "checkpoint.pt").unlink()
-    assert "Submitted 1 of 12 runs" in slurm("submit", *TWELVE)
-    slurm.wait(*TWELVE)
+    assert "Submitted 1 of 13 runs" in slurm("submit", *TABLE)
+    slurm.wait(*TABLE)
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {spec.run_id: here[spec.run_id] for spec in specs}
+    assert "nothing to submit" in slurm("submit", *TABLE)
+    command = [sys.executable, "-m", "analysis", *TABLE, "--results", str(slurm.root)]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "not run" not in table
+    for sessions in slurm.sessions():
+        assert sessions[-1]["command"].startswith("python -m slurm submit table1")
+        assert sessions[-1]["slurm_job"]
+
+
+def test_small_runs_share_a_job(slurm):
+    target = ("linear_cifar", "--profile", "smoke", "--seeds", "3")
+    slurm("submit", *target, "--runs-per-job", "3")
+    slurm.wait(*target)
+    assert len({session["slurm_job"] for (session,) in slurm.sessions()}) == 1
 
 
 def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, undisturbed):
     slurm("submit", *LONG)
-    slurm.until(lambda: len(slurm.epochs()) == 4 and min(slurm.epochs()) > 2)
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
     slurm.wait(*LONG)
-    assert [[s["requeues"] for s in sessions] for sessions in slurm.sessions()] == [[0, 1]] * 4
-    assert all(sessions[1]["first_step"] > 4 for sessions in slurm.sessions()), "begun anew instead of resumed"
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
-
-
-def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
-    slurm("submit", *MSAM, "--partition", "low")
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
-    slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.wait(*MSAM)
     ((first, second),) = slurm.sessions()
     assert (first["requeues"], second["requeues"]) == (0, 1)
     assert second["first_step"] > 4, "begun anew instead of resumed"
@@ -92,18 +83,31 @@ def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
 
-@pytest.mark.parametrize("what", ["an administrator's requeue", "a node's failure"])
-def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, undisturbed, what):
-    slurm("submit", *MSAM)
+def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
+    slurm("submit", *LONG, "--partition", "low")
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
-    if what == "a node's failure":
-        slurm.cluster("scontrol", "update", "nodename=n1", "state=down", "reason=test", check=True)
-        slurm.cluster("scontrol", "update", "nodename=n1", "state=resume", check=True)
-    else:
-        slurm.cluster("scontrol", "requeue", slurm.job(), check=True)
-    slurm.wait(*MSAM)
+    slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    slurm.wait(*LONG)
     ((first, second),) = slurm.sessions()
     assert (first["requeues"], second["requeues"]) == (0, 1)
+    assert second["first_step"] > 4, "begun anew instead of resumed"
+    here = numbers(undisturbed)
+    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+
+
+def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, undisturbed):
+    """An administrator's requeue, then the failure of its node."""
+    slurm("submit", *LONG)
+    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 1)
+    slurm.cluster("scontrol", "requeue", slurm.job(), check=True)
+    slurm.until(lambda: len(slurm.sessions()[0]) == 2)
+    node = slurm.sessions()[0][1]["slurm_nodes"]
+    slurm.cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test", check=True)
+    slurm.cluster("scontrol", "update", f"nodename={node}", "state=resume")  # unless it came back by itself
+    slurm.wait(*LONG)
+    (sessions,) = slurm.sessions()
+    assert [session["requeues"] for session in sessions] == [0, 1, 2]
+    assert sessions[1]["first_step"] > 2, "begun anew instead of resumed"
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
@@ -128,25 +132,25 @@ def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
 
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
-    slurm("submit", *MSAM)
+    slurm("submit", *LONG)
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     os.kill(_python_of(slurm.job()), signal.SIGKILL)
-    said = slurm.wait(*MSAM, code=1)
+    said = slurm.wait(*LONG, code=1)
     assert "lost" in said
     assert "Submit again" in said
-    assert "Submitted 1 of 1 runs" in slurm("submit", *MSAM)
-    slurm.wait(*MSAM)
+    assert "Submitted 1 of 1 runs" in slurm("submit", *LONG)
+    slurm.wait(*LONG)
     here = numbers(undisturbed)
     assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
 
 
 def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
-    target = (*LONG[:-1], "epochs=2000")
+    target = ("vit_cifar", "--profile", "smoke", "--set", "epochs=2000")
     slurm("submit", *target, "--parallelism", "2")
     slurm.until(lambda: len(slurm.epochs()) == 2 and min(slurm.epochs()) > 1)
-    assert "Asked Slurm to end 4 jobs" in slurm("cancel", *target)
+    assert "Asked Slurm to end 8 jobs" in slurm("cancel", *target)
     said = slurm.wait(*target, code=1)
-    assert said.count("  cancelled ") == 4
+    assert said.count("  cancelled ") == 8
     assert len(list(slurm.root.glob("runs/*/checkpoint.pt"))) == 2
     assert "No run" in slurm("cancel", *target)
 
@@ -169,8 +173,8 @@ def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
     assert session["slurm_nodes"] == "n[1-2]"
 
 
-def test_a_dead_rank_ends_its_job_and_ranks_resume_bit_for_bit(slurm):
-    target = (*MSAM, "--set", "ranks=2")
+def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
+    target = (*LONG, "--set", "ranks=2")
     slurm("submit", *target)
     slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
@@ -179,11 +183,9 @@ def test_a_dead_rank_ends_its_job_and_ranks_resume_bit_for_bit(slurm):
     slurm.wait(*target, code=1)
     slurm("submit", *target)
     slurm.wait(*target)
-    disturbed = numbers(slurm.root)
-    slurm.root = slurm.root.with_name("again")
-    slurm("submit", *target)
-    slurm.wait(*target)
-    assert numbers(slurm.root) == disturbed
+    (sessions,) = slurm.sessions()
+    assert [session["requeues"] for session in sessions] == [0, 1, 0]
+    assert sessions[1]["first_step"] > 4, "begun anew instead of resumed"
 
 
 def test_submitting_from_inside_a_job(slurm):
@@ -199,13 +201,17 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
     ((session,),) = slurm.sessions()
     assert session["code"] == code_hash()
     changed = code / "experiments" / "harness" / "train.py"
-    changed.write_text(changed.read_text() + "# another line\n")
-    slurm("submit", "linear_cifar", "--profile", "smoke", "--seeds", "2")
-    said = slurm.wait("linear_cifar", "--profile", "smoke", "--seeds", "2", code=1)
+    whole = changed.read_text()
+    two = ("linear_cifar", "--profile", "smoke", "--seeds", "2")
+    slurm.cluster("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
+    slurm("submit", *two)
+    changed.write_text(whole + "# another line\n")
+    slurm.cluster("scontrol", "update", "nodename=n[1-2]", "state=resume", check=True)
+    said = slurm.wait(*two, code=1)
     assert "1 done, 1 lost" in said
     assert "no longer the code that was submitted" in slurm.logs()
-    slurm("submit", "linear_cifar", "--profile", "smoke", "--seeds", "2")
-    slurm.wait("linear_cifar", "--profile", "smoke", "--seeds", "2")
+    slurm("submit", *two)
+    slurm.wait(*two)
 
 
 def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm):
@@ -243,7 +249,9 @@ def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slur
     assert not (slurm.root / "runs").exists()
 
 
-@pytest.mark.parametrize(("options", "words"), [("size=1m", "MB free"), ("ro", "cannot be written")])
+@pytest.mark.parametrize(
+    ("options", "words"), [("size=1m", "No space left"), ("size=50m", "MB free"), ("ro", "cannot be written")]
+)
 def test_a_results_folder_without_room_is_refused_before_sbatch(slurm, options, words):
     slurm.root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(slurm.root)], check=True)
