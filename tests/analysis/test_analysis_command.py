@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.harness import catalogue
+from experiments.harness.spec import with_ranks
 from tests.fixtures.make_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,3 +78,16 @@ def test_publishing_mixed_commits_is_status_2_and_writes_nothing(finished):
     assert "several commits (0123456789ab, fedcba9)" in done.stderr
     assert "Traceback" not in done.stderr
     assert written(finished) == set()
+
+
+def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):
+    specs = catalogue.runs("resnet_cifar", PROFILE)
+    for spec in with_ranks(specs, 2):
+        write_run(tmp_path, spec, 0.25)
+    told = ("resnet_cifar", "--results", tmp_path, "--profile", PROFILE)
+    assert analysis(*told, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
+    alone = analysis(*told).stdout
+    assert alone.count("25.00 ± 0.00 (2)") == 2, "the control and mSAM of two ranks are other runs"
+    refused = analysis(*told, "--gpus", "2", "--publish")
+    assert refused.returncode == 2
+    assert "--gpus" in refused.stderr
