@@ -113,14 +113,13 @@ class Work:
         Until Slurm ends it, or no longer counts the job as running: whoever leaves within the grace of a preemption
         would look finished, and would not be queued again. Rank 0 speaks for all; the others go when it goes.
         """
-        until, queued = time.monotonic() + 900, False
+        job, first, queued = _job()["slurm_job"], _rank() == 0, False
+        until = time.monotonic() + 900
         while time.monotonic() < until:
-            if _rank() == 0 and told.requeue and not queued:  # another rank may have been told first
-                queued = _asked(["scontrol", "requeue", _job()["slurm_job"]]) is not None
-            if _rank() == 0 and _asked(["squeue", "-h", "-j", _job()["slurm_job"], "-o", "%T"]) not in (
-                "RUNNING",
-                None,
-            ):
+            if first and told.requeue and not queued:  # another rank may have been told before this one
+                queued = _asked(["scontrol", "requeue", job]) is not None
+            state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
+            if state not in (None, "RUNNING"):
                 break
             time.sleep(1 if told.requeue and not queued else random.uniform(2, 5))
         print("Queued again." if queued else "Ended by Slurm.", flush=True)
