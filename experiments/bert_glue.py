@@ -36,7 +36,7 @@ SMOKE = Spec(
 
 CPU = replace(SMOKE, profile="cpu", train_examples=640, test_examples=None, epochs=2, max_length=48)
 SETS = {
-    "snippets": replace(CPU, train_examples=400, test_examples=1000),
+    "snippets": replace(CPU, train_examples=400, test_examples=1000, learning_rate=2e-4),
     "sst2": replace(CPU, dataset="sst2"),
     "stsb": replace(CPU, dataset="stsb"),
 }
@@ -80,7 +80,7 @@ TUNING = {
             base,
             micro_batches=[4],
             learning_rates=(5e-5, 1e-4, 2e-4, 4e-4),
-            rhos=(),
+            rhos=(1e-3, 1e-2, 1e-1),
             holdout_examples=1000,
         )
     ],
