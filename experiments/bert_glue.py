@@ -79,7 +79,7 @@ TUNING = {
             base,
             micro_batches=[4],
             learning_rates=(5e-5, 1e-4, 2e-4, 4e-4),
-            rhos=(1e-3, 1e-2, 1e-1),
+            rhos=(1e-4, 1e-3, 1e-2, 1e-1),
             holdout_examples=1000,
         )
     ],
