@@ -10,7 +10,7 @@ Expected: not measured.
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec, four_methods, tuning_grid
+from experiments.harness.spec import GLUE_GRIDS, Spec, four_methods, tuning_grid
 
 TABLE = "table2"
 
@@ -32,13 +32,12 @@ PAPER = Spec(
     max_length=128,
     device="cuda",
 )
-TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
 # rho as in bert_glue.py: mSAM's own m and rho are not known to us, and wait for the grid.
 RUNS = {
     "paper": [
         cell
-        for task in TASKS
+        for task in GLUE_GRIDS
         for cell in four_methods(replace(PAPER, dataset=task), micro_batches=8, sam_rho=0.01, msam_rho=0.01)
     ]
 }
@@ -46,9 +45,9 @@ RUNS = {
 TUNING = {
     "paper": [
         cell
-        for task, holdout in (("cola", 1000), ("sst2", 5000), ("mrpc", 500), ("stsb", 1000), ("rte", 500))
+        for task, (examples, holdout) in GLUE_GRIDS.items()
         for cell in tuning_grid(
-            replace(PAPER, dataset=task),
+            replace(PAPER, dataset=task, train_examples=examples),
             micro_batches=(2, 4, 8),
             rhos=(1e-4, 1e-3, 1e-2, 1e-1),
             learning_rates=(1e-5, 2e-5, 3e-5),

@@ -42,6 +42,20 @@ TEXTS = {
 """Training and test examples of each set of texts: GLUE's tasks, whose test part here is the validation split (the
 labels of the real one are withheld; of MNLI the matched part), and the movie snippets of `texts.py`."""
 
+GLUE_GRIDS = {
+    "cola": (None, 1_000),
+    "sst2": (None, 5_000),
+    "mrpc": (None, 500),
+    "stsb": (None, 1_000),
+    "qqp": (20_000, 5_000),
+    "mnli": (20_000, 5_000),
+    "qnli": (20_000, 5_000),
+    "rte": (None, 500),
+    "wnli": (None, 100),
+}
+"""GLUE's tasks in the order of Table 2: how many training examples a grid trains on (None: all others) and how many it
+holds out. The three large tasks choose on a part of theirs: a grid on all of MNLI would cost more than the table."""
+
 METRICS = {
     "cola": "Matthews correlation",
     "stsb": "Pearson correlation",
