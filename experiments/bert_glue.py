@@ -7,9 +7,9 @@ cpu: MiniLM (a BERT of 6 layers and width 384 that was tuned as a sentence encod
 sentences of SST-2, where FOLDER holds GLUE, and on 400 movie snippets, which come from PyPI.
 Rows whose data cannot be had stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
 
-Learning rates and rho of the cpu profile come from its grid: SAM's best is the least rho tried, where it does what AdamW
-does; 0.1 ruins both. Of 640 pairs of MRPC or STS-B and 1,600 sentences of CoLA the same encoder learned little held-out,
-so they are left to the paper profile.
+Learning rates and rho of the cpu profile come from its grid: SAM's best is the least rho tried, where it does what
+AdamW does; 0.1 ruins both. Of 640 pairs of MRPC or STS-B and 1,600 sentences of CoLA the same encoder learned little
+held-out, so they are left to the paper profile.
 
 Expected: the table has not been trained yet.
 """

@@ -46,7 +46,7 @@ def test_docstrings_name_the_table_and_the_command():
 
 def test_a_grid_is_scored_on_held_out_images_and_never_shares_a_run_with_the_table():
     for profile in PROFILES:
-        grid = catalogue.runs("table1-tuning", profile)
+        grid = catalogue.cells("table1-tuning", profile)
         table = catalogue.runs("table1", profile)
         assert all(spec.holdout_examples > 0 for spec in grid)
         assert all(spec.holdout_examples == 0 for spec in table)
