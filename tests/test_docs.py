@@ -31,6 +31,6 @@ def test_example_runs(title, how, code, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     if how == "torchrun":
-        weights = re.findall(r"weights (\S+)", done.stdout)
+        weights = re.findall(r"weights (-?[0-9.]+)", done.stdout)
         assert len(weights) == 2
         assert weights[0] == weights[1], "the replicas agree"
