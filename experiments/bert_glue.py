@@ -11,7 +11,9 @@ Learning rates and rho of the cpu profile come from its grid: SAM's best is the 
 AdamW does; 0.1 ruins both. Of 640 pairs of MRPC or STS-B and 1,600 sentences of CoLA the same encoder learned little
 held-out, so they are left to the paper profile.
 
-Expected: the table has not been trained yet.
+Expected (n=3, +- 95 %): snippets 76.4 +- 0.6 by AdamW, 75.7 +- 4.2 (control), 76.4 +- 0.6 (SAM), 77.1 +- 5.3 (mSAM);
+SST-2 79.5 +- 0.9, 79.3 +- 0.2, 79.5 +- 1.2, 79.2 +- 1.6; majority 50 and 51. One to two minutes a run on one core of an
+AMD EPYC (AVX2).
 """
 
 from dataclasses import replace
