@@ -4,25 +4,48 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from experiments.harness import catalogue
 from experiments.harness.estimate import measured
 from experiments.harness.record import DEFAULT_ROOT, RecordError, duration, record_of, state_of
 from experiments.harness.spec import PROFILES, Spec, SpecError
 
-Target = Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]
-Profile = Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")]
-Seeds = Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")]
-Set = Annotated[
-    UseAppendAction[tuple[str, ...]],
-    arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
-]
-Results = Annotated[Path, arg(metavar="DIR", help="The results root.")]
+
+@dataclass(frozen=True)
+class Runs:
+    """Which runs a command is about, as it is told on the command line."""
+
+    target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]]
+    profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
+    seeds: Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")] = None
+    set: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
+    ] = ()
+    results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The runs.
+
+        Raises:
+            SpecError: if they are unknown, or cannot be run.
+        """
+        return catalogue.runs(self.target, self.profile, self.seeds, self.set)
+
+    @property
+    def root(self) -> Path:
+        """The results root, whatever folder the command goes to."""
+        return self.results.absolute()
+
+    def __str__(self) -> str:
+        return f"{self.target} ({self.profile})"
 
 
 def list_() -> int:
@@ -38,12 +61,8 @@ def list_() -> int:
 
 
 def plan(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
+    runs: OmitArgPrefixes[Runs],
     jobs: int | None = None,
-    results: Results = DEFAULT_ROOT,
 ) -> int:
     """Print the runs of a target, which are done, and the time still needed.
 
@@ -53,8 +72,7 @@ def plan(
     from experiments.harness.pool import default_jobs
 
     _check_jobs(jobs)
-    specs = catalogue.runs(target, profile, seeds, set)
-    results = results.absolute()
+    specs, results = runs.specs, runs.root
     estimate, left, unknown = measured(results), 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
@@ -74,12 +92,8 @@ def plan(
 
 
 def run(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
+    runs: OmitArgPrefixes[Runs],
     jobs: int | None = None,
-    results: Results = DEFAULT_ROOT,
     data_root: Path | None = None,
     redo: bool = False,
 ) -> int:
@@ -93,14 +107,13 @@ def run(
     from experiments.harness.provenance import command_line, environment
 
     _check_jobs(jobs)
-    specs = catalogue.runs(target, profile, seeds, set)
-    results = results.absolute()
+    specs, results = runs.specs, runs.root
     for record in (record_of(spec, results) for spec in specs):
         if record.done:  # and not damaged, foreign, or a newer version's
             record.spec(), record.summary()
     waiting = [spec for spec in specs if redo or not record_of(spec, results).done]
     if not waiting:
-        print(f"All {len(specs)} runs of {target} ({profile}) are done; nothing to train.")
+        print(f"All {len(specs)} runs of {runs} are done; nothing to train.")
         return 0
     session = environment(command_line())
 
@@ -110,14 +123,11 @@ def run(
     done = len(specs) - len(waiting)
     waiting = _with_data(waiting, data_root, needed=not done)
     if not waiting:
-        print(f"The other {done} runs of {target} ({profile}) are done; nothing to train.")
+        print(f"The other {done} runs of {runs} are done; nothing to train.")
         return 0
     for spec in waiting:
         record_of(spec, results).create(spec)
-    print(
-        f"Training {len(waiting)} runs of {target} ({profile}); {done} are done.",
-        flush=True,
-    )
+    print(f"Training {len(waiting)} runs of {runs}; {done} are done.", flush=True)
     outcome = pool.run(
         waiting,
         results,
@@ -137,29 +147,23 @@ def run(
     return 1 if outcome.failed else 0
 
 
-def fetch(target: Positional[Target], profile: Profile = "cpu", set: Set = (), data_root: Path | None = None) -> int:
+def fetch(runs: OmitArgPrefixes[Runs], data_root: Path | None = None) -> int:
     """Fetch and verify the data sets and encoders of a target, for machines whose jobs have no network.
 
     Args:
         data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
     """
-    specs = catalogue.runs(target, profile, 1, set)
+    specs = runs.specs
     found = _with_data(specs, data_root, needed=True)
-    print(f"The data of {len(found)} of {len(specs)} cells of {target} ({profile}) are here.")
+    print(f"The data of {len(found)} of {len(specs)} runs of {runs} are here.")
     return 0 if len(found) == len(specs) else 1
 
 
-def status(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
-    results: Results = DEFAULT_ROOT,
-) -> int:
+def status(runs: OmitArgPrefixes[Runs]) -> int:
     """Say of each run of a target whether it is done, running, begun, failed or not begun."""
     counts: Counter[str] = Counter()
-    for spec in catalogue.runs(target, profile, seeds, set):
-        state, words = state_of(spec, results.absolute())
+    for spec in runs.specs:
+        state, words = state_of(spec, runs.root)
         counts[state] += 1
         print(f"{spec.run_id}  {state:<9} {spec.title}{words}")
     print("\n" + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".")

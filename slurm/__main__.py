@@ -7,15 +7,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, arg
 
-from experiments.__main__ import Profile, Results, Seeds, Set, Target
-from experiments.harness import catalogue
-from experiments.harness.estimate import measured
+import experiments.__main__ as experiments_cli
+from experiments.harness.estimate import Estimate, measured
 from experiments.harness.provenance import environment
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import Spec, SpecError, with_ranks
@@ -25,10 +25,6 @@ from slurm.scheduler import SlurmError
 from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, snapshot, standings
 from slurm.submission import submit as hand_over
 
-Gpus = Annotated[
-    int, arg(help="Data-parallel runs of N ranks, one GPU each, where N divides m (analysis takes --gpus N too).")
-]
-
 UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
 """States of runs that `submit` submits."""
 
@@ -36,14 +32,43 @@ PATIENCE = 30
 """How often in a row `wait` may find the queue silent, as while Slurm is restarted."""
 
 
+@dataclass(frozen=True)
+class Runs(experiments_cli.Runs):
+    """Which runs a command is about, and on how many GPUs each."""
+
+    gpus: Annotated[
+        int, arg(help="Data-parallel runs of N ranks, one GPU each, where N divides m (analysis takes --gpus N too).")
+    ] = 1
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The runs, those on several GPUs where `gpus` divides their micro-batches."""
+        _check(gpus=self.gpus)
+        specs = super().specs
+        if self.gpus > 1 and any(spec.device == "cpu" for spec in specs):
+            raise SlurmError(f"gpus is {self.gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
+        found = with_ranks(specs, self.gpus)
+        if single := sum(spec.ranks == 1 for spec in found) * (self.gpus > 1):
+            print(
+                f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the "
+                "ranks must divide m.",
+                file=sys.stderr,
+            )
+        return found
+
+    def command(self, name: str) -> str:
+        """A command of this program for the same runs, to be copied."""
+        words = ["python -m slurm", name, self.target, "--profile", self.profile]
+        words += ["--seeds", str(self.seeds)] * (self.seeds is not None)
+        words += ["--gpus", str(self.gpus)] * (self.gpus > 1)
+        words += [word for change in self.set for word in ("--set", shlex.quote(change))]
+        words += ["--results", shlex.quote(str(self.root))] * (self.root != DEFAULT_ROOT)
+        return " ".join(words)
+
+
 def submit(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
-    results: Results = DEFAULT_ROOT,
+    runs: OmitArgPrefixes[Runs],
     data_root: Path | None = None,
-    gpus: Gpus = 1,
     nodes: int = 1,
     runs_per_job: int = 1,
     parallelism: int | None = None,
@@ -70,16 +95,14 @@ def submit(
     _check(nodes=nodes, runs_per_job=runs_per_job, parallelism=parallelism)
     if minutes is not None and minutes < LEAST_MINUTES:
         raise SlurmError(f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, for a checkpoint before the end.")
-    specs = _specs(target, profile, seeds, set, gpus)
-    results = results.absolute()
+    specs, results = runs.specs, runs.root
     if cluster == "local":
-        if gpus > 1:
+        if runs.gpus > 1:
             raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
-        from experiments.__main__ import run
         from experiments.harness.data import DataError
 
         try:
-            return run(target, profile, seeds, set, results=results, data_root=data_root)
+            return experiments_cli.run(runs, data_root=data_root)
         except DataError as error:
             raise SlurmError(str(error)) from error
     _check_paths(specs)
@@ -89,17 +112,18 @@ def submit(
         packed["largest"] = scheduler.largest_array()
     except SlurmError as error:
         if not dry_run:
-            local = f"{_command('submit', target, profile, seeds, set, results, gpus)} --cluster local"
+            local = f"{runs.command('submit')} --cluster local"
             raise SlurmError(f"{error} To train on this machine's cores or GPUs: {local}") from None
         print(error, file=sys.stderr)
     if dry_run:
         checked = "largest" in packed
         waiting = _to_submit(standings(specs, results, need_queue=checked))
-        return _dry_run(arrays(waiting, estimate, **packed), results, facts, parallelism, len(specs), checked)
+        found = arrays(waiting, estimate, **packed)
+        return _dry_run(found, estimate, results, facts, parallelism, len(specs), checked)
     with alone(results):
         waiting = _to_submit(standings(specs, results, need_queue=True))
         if not waiting:
-            print(f"All {len(specs)} runs of {target} ({profile}) are done or queued; nothing to submit.")
+            print(f"All {len(specs)} runs of {runs} are done or queued; nothing to submit.")
             return 0
         found = arrays(waiting, estimate, **packed)
         code = snapshot(results)
@@ -114,23 +138,16 @@ def submit(
             data_root=str(data_root.absolute()) if data_root else None,
             parallelism=parallelism,
         )
-    print(f"Submitted {len(waiting)} of {len(specs)} runs of {target} ({profile}) in jobs {', '.join(ids)}.")
+    print(f"Submitted {len(waiting)} of {len(specs)} runs of {runs} in jobs {', '.join(ids)}.")
     print(f"Logs:    {folder}/JOB_0_log.out")
-    print(f"State:   {_command('status', target, profile, seeds, set, results, gpus)}")
+    print(f"State:   {runs.command('status')}")
     print(f"To stop: scancel {' '.join(ids)}")
     return 0
 
 
-def status(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
-    results: Results = DEFAULT_ROOT,
-    gpus: Gpus = 1,
-) -> int:
+def status(runs: OmitArgPrefixes[Runs]) -> int:
     """Say of each run whether it is done, running, queued, failed, cancelled, lost (no record, no job) or not begun."""
-    found = standings(_specs(target, profile, seeds, set, gpus), results.absolute())
+    found = standings(runs.specs, runs.root)
     for run in found:
         log = f"\n{'':14}log: {run.place.log}" if run.place and run.state in ("failed", "lost") else ""
         print(f"{run.spec.run_id}  {run.state:<9} {run.spec.title}{run.words}{log}")
@@ -138,26 +155,17 @@ def status(
     return 0
 
 
-def wait(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
-    results: Results = DEFAULT_ROOT,
-    gpus: Gpus = 1,
-    every: float = 10.0,
-) -> int:
+def wait(runs: OmitArgPrefixes[Runs], every: float = 10.0) -> int:
     """Wait until no run of the target is queued or running any more; status 1 unless all are done then.
 
     Args:
         every: Seconds between looks.
     """
     _check(every=every)
-    specs, before = _specs(target, profile, seeds, set, gpus), ""
-    silent = 0
+    specs, before, silent = runs.specs, "", 0
     while True:
         try:
-            found = standings(specs, results.absolute(), need_queue=True)
+            found = standings(specs, runs.root, need_queue=True)
         except SlurmError as error:
             silent += 1
             if silent > PATIENCE:
@@ -178,55 +186,21 @@ def wait(
     return 1 if unfinished else 0
 
 
-def cancel(
-    target: Positional[Target],
-    profile: Profile = "cpu",
-    seeds: Seeds = None,
-    set: Set = (),
-    results: Results = DEFAULT_ROOT,
-    gpus: Gpus = 1,
-) -> int:
+def cancel(runs: OmitArgPrefixes[Runs]) -> int:
     """Ask Slurm to end the jobs of a target's queued and running runs, with whatever other runs share them."""
-    found = standings(_specs(target, profile, seeds, set, gpus), results.absolute(), need_queue=True)
+    found = standings(runs.specs, runs.root, need_queue=True)
     places = [run.place for run in found if run.waiting and run.place]
     jobs = list(dict.fromkeys(place.job for place in places))
     if not jobs:
-        print(f"No run of {target} ({profile}) is queued or running.")
+        print(f"No run of {runs} is queued or running.")
         return 0
     scheduler.cancel(jobs)
     note_cancelled(places)
     print(
         f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first; when they are gone tells: "
-        f"{_command('status', target, profile, seeds, set, results, gpus)}"
+        f"{runs.command('status')}"
     )
     return 0
-
-
-def _specs(target: str, profile: str, seeds: int | None, changes: tuple[str, ...], gpus: int) -> list[Spec]:
-    """The runs, those on several GPUs where `gpus` divides their micro-batches."""
-    _check(gpus=gpus)
-    specs = catalogue.runs(target, profile, seeds, changes)
-    if gpus > 1 and any(spec.device == "cpu" for spec in specs):
-        raise SlurmError(f"gpus is {gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
-    found = with_ranks(specs, gpus)
-    if single := sum(spec.ranks == 1 for spec in found) * (gpus > 1):
-        print(
-            f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the ranks "
-            "must divide m.",
-            file=sys.stderr,
-        )
-    return found
-
-
-def _command(
-    name: str, target: str, profile: str, seeds: int | None, changes: tuple[str, ...], results: Path, gpus: int
-) -> str:
-    """A command of this program for the same runs, to be copied."""
-    words = ["python -m slurm", name, target, "--profile", profile]
-    words += ["--seeds", str(seeds)] * (seeds is not None) + ["--gpus", str(gpus)] * (gpus > 1)
-    words += [word for change in changes for word in ("--set", shlex.quote(change))]
-    words += ["--results", shlex.quote(str(results))] * (results.absolute() != DEFAULT_ROOT)
-    return " ".join(words)
 
 
 def _check_paths(specs: Sequence[Spec]) -> None:
@@ -246,9 +220,15 @@ def _to_submit(found: Sequence[Standing]) -> list[Spec]:
 
 
 def _dry_run(
-    found: list[Array], results: Path, facts: site.Site, parallelism: int | None, wanted: int, checked: bool
+    found: list[Array],
+    estimate: Estimate,
+    results: Path,
+    facts: site.Site,
+    parallelism: int | None,
+    wanted: int,
+    checked: bool,
 ) -> int:
-    estimate, hours, runs, refused = measured(results), 0.0, 0, False
+    hours, runs, refused = 0.0, 0, False
     for array in found:
         size = array.size
         print(
