@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 import experiments.__main__ as experiments_cli
 from experiments.harness.estimate import Estimate, measured
-from experiments.harness.provenance import environment
+from experiments.harness.provenance import checkout
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import Spec, SpecError, with_ranks
 from slurm import scheduler, site
@@ -127,14 +127,12 @@ def submit(
             return 0
         found = arrays(waiting, estimate, **packed)
         code = snapshot(results)
-        told = environment(" ".join(["python -m slurm", *sys.argv[1:]]))
-        session = {name: told[name] for name in ("commit", "dirty", "command")}
         folder, ids = hand_over(
             found,
             results,
             facts,
             code=code,
-            session=session,
+            submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
             data_root=str(data_root.absolute()) if data_root else None,
             parallelism=parallelism,
         )

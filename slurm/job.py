@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.provenance import code_hash, environment
+from experiments.harness.provenance import code_hash, machine
 from experiments.harness.record import RunLocked, read_json, record_of, write_json
 from experiments.harness.spec import Spec
 from slurm.resources import SIGNAL_SECONDS
@@ -44,7 +44,7 @@ class Work:
     minutes: int
     """The job's time limit."""
     submitted: Mapping[str, Any]
-    """Provenance from the submission: commit, dirty, command."""
+    """Provenance from the submission: `provenance.checkout`."""
     code: str
     """Hash of all code that was submitted, which this process must have loaded."""
 
@@ -61,7 +61,7 @@ class Work:
             raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
         if specs[0].ranks > 1:
             _join(specs[0], Path(self.results))
-        session = {**environment(""), **self.submitted, **_job()}
+        session = {**self.submitted, **machine(), **_job()}
         print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
 
         from experiments.harness.train import Interrupted, train

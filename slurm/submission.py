@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def submit(
     site: Site,
     *,
     code: Path,
-    session: Mapping[str, Any],
+    submitted: Mapping[str, Any],
     data_root: str | None = None,
     parallelism: int | None = None,
 ) -> tuple[Path, list[str]]:
@@ -142,7 +142,7 @@ def submit(
         root: The results root, on a disk that all nodes see.
         site: The cluster's facts.
         code: The code that they run, from `snapshot`.
-        session: Provenance of this submission, for the records.
+        submitted: Provenance of this submission, for the records.
         data_root: A folder to look for data in first.
         parallelism: How many jobs may run at a time; left out, as many as Slurm likes.
 
@@ -154,15 +154,12 @@ def submit(
     """
     folder = _folder(root)
     told = {
-        "format": 1,
         "user": getpass.getuser(),
-        "session": dict(session),
         "arrays": [
             {
                 "name": f"msam-{folder.name}-{number}",
                 "ids": None,
                 "runs": [[spec.run_id for spec in job] for job in array.jobs],
-                "size": asdict(array.size),
             }
             for number, array in enumerate(found)
         ],
@@ -174,7 +171,7 @@ def submit(
         executor = _executor(array, folder, site, code, entry["name"], parallelism, after)
         try:
             with scheduler.outside_of_any_job():
-                jobs = executor.map_array(perform, _work(array, root, data_root, session, code.name))
+                jobs = executor.map_array(perform, _work(array, root, data_root, submitted, code.name))
         except Exception as error:
             raise _refusal(error, queued, folder, entry["name"]) from error
         entry["ids"] = [job.job_id for job in jobs]
@@ -324,8 +321,8 @@ def _executor(
     return executor
 
 
-def _work(array: Array, root: Path, data_root: str | None, session: Mapping[str, Any], code: str) -> list[Work]:
-    rest = (str(root), data_root, array.size.minutes, dict(session), code)
+def _work(array: Array, root: Path, data_root: str | None, submitted: Mapping[str, Any], code: str) -> list[Work]:
+    rest = (str(root), data_root, array.size.minutes, dict(submitted), code)
     return [Work(tuple(spec.to_dict() for spec in job), *rest) for job in array.jobs]
 
 

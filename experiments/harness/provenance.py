@@ -26,15 +26,34 @@ def environment(command: str) -> dict[str, Any]:
     """Provenance of this session, as it is when called: call it before the work starts.
 
     Returns:
-        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `code` (a hash of
-        the training code as it lies on the disk), `command`, `python`, `packages`, `cpu`, `system`, `started`.
+        What `checkout` and `machine` do.
+    """
+    return {**checkout(command), **machine()}
+
+
+def checkout(command: str) -> dict[str, Any]:
+    """Which commit a command was given at.
+
+    Returns:
+        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `command`.
     """
     status = _git("status", "--porcelain", "--", ".", ":!results")
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
-        "code": code_hash(),
         "command": command,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a run is trained by, and when it begins.
+
+    Returns:
+        `code` (a hash of the training code as it lies on the disk), `python`, `packages`, `cpu`, `cores`, `system`,
+        `started`.
+    """
+    return {
+        "code": code_hash(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": cpu(),
