@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.pool import Flag
 from experiments.harness.provenance import code_hash, machine
 from experiments.harness.record import RunLocked, read_json, record_of, write_json
 from experiments.harness.spec import Spec
@@ -54,7 +55,11 @@ class Work:
         Raises:
             RunsFailed: at the end, if any of them failed; the others have been trained.
         """
-        told = _Signals()
+        # USR2 comes ahead of the time limit or of a preemption; TERM with scancel, or with a preemption on clusters
+        # that send nothing else, and then Slurm itself queues the job again.
+        requeue, ending = Flag(), Flag()
+        signal.signal(signal.SIGUSR2, requeue.set)
+        signal.signal(signal.SIGTERM, ending.set)
         begun = time.monotonic()
         specs = [Spec.from_dict(fields) for fields in self.runs]
         if code_hash(folders=PACKAGES) != self.code:
@@ -67,6 +72,9 @@ class Work:
         from experiments.harness.train import Interrupted, train
 
         failed, stepped = [], False
+
+        def told() -> bool:
+            return requeue.is_set() or ending.is_set()
 
         def report(step: int, steps: int) -> None:
             nonlocal stepped
@@ -82,12 +90,12 @@ class Work:
                         data_root=self.data_root,
                         environment=session,
                         report=report,
-                        stop=told.to_stop,
+                        stop=told,
                     )
                     break
                 except RunLocked:  # elsewhere it is being trained: wait for its result
-                    if told.to_stop():
-                        self._leave(told)
+                    if told():
+                        _leave(requeue)
                     time.sleep(1)
                 except Interrupted as stopped:
                     print(stopped, flush=True)
@@ -96,7 +104,7 @@ class Work:
                         words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
                         record_of(spec, Path(self.results)).fail(words)
                         raise RunsFailed(f"{spec.run_id}: {words}") from None
-                    self._leave(told)
+                    _leave(requeue)
                 except Exception as error:
                     if spec.ranks > 1:
                         raise  # the other ranks wait for this one: end the job
@@ -107,50 +115,29 @@ class Work:
         if failed:
             raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, with the errors above.")
 
-    def _leave(self, told: "_Signals") -> None:
-        """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself.
-
-        Until Slurm ends it, or no longer counts the job as running: whoever leaves within the grace of a preemption
-        would look finished, and would not be queued again. Rank 0 speaks for all; the others go when it goes.
-        """
-        job, first, queued = _job()["slurm_job"], _rank() == 0, False
-        until = time.monotonic() + 900
-        while time.monotonic() < until:
-            if first and told.requeue and not queued:  # another rank may have been told before this one
-                queued = _asked(["scontrol", "requeue", job]) is not None
-            state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
-            if state not in (None, "RUNNING"):
-                break
-            time.sleep(1 if told.requeue and not queued else random.uniform(2, 5))
-        print("Queued again." if queued else "Ended by Slurm.", flush=True)
-        sys.exit(128 + signal.SIGTERM)
-
 
 def perform(work: Work) -> None:
     """What submitit calls."""
     work()
 
 
-class _Signals:
-    """What Slurm has told this process.
+def _leave(requeue: Flag) -> None:
+    """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself.
 
-    USR2 comes ahead of the time limit or of a preemption; TERM with scancel, or with a preemption on clusters that
-    send nothing else, and then Slurm itself queues the job again.
+    Until Slurm ends it, or no longer counts the job as running: whoever leaves within the grace of a preemption
+    would look finished, and would not be queued again. Rank 0 speaks for all; the others go when it goes.
     """
-
-    def __init__(self) -> None:
-        self.requeue = self.ending = False
-        signal.signal(signal.SIGUSR2, self._usr2)
-        signal.signal(signal.SIGTERM, self._term)
-
-    def to_stop(self) -> bool:
-        return self.requeue or self.ending
-
-    def _usr2(self, *_: object) -> None:
-        self.requeue = True
-
-    def _term(self, *_: object) -> None:
-        self.ending = True
+    job, first, queued = _job()["slurm_job"], _rank() == 0, False
+    until = time.monotonic() + 900
+    while time.monotonic() < until:
+        if first and requeue.is_set() and not queued:  # another rank may have been told before this one
+            queued = _asked(["scontrol", "requeue", job]) is not None
+        state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
+        if state not in (None, "RUNNING"):
+            break
+        time.sleep(1 if requeue.is_set() and not queued else random.uniform(2, 5))
+    print("Queued again." if queued else "Ended by Slurm.", flush=True)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _asked(command: list[str]) -> str | None:

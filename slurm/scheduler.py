@@ -119,9 +119,7 @@ def outside_of_any_job() -> Iterator[None]:
     """
     prefixes = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_") if "SLURM_JOB_ID" in os.environ else ()
     hidden = {
-        name: os.environ.pop(name)
-        for name in list(os.environ)
-        if name.startswith(tuple(prefixes)) and name != "SLURM_CONF"
+        name: os.environ.pop(name) for name in list(os.environ) if name.startswith(prefixes) and name != "SLURM_CONF"
     }
     try:
         yield

@@ -56,16 +56,18 @@ class _Worker:
     told_to_stop: bool = False
 
 
-class _Flag:
+class Flag:
     """Set by a signal handler. A threading.Event will not do: its lock is not for handlers that interrupt it."""
 
     def __init__(self) -> None:
         self.value = False
 
     def set(self, *_: object) -> None:
+        """Set it; takes what a signal handler is given."""
         self.value = True
 
     def is_set(self) -> bool:
+        """Whether it has been set."""
         return self.value
 
 
@@ -158,7 +160,7 @@ def _work(
     redo: bool,
 ) -> None:
     """In the worker: train one run, report its progress, and say in the exit status how it ended."""
-    stopping = _Flag()
+    stopping = Flag()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stopping.set)
     if spec.device == "cuda":
@@ -254,9 +256,9 @@ def _tell_to_stop(worker: _Worker) -> None:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[_Flag]:
+def _stop_on_signals() -> Iterator[Flag]:
     """A flag that Ctrl-C or SIGTERM sets; a second Ctrl-C ends this process at once."""
-    stopping = _Flag()
+    stopping = Flag()
 
     def stop(number: int, frame: Any) -> None:
         stopping.set()
