@@ -38,7 +38,8 @@ class Ranks:
                 "by python -m slurm submit, one process a rank."
             )
         self.rank = dist.get_rank() if self.count > 1 else 0
-        self._device = torch.device(spec.device)
+        self._hosts = dist.new_group(backend="gloo") if self.count > 1 else None
+        """For what the processes agree about: on GPUs too it is sent between hosts, without a wait for the device."""
         self._micro_batches = spec.micro_batches // self.count
         self._seed = spec.seed
 
@@ -71,8 +72,8 @@ class Ranks:
         """Whether each flag is true on any rank: the same answer on all."""
         if self.count == 1:
             return list(flags)
-        both = torch.tensor(flags, dtype=torch.int32, device=self._device)
-        dist.all_reduce(both, dist.ReduceOp.MAX)
+        both = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(both, dist.ReduceOp.MAX, self._hosts)
         return [bool(flag) for flag in both.tolist()]
 
     def mean(self, values: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class Ranks:
         if self.count == 1:
             return [value]
         values: Sequence[Any] = [None] * self.count
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self._hosts)
         return list(values)
 
     def agree(self, number: int, words: str) -> None:
@@ -104,4 +105,4 @@ class Ranks:
     def wait(self) -> None:
         """Go on only once all ranks have come here."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(self._hosts)
