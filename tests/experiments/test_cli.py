@@ -65,6 +65,19 @@ def test_paper_runs_without_a_gpu_are_refused_with_the_mend(tmp_path):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
+def test_fetch_verifies_what_runs_need_and_trains_nothing(tmp_path):
+    done = call("fetch", "linear_cifar", "--profile", "smoke", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "The data of 2 of 2 runs of linear_cifar (smoke) are here." in done.stdout
+    assert not list(tmp_path.iterdir()), "something was written"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"no images")
+    refused = call("fetch", "linear_cifar", "--profile", "smoke", "--data-root", str(tmp_path))
+    assert refused.returncode == 2
+    assert "cifar-10-batches-py" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
 def test_list_names_every_experiment_and_its_cells():
     done = call("list")
     assert done.returncode == 0

@@ -80,6 +80,24 @@ class Command:
         """How many epochs each run has recorded."""
         return [len(path.read_text().splitlines()) for path in self.root.glob("runs/*/metrics.jsonl")]
 
+    def until_it_trains(self) -> None:
+        """Until every run that has begun has some epochs behind it."""
+        self.until(lambda: self.epochs() and min(self.epochs()) > 2)
+
+    def assert_undisturbed(self, undisturbed: Path) -> None:
+        """The runs came to what they came to without Slurm, bit for bit."""
+        found, here = numbers(self.root), numbers(undisturbed)
+        assert found
+        assert found == {run: here[run] for run in found}
+
+    def assert_resumed(self, requeues: list[int], undisturbed: Path) -> None:
+        """LONG ends well, in as many sessions, each of them but the first resumed."""
+        self.wait(*LONG)
+        (sessions,) = self.sessions()
+        assert [session["requeues"] for session in sessions] == requeues
+        assert all(session["first_step"] > 4 for session in sessions[1:]), "begun anew instead of resumed"
+        self.assert_undisturbed(undisturbed)
+
     def sessions(self) -> list[list[dict]]:
         """The provenance of each run."""
         return [json.loads(path.read_text())["sessions"] for path in self.root.glob("runs/*/env.json")]

@@ -73,43 +73,28 @@ def test_small_runs_share_a_job(slurm):
 
 def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, undisturbed):
     slurm("submit", *LONG)
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    slurm.until_it_trains()
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
-    slurm.wait(*LONG)
-    ((first, second),) = slurm.sessions()
-    assert (first["requeues"], second["requeues"]) == (0, 1)
-    assert second["first_step"] > 4, "begun anew instead of resumed"
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+    slurm.assert_resumed([0, 1], undisturbed)
 
 
 def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
     slurm("submit", *LONG, "--partition", "low")
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    slurm.until_it_trains()
     slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.wait(*LONG)
-    ((first, second),) = slurm.sessions()
-    assert (first["requeues"], second["requeues"]) == (0, 1)
-    assert second["first_step"] > 4, "begun anew instead of resumed"
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+    slurm.assert_resumed([0, 1], undisturbed)
 
 
 def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, undisturbed):
     """An administrator's requeue, then the failure of its node."""
     slurm("submit", *LONG)
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 1)
+    slurm.until_it_trains()
     slurm.cluster("scontrol", "requeue", slurm.job(), check=True)
     slurm.until(lambda: len(slurm.sessions()[0]) == 2)
     node = slurm.sessions()[0][1]["slurm_nodes"]
     slurm.cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test", check=True)
     slurm.cluster("scontrol", "update", f"nodename={node}", "state=resume")  # unless it came back by itself
-    slurm.wait(*LONG)
-    (sessions,) = slurm.sessions()
-    assert [session["requeues"] for session in sessions] == [0, 1, 2]
-    assert sessions[1]["first_step"] > 2, "begun anew instead of resumed"
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+    slurm.assert_resumed([0, 1, 2], undisturbed)
 
 
 def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
@@ -133,15 +118,14 @@ def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
     slurm("submit", *LONG)
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    slurm.until_it_trains()
     os.kill(_python_of(slurm.job()), signal.SIGKILL)
     said = slurm.wait(*LONG, code=1)
     assert "lost" in said
     assert "Submit again" in said
     assert "Submitted 1 of 1 runs" in slurm("submit", *LONG)
     slurm.wait(*LONG)
-    here = numbers(undisturbed)
-    assert numbers(slurm.root) == {run: here[run] for run in numbers(slurm.root)}
+    slurm.assert_undisturbed(undisturbed)
 
 
 def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
@@ -176,7 +160,7 @@ def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
 def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
     target = (*LONG, "--set", "ranks=2")
     slurm("submit", *target)
-    slurm.until(lambda: slurm.epochs() and min(slurm.epochs()) > 2)
+    slurm.until_it_trains()
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
     slurm.until(lambda: len(slurm.sessions()[0]) == 2)
     os.kill(_python_of(slurm.job(), rank="1"), signal.SIGKILL)
@@ -190,7 +174,8 @@ def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
 
 def test_submitting_from_inside_a_job(slurm):
     command = f"cd {ROOT} && {sys.executable} -m slurm submit {' '.join(ONE)} --results {slurm.root}"
-    slurm.cluster("sbatch", "--wait", "-n2", "-o", f"{slurm.root}.log", "--wrap", command, check=True)
+    outer = ("-n2", "--mem-per-cpu=300", "-o", f"{slurm.root}.log")  # srun refuses that beside the inner job's --mem
+    slurm.cluster("sbatch", "--wait", *outer, "--wrap", command, check=True)
     slurm.wait(*ONE)
 
 

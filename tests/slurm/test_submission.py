@@ -174,15 +174,17 @@ def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, arguments, words):
     assert "Traceback" not in done.stderr
 
 
-def test_submitting_and_looking_need_no_torch(tmp_path):
+@pytest.mark.parametrize("command", [["submit", "table1", "--dry-run"], ["status", "table1"]], ids=" ".join)
+def test_submitting_and_looking_need_no_torch(tmp_path, command):
     code = (
-        "import sys; sys.argv[1:] = ['submit', 'table1', '--profile', 'paper', '--dry-run', '--results', sys.argv[1]]\n"
+        "import sys\n"
         "from slurm.__main__ import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'numpy', 'pandas'} & set(sys.modules), 'imported'"
     )
+    told = [*command, "--profile", "paper", "--results", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env={"PATH": "/"}, capture_output=True, text=True
+        [sys.executable, "-c", code, *told], cwd=ROOT, env={"PATH": "/"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
@@ -243,7 +245,13 @@ def test_one_submission_at_a_time_and_a_sentence_where_nothing_can_be_written(tm
         pass
     with alone(tmp_path):
         code = (
-            f"from pathlib import Path; from slurm.submission import alone\nwith alone(Path({str(tmp_path)!r})): pass"
+            "import sys; from pathlib import Path; from slurm.submission import alone\n"
+            "print('ready', flush=True)\n"
+            "with alone(Path(sys.argv[1])): print('in', flush=True)"
         )
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "ready\n"
         with pytest.raises(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=3)
+            other.wait(1)
+    assert other.communicate(timeout=20)[0] == "in\n"
