@@ -135,7 +135,7 @@ def _leave(requeue: Flag) -> None:
         state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
         if state not in (None, "RUNNING"):
             break
-        time.sleep(1 if requeue.is_set() and not queued else random.uniform(2, 5))
+        time.sleep(1 if requeue.is_set() and not queued else random.uniform(1, 3))
     print("Queued again." if queued else "Ended by Slurm.", flush=True)
     sys.exit(128 + signal.SIGTERM)
 
