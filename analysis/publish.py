@@ -13,7 +13,7 @@ from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import IMAGES, Spec, score_name, with_ranks, with_seeds
 
-TABLES = ("table1", "table2")
+TABLES = ("table1", "table2", "table3", "theory")
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
 
@@ -47,7 +47,9 @@ class Target:
         """The table of these cells."""
         if self.tuning:
             return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
-        document = render.document_1 if self.cells[0].dataset in IMAGES else render.document_2
+        kinds = {"curvature": render.document_3, "theory": render.document_theory}
+        of_scores = render.document_1 if self.cells[0].dataset in IMAGES else render.document_2
+        document = kinds.get(self.cells[0].kind, of_scores)
         return document(self.name, frame, self.cells, self.seeds, failures)
 
 

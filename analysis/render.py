@@ -3,6 +3,7 @@
 Text from run records is data: every form escapes all of its cells and lines.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ from analysis.collect import csv_text
 from analysis.statistics import Interval
 from experiments.harness.spec import IMAGES, METRICS, Spec
 
-TITLES = {"table1": "Table 1: test accuracy", "table2": "Table 2: GLUE"}
+TITLES = {
+    "table1": "Table 1: test accuracy",
+    "table2": "Table 2: GLUE",
+    "table3": "Table 3: flatness",
+    "theory": "Linear stability: predicted and simulated",
+}
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 NOTES_1 = (
@@ -28,6 +34,26 @@ NOTES_2 = (
     "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
     "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
     "The majority row always gives the commonest label of the training set.",
+)
+NOTES_3 = (
+    "Largest Hessian eigenvalue (lambda 1) and trace of the training loss at the final weights, on the first "
+    "{examples} training and {examples} test examples, without augmentation; BatchNorm in eval mode, with its running "
+    "statistics; float32. Means ± half-width of the 95 % Student t interval (number of seeds); differences are paired "
+    "by seed, and negative is flatter. Lanczos residuals are at most {residual:.1g} of lambda 1; each trace has its "
+    "own standard error in the records.",
+    "Sharpness, times 1,000: rise of the loss at distance rho={rho} from the weights: the greatest found by ascent (a "
+    "lower bound of the maximum), the mean over random directions, and the mean over m micro-batches of each one's "
+    "rise at its own perturbation. One rho for all methods of a data set.",
+    "Reparametrisation can change all of these without changing the function (Dinh et al. 2017, arXiv 1703.04933): "
+    "between methods of one network and training they compare, between networks they do not.",
+)
+NOTES_THEORY = (
+    "Largest sharpness lambda_max(H) of an interpolating minimum at which the method's own steps stay there: simulated "
+    "(mean ± half-width of the 95 % interval over random problems) and predicted by docs/theory.md.",
+    "exact: unnormalised perturbations rho times the gradient, all data in each step; the prediction must hold to 2 %. "
+    "normalised: perturbations of length rho, as SAM and mSAM are used; nothing ends at the minimum, and stable means "
+    "bounded: predicted 2 / eta whatever rho. stochastic: batches drawn anew for each step, beside the prediction for "
+    "all the data, which such a batch size does not reach.",
 )
 NOTES_TUNING = (
     f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at.",
@@ -175,6 +201,100 @@ def document_2(
     )
 
 
+def document_3(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """Table 3, or the part of it that one experiment fills, ready to be written."""
+    numbers = tables.table_3(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    split = f"m{max((c.micro_batches for c in cells), default=1)}"
+    measures = {
+        "lambda 1, test": "test_lambda_1",
+        "lambda 1 / lambda 5": "train_lambda_ratio",
+        "trace": "train_trace",
+    }
+    rises = {
+        "sharpness": "train_ascent_sharpness",
+        "average": "train_average_sharpness",
+        "m=1": "train_sharpness_m1",
+        f"m={split[1:]}": f"train_sharpness_{split}",
+    }
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "model": numbers["model"],
+            "method": numbers["label"],
+            "lambda 1": [
+                significant(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
+            ],
+            "over base": [significant(tables.interval(row, "over_base"), signed=True) for row in rows],
+            "over SAM": [significant(tables.interval(row, "over_sam"), signed=True) for row in rows],
+            **{title: _measure(numbers, column) for title, column in measures.items()},
+            **{title: _measure(numbers, column, 1000) for title, column in rises.items()},
+        }
+    )
+    told = {
+        "examples": ", ".join(dict.fromkeys(str(c.measured_examples) for c in cells)),
+        "rho": ", ".join(dict.fromkeys(f"{c.measured_rho:g}" for c in cells)),
+        "residual": numbers["residual"].max(),
+    }
+    return Document(
+        name=name,
+        title=TITLES.get(name, f"{name}: flatness"),
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=text,
+        claims=tuple(tables.claims(numbers, expected=-1)),
+        notes=(
+            *tables.warnings(frame, numbers),
+            *notes,
+            *(note.format(**told) for note in NOTES_3),
+            *published.FLATNESS,
+        ),
+        numbers=numbers,
+    )
+
+
+def document_theory(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """Predicted and simulated stability, ready to be written."""
+    numbers = tables.theory_table(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "part": [tables.PARTS[row.block] for row in rows],
+            "model": numbers["model"],
+            "method": numbers["label"],
+            "eta": [f"{row.learning_rate:g}" for row in rows],
+            "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
+            "batch": [f"{row.batch_size} of {row.examples}" for row in rows],
+            "predicted": [_number(row.predicted, ".4g") for row in rows],
+            "simulated": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            "simulated / predicted": [_number(1 + row.relative_error, ".3f") for row in rows],
+        }
+    )
+    return Document(
+        name=name,
+        title=TITLES.get(name, name),
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=text,
+        claims=tuple(tables.theory_claims(numbers)),
+        notes=(*tables.warnings(frame, numbers), *notes, *NOTES_THEORY),
+        numbers=numbers,
+    )
+
+
 def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of `table_2` with a column for each task: scores first, then what they are over each other."""
     tasks = list(dict.fromkeys(numbers["dataset"]))
@@ -263,6 +383,27 @@ def spread(found: Interval) -> str:
     if not found.n:
         return "not run"
     return f"{found.mean:.2f} (1)" if found.n == 1 else f"{found.mean:.2f} ± {found.half_width:.2f} ({found.n})"
+
+
+def significant(found: Interval, *, signed: bool = False) -> str:
+    """As `spread`, with three significant digits of the mean, and the interval to its last one."""
+    if not found.n:
+        return "" if signed else "not run"
+    sign = "+" if signed else ""
+    size = max(abs(found.mean), found.half_width if found.n > 1 else 0.0, 1e-12)
+    digits = max(0, 2 - math.floor(math.log10(size)))
+    if found.n == 1:
+        return f"{found.mean:{sign}.{digits}f} (1)"
+    return f"{found.mean:{sign}.{digits}f} ± {found.half_width:.{digits}f} ({found.n})"
+
+
+def _measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[str]:
+    """A column of `table_3` with its intervals, without the count that its row gives already."""
+    if column not in numbers:
+        return [""] * len(numbers)
+    pairs = zip(numbers[column], numbers[f"{column}_half_width"], numbers["n"], strict=True)
+    texts = [significant(Interval(factor * a, factor * b, int(n)), signed=False) for a, b, n in pairs]
+    return [re.sub(r" \(\d+\)$|^not run$", "", text) for text in texts]
 
 
 def _plain(cells: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ Accuracies and their differences are percentages here; everything else keeps the
 """
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -34,6 +35,30 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     Returns:
         One row a cell. The first base cell and the first SAM cell of a block are its references.
     """
+    numbers, runs = _compared(frame, cells, seeds), frame.set_index("run_id")
+    rows = []
+    for block in _blocks(cells, ("micro_batches", "seed", *_TUNED)):
+        base = next((cell for cell in block if cell.method == "base"), None)
+        usual = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
+        for cell in block:
+            seconds = mean_interval(values(runs, cell, seeds, "wall_seconds")).mean
+            rows.append(
+                {
+                    "train_accuracy": mean_interval(100 * values(runs, cell, seeds, "train_accuracy")).mean,
+                    "wall_seconds": seconds,
+                    "relative_time": seconds / usual if usual else float("nan"),
+                }
+            )
+    return numbers.join(_numbers(rows))
+
+
+def cells_in_order(cells: Sequence[Spec]) -> list[Spec]:
+    """The cells as the rows of `table_1` and `table_3` have them, block by block."""
+    return [cell for block in _blocks(cells, ("micro_batches", "seed", *_TUNED)) for cell in block]
+
+
+def _compared(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """A row a cell: what it is, its score, and the differences to the base, to SAM and to its control."""
     runs, rows = frame.set_index("run_id"), []
     labels = _labels(cells, ("dataset", "model", "rho"))
     for number, block in enumerate(_blocks(cells, ("micro_batches", "seed", *_TUNED))):
@@ -48,14 +73,6 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
             row |= _difference("over_sam", cell, over_sam, runs, seeds)
             over_control = controls.get(cell.micro_batches) if cell.method == "msam" else None
             row |= _difference("over_control", cell, over_control, runs, seeds)
-            train = mean_interval(100 * values(runs, cell, seeds, "train_accuracy"))
-            seconds = mean_interval(values(runs, cell, seeds, "wall_seconds")).mean
-            usual = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
-            row |= {
-                "train_accuracy": train.mean,
-                "wall_seconds": seconds,
-                "relative_time": seconds / usual if usual else float("nan"),
-            }
             rows.append(row)
     return _numbers(rows)
 
@@ -67,6 +84,105 @@ def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     known = {cell.dataset: 100 * scores.mean() for cell, scores in found.items() if len(scores)}
     numbers["majority"] = numbers["dataset"].map(known).astype(float).round(DIGITS)
     return numbers
+
+
+FLATNESS = (
+    *("train_lambda_1", "test_lambda_1", "train_lambda_ratio", "train_trace", "test_trace", "train_loss"),
+    *("train_ascent_sharpness", "test_ascent_sharpness", "train_average_sharpness", "test_average_sharpness"),
+)
+"""What a curvature run's table shows beside the sharpness of micro-batches."""
+
+
+def table_3(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """Flatness of the networks of each cell: the numbers of their curvature runs.
+
+    Args:
+        frame: one row a finished run.
+        cells: curvature specs at seed 0; a row each, in blocks as those of `table_1`.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+
+    Returns:
+        One row a cell. `mean` is the largest Hessian eigenvalue on training data; its paired differences are as in
+        `table_1`. Every other measure has its mean under its own name and its interval under `<name>_half_width`.
+    """
+    numbers, runs = _compared(frame, cells, seeds), frame.set_index("run_id")
+    known = [name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))]
+    for name in (*FLATNESS, *sorted(known, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1])))):
+        found = [mean_interval(values(runs, cell, seeds, name)) for cell in cells_in_order(cells)]
+        numbers[name] = [f.mean for f in found]
+        numbers[f"{name}_half_width"] = [f.half_width for f in found]
+    residuals = [values(runs, cell, seeds, "train_residual") for cell in cells_in_order(cells)]
+    numbers["residual"] = [found.max() if len(found) else float("nan") for found in residuals]
+    return _significant(numbers)
+
+
+def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """Largest stable sharpness of each cell of a simulation, beside the predicted one.
+
+    Args:
+        frame: one row a finished run.
+        cells: theory specs at seed 0, a row each.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+
+    Returns:
+        One row a cell: `mean` and `half_width` of the simulated boundary, `predicted`, the mean of `simulated /
+        predicted - 1`, and its greatest size over the seeds (`worst`).
+    """
+    runs, rows = frame.set_index("run_id"), []
+    for cell in cells:
+        errors = values(runs, cell, seeds, "relative_error")
+        row = _identity(cell, runs, seeds)
+        rows.append(
+            {"block": _part(cell), "label": _name(cell), **row}
+            | {
+                "normalised": cell.normalised,
+                "batch_size": cell.batch_size,
+                "examples": cell.examples,
+                "predicted": mean_interval(values(runs, cell, seeds, "predicted_sharpness")).mean,
+                "relative_error": mean_interval(errors).mean,
+                "worst": float(errors.abs().max()) if len(errors) else float("nan"),
+            }
+        )
+    return _numbers(rows)
+
+
+def theory_claims(numbers: pd.DataFrame) -> list[str]:
+    """Whether each part's prediction holds, and whether mSAM's boundary is below SAM's, and SAM's below descent's."""
+    lines = []
+    for number, part in enumerate(PARTS):
+        rows = numbers[(numbers["block"] == number) & (numbers["n"] > 0)]
+        if rows.empty:
+            continue
+        worst = rows["worst"].max()
+        holds = "holds" if worst < PREDICTED_WITHIN else "does not hold"
+        lines.append(
+            f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; what was simulated is up to {worst:.2%} off."
+        )
+    exact = numbers[(numbers["block"] == 0) & (numbers["n"] > 0)]
+    below = compared = 0
+    for _, rows in exact[exact["rho"] > 0].groupby(["model", "learning_rate", "rho"]):
+        found = rows.set_index("method")["mean"]
+        if {"sam", "msam"} <= set(found.index):
+            descent = 2 / rows["learning_rate"].iloc[0]
+            compared, below = compared + 1, below + int(found["msam"] < found["sam"] < descent)
+    if compared:
+        lines.append(
+            f"exact: mSAM's boundary lies below SAM's, and SAM's below 2 / eta, in {below} of {compared} settings."
+        )
+    return lines
+
+
+PREDICTED_WITHIN = 0.02
+"""How far a simulated boundary may lie from an exact prediction."""
+
+PARTS = ("exact", "normalised", "stochastic")
+"""Of the theory table: where the prediction is exact, and the two ways in which it is left."""
+
+
+def _part(cell: Spec) -> int:
+    if cell.batch_size < cell.examples:
+        return PARTS.index("stochastic")
+    return PARTS.index("normalised" if cell.normalised else "exact")
 
 
 def over_majority(numbers: pd.DataFrame) -> list[str]:
@@ -110,19 +226,24 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
     return _numbers(rows)
 
 
-def claims(numbers: pd.DataFrame) -> list[str]:
-    """What each block of `table_1` says about SAM over its base optimizer, mSAM over SAM, and over the control."""
+def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
+    """What each block of `table_1` says about SAM over its base optimizer, mSAM over SAM, and over the control.
+
+    Args:
+        numbers: what `table_1`, `table_2` or `table_3` returned.
+        expected: the sign that the paper's claim gives the differences.
+    """
     lines = []
     for _, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
         parts = []
         for row in block.itertuples():
             if row.method == "sam" and "base" in names:
-                parts.append(f"{row.label} over {names['base']}: {verdict(interval(row, 'over_base'))}")
+                parts.append(f"{row.label} over {names['base']}: {verdict(interval(row, 'over_base'), expected)}")
             if row.method == "msam" and "sam" in names:
-                parts.append(f"{row.label} over {names['sam']}: {verdict(interval(row, 'over_sam'))}")
+                parts.append(f"{row.label} over {names['sam']}: {verdict(interval(row, 'over_sam'), expected)}")
             if row.method == "msam" and "control" in names:
-                parts.append(f"over the control: {verdict(interval(row, 'over_control'))}")
+                parts.append(f"over the control: {verdict(interval(row, 'over_control'), expected)}")
         if parts:
             lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}: {'; '.join(parts)}.")
     return lines
@@ -201,7 +322,7 @@ def interval(row: Any, name: str) -> Interval:
     return Interval(getattr(row, name), getattr(row, f"{name}_half_width"), int(getattr(row, f"{name}_n")))
 
 
-def verdict(difference: Interval) -> str:
+def verdict(difference: Interval, expected: int = 1) -> str:
     """A paired difference in words: its size, and whether its interval leaves out zero, and on which side."""
     if not difference.n:
         return "not run"
@@ -210,13 +331,13 @@ def verdict(difference: Interval) -> str:
     told = f"{difference.mean:+.2f} ± {difference.half_width:.2f} (n={difference.n})"
     if not difference.separated:
         return f"{told}: not separated"
-    return f"{told}: separated" + ("" if difference.mean > 0 else ", the other way round")
+    return f"{told}: separated" + ("" if difference.mean * expected > 0 else ", the other way round")
 
 
 def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
     """What a row is and its score: the columns that every table begins with."""
     score = score_name(cell)
-    scores = 100 * values(runs, cell, seeds, score)
+    scores = _scores(cell, runs, seeds)
     found = mean_interval(scores)
     missing = [seed for seed in range(seeds) if seed not in scores.index]
     names = (
@@ -245,9 +366,21 @@ def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
 def _difference(name: str, cell: Spec, other: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float | int]:
     """The paired difference of two cells' scores; empty where there is no other cell."""
     empty = pd.Series(dtype=float)
-    theirs = empty if other is None else 100 * values(runs, other, seeds, score_name(other))
-    found = paired_difference(100 * values(runs, cell, seeds, score_name(cell)), theirs)
+    theirs = empty if other is None else _scores(other, runs, seeds)
+    found = paired_difference(_scores(cell, runs, seeds), theirs)
     return {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
+
+
+def _scores(cell: Spec, runs: pd.DataFrame, seeds: int) -> pd.Series:
+    """By seed what a cell is compared by; accuracies as percentages."""
+    return (100 if cell.kind == "train" else 1) * values(runs, cell, seeds, score_name(cell))
+
+
+def _significant(table: pd.DataFrame) -> pd.DataFrame:
+    """Floats to six significant digits: measures of flatness differ by orders of magnitude."""
+    results = table.select_dtypes("float").columns.difference(_TUNED)
+    table[results] = table[results].map(lambda x: float(f"{x:.{DIGITS}g}") + 0.0)
+    return table
 
 
 def _numbers(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 from experiments.harness import catalogue
 from experiments.harness.estimate import measured
 from experiments.harness.record import DEFAULT_ROOT, RecordError, duration, record_of, state_of
-from experiments.harness.spec import PROFILES, Spec, SpecError
+from experiments.harness.spec import PROFILES, Spec, SpecError, with_networks
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Runs:
 
     @property
     def specs(self) -> list[Spec]:
-        """The runs.
+        """The runs, and in front of those that measure a network the one that trains it.
 
         Raises:
             SpecError: if they are unknown, or cannot be run.
         """
-        return catalogue.runs(self.target, self.profile, self.seeds, self.set)
+        return with_networks(catalogue.runs(self.target, self.profile, self.seeds, self.set))
 
     @property
     def root(self) -> Path:

@@ -69,7 +69,8 @@ class Work:
         session = {**self.submitted, **machine(), **_job()}
         print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
 
-        from experiments.harness.train import Interrupted, train
+        from experiments.harness.execute import execute
+        from experiments.harness.train import Interrupted
 
         failed, stepped = [], False
 
@@ -84,7 +85,7 @@ class Work:
             print(f"{spec.run_id}  {spec.title}", flush=True)
             while True:
                 try:
-                    train(
+                    execute(
                         spec,
                         Path(self.results),
                         data_root=self.data_root,

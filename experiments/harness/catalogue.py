@@ -55,7 +55,7 @@ def catalogue() -> dict[str, Experiment]:
 def targets() -> list[str]:
     """Every name that `cells` understands."""
     known = catalogue().values()
-    names = [*dict.fromkeys(e.table for e in known), *(e.name for e in known)]
+    names = list(dict.fromkeys([*(e.table for e in known), *(e.name for e in known)]))
     return names + [f"{n}-tuning" for n in names if any(e.tuning and n in (e.name, e.table) for e in known)]
 
 

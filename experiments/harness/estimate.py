@@ -29,8 +29,15 @@ class Estimate:
         return self.seconds(spec) or work(spec) * (0.00001 if spec.model == "linear" else 0.0007)
 
 
+PASSES = 1500
+"""Forward and backward passes that a curvature run is worth: some 300 Hessian-vector products on two sets, sharpness,
+and slices."""
+
+
 def work(spec: Spec) -> int:
     """Examples that pass forward and backward in each process of a run: SAM and mSAM look at each twice."""
+    if spec.kind == "curvature":
+        return spec.measured_examples * PASSES
     passes = 1 if spec.rho == 0 else 2
     return spec.examples // spec.batch_size * spec.batch_size * spec.epochs * passes // spec.ranks
 

@@ -75,6 +75,9 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
             found[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
         return found
 
+    def sample(part: str, count: int) -> dict[str, Tensor]:
+        return (scored | {"train": trained})[part].batch(range(count), device)
+
     steps_per_epoch = len(trained) // spec.batch_size  # an incomplete last batch is left out
     return Task(
         model=model,
@@ -82,6 +85,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
+        sample=sample,
         data={
             "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
             "data_source": data.source,

@@ -97,6 +97,8 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     domains = ["experiments.harness.glue"] if any(spec.dataset in TEXTS for spec in specs) else []
+    kinds = {"curvature": "experiments.harness.flatness", "theory": "experiments.harness.theory"}
+    domains += [module for kind, module in kinds.items() if any(spec.kind == kind for spec in specs)]
     context.set_forkserver_preload(["experiments.harness.worker", *domains])
     waiting, workers, outcome = list(specs), [], Outcome()
     display = _Display(specs, estimate)
@@ -165,7 +167,8 @@ def _work(
         signal.signal(number, stopping.set)
     if spec.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(slot)
-    from experiments.harness.train import Interrupted, train
+    from experiments.harness.execute import execute
+    from experiments.harness.train import Interrupted
 
     last = 0.0
 
@@ -188,7 +191,7 @@ def _work(
     try:
         while not stopping.is_set():
             try:
-                train(spec, Path(root), **settings)
+                execute(spec, Path(root), **settings)
                 return
             except RunLocked:  # another command trains it: wait for its result
                 time.sleep(REPORT_SECONDS)
@@ -334,7 +337,8 @@ class _Display:
         elif record.done:
             summary = record.summary()
             name = score_name(spec)
-            words = f"{name.replace('_', ' ')} {100 * summary[name]:.1f} % in {summary['wall_seconds']:.0f} s"
+            found = f"{100 * summary[name]:.1f} %" if spec.kind == "train" else f"{summary[name]:.4g}"
+            words = f"{name.replace('_', ' ')} {found} in {summary['wall_seconds']:.0f} s"
         else:
             words = "stopped, its checkpoint is written"
         line = f"[{self.count}/{len(self.seconds)}] {spec.title}: {words}; {self._left(self.done)} left"

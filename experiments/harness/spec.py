@@ -56,6 +56,9 @@ GLUE_GRIDS = {
 """GLUE's tasks in the order of Table 2: how many training examples a grid trains on (None: all others) and how many it
 holds out. The three large tasks choose on a part of theirs: a grid on all of MNLI would cost more than the table."""
 
+SIMULATED = {"interpolation": (2**20, 0)}
+"""Data that a theory run draws itself, of any size."""
+
 METRICS = {
     "cola": "Matthews correlation",
     "stsb": "Pearson correlation",
@@ -65,11 +68,12 @@ METRICS = {
 IMAGE_MODELS = ("linear", "resnet8", "resnet20", "resnet50", "wrn-10-1", "wrn-28-10", "vit-micro", "vit-small")
 TEXT_MODELS = ("minilm", "bert-base-uncased", "roberta-base")
 """And any folder with a checkpoint of transformers, whose path holds a slash."""
+SIMULATED_MODELS = ("regression", "two-layer")
 
 CHOICES = {
     "profile": PROFILES,
-    "kind": ("train",),
-    "dataset": (*IMAGES, *TEXTS),
+    "kind": ("train", "curvature", "theory"),
+    "dataset": (*IMAGES, *TEXTS, *SIMULATED),
     "augmentation": ("none", "crop-flip"),
     "base_optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "linear"),
@@ -78,6 +82,9 @@ CHOICES = {
     "precision": ("float32", "bfloat16"),
     "device": ("cpu", "cuda"),
 }
+
+
+_SIZES = IMAGES | TEXTS | SIMULATED
 
 
 class SpecError(ValueError):
@@ -105,6 +112,7 @@ class Spec:
     """m, the number of micro-batches a mini-batch is split into (not the examples in one)."""
     seed: int = 0
     kind: str = "train"
+    """`curvature` measures the network that the same spec of kind `train` ends with; `theory` simulates."""
     train_examples: int | None = None
     """Size of the training subset, drawn once per data set whatever the seed; None takes all."""
     test_examples: int | None = None
@@ -135,6 +143,14 @@ class Spec:
     """Of one worker process: bit-for-bit equality holds for equal threads only."""
     ranks: int = 1
     """Data-parallel processes, each on its share of every mini-batch; `micro_batches` counts those of all of them."""
+    curvature_every: int = 0
+    """Epochs between measurements of the largest Hessian eigenvalue while training; 0 measures none."""
+    measured_examples: int = 0
+    """Of a curvature run: how many training examples, and how many test examples, it looks at."""
+    measured_rho: float = 0.0
+    """Of a curvature run: the radius at which sharpness is measured, the same for every method."""
+    normalised: bool = True
+    """Whether perturbations have the length rho; if not, they are rho times the gradient, as in some theory runs."""
     recipe: int = RECIPE
 
     def __post_init__(self) -> None:
@@ -152,7 +168,10 @@ class Spec:
         for name in ("learning_rate", *counts):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0")
-        for name in ("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"):
+        for name in (
+            *("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"),
+            *("curvature_every", "measured_examples", "measured_rho"),
+        ):
             if not getattr(self, name) >= 0:
                 _refuse(name, getattr(self, name), "0 or greater")
         for name in ("train_examples", "test_examples", "clip_norm"):
@@ -175,20 +194,21 @@ class Spec:
                 f"a divisor of micro_batches ({self.micro_batches}), and these one of the batch size "
                 f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) stays on one",
             )
-        models = IMAGE_MODELS if self.dataset in IMAGES else TEXT_MODELS
+        models = SIMULATED_MODELS if self.dataset in SIMULATED else TEXT_MODELS
+        models = IMAGE_MODELS if self.dataset in IMAGES else models
         if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
             folder = ", or the path of a checkpoint's folder" if self.dataset in TEXTS else ""
             _refuse("model", self.model, f"one of {', '.join(models)} for {self.dataset}{folder}")
         if self.dataset in TEXTS and self.augmentation != "none":
             _refuse("augmentation", self.augmentation, "none for texts")
         for name, default in (("dropout", None), ("attention", "eager"), ("max_length", 128)):
-            if self.dataset in IMAGES and getattr(self, name) != default:
-                _refuse(name, getattr(self, name), "left out for images: it is for text models")
+            if self.dataset not in TEXTS and getattr(self, name) != default:
+                _refuse(name, getattr(self, name), "left out but for text models")
         if self.dataset == "stsb" and self.label_smoothing:
             _refuse("label_smoothing", self.label_smoothing, "0 for stsb, a regression")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             _refuse("dropout", self.dropout, "at least 0 and below 1, or left out")
-        available, test = (IMAGES | TEXTS)[self.dataset]
+        available, test = _SIZES[self.dataset]
         if (self.train_examples or 0) + self.holdout_examples > available:
             _refuse("train_examples", self.train_examples, f"at most {available}, held-out examples included")
         if (self.test_examples or 0) > test:
@@ -197,6 +217,22 @@ class Spec:
             _refuse("batch_size", self.batch_size, f"at most the {self.examples} training examples")
         if self.warmup_epochs >= self.epochs:
             _refuse("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
+        self._check_measured()
+
+    def _check_measured(self) -> None:
+        if (self.kind == "theory") != (self.dataset in SIMULATED):
+            _refuse("kind", self.kind, f"theory for {', '.join(SIMULATED)}, and for nothing else")
+        if not self.normalised and self.kind != "theory":
+            _refuse("normalised", self.normalised, "True for networks: their perturbations have the length rho")
+        for name in ("measured_examples", "measured_rho"):
+            if (getattr(self, name) > 0) != (self.kind == "curvature"):
+                allowed = "greater than 0" if self.kind == "curvature" else "0 but for curvature runs"
+                _refuse(name, getattr(self, name), allowed)
+        fewest = min(self.examples, self.test_examples or _SIZES[self.dataset][1])
+        if self.kind == "curvature" and self.measured_examples > fewest:
+            _refuse("measured_examples", self.measured_examples, f"at most {fewest}, the training and test examples")
+        if self.kind == "curvature" and self.holdout_examples:
+            _refuse("holdout_examples", self.holdout_examples, "0 for a curvature run")
 
     @property
     def method(self) -> str:
@@ -208,7 +244,14 @@ class Spec:
     @property
     def examples(self) -> int:
         """How many examples are trained on."""
-        return self.train_examples or (IMAGES | TEXTS)[self.dataset][0] - self.holdout_examples
+        return self.train_examples or _SIZES[self.dataset][0] - self.holdout_examples
+
+    @property
+    def trained(self) -> "Spec | None":
+        """The training whose final weights a curvature run measures; None for other runs."""
+        if self.kind != "curvature":
+            return None
+        return replace(self, kind="train", measured_examples=0, measured_rho=0.0)
 
     @property
     def run_id(self) -> str:
@@ -227,7 +270,12 @@ class Spec:
         }[self.method]
         scored = " (held-out)" if self.holdout_examples else ""
         together = f" on {self.ranks} ranks" if self.ranks > 1 else ""
-        return f"{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{together}{scored}"
+        if self.kind == "theory":
+            kind = "" if self.normalised else "unnormalised "
+            batches = f" batches of {self.batch_size}" if self.batch_size < self.examples else ""
+            return f"stability of {kind}{how} on {self.model}{batches} lr={self.learning_rate:g} seed {self.seed}"
+        what = "" if self.kind == "train" else f"{self.kind} of "
+        return f"{what}{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{together}{scored}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""
@@ -255,6 +303,10 @@ class Spec:
 
 def score_name(spec: Spec) -> str:
     """Which number of a run's summary its table shows: what it is compared by."""
+    if spec.kind == "curvature":
+        return "train_lambda_1"
+    if spec.kind == "theory":
+        return "stable_sharpness"
     part = "holdout" if spec.holdout_examples else "test"
     return f"{part}_accuracy" if spec.dataset in IMAGES else f"{part}_score"
 
@@ -267,6 +319,16 @@ def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: fl
         replace(base, rho=sam_rho),
         replace(base, micro_batches=micro_batches, rho=msam_rho),
     ]
+
+
+def curvature_of(cells: Iterable[Spec], *, examples: int, rho: float) -> list[Spec]:
+    """Curvature runs of the networks that these cells end with, on so many training and so many test examples."""
+    return [replace(cell, kind="curvature", measured_examples=examples, measured_rho=rho) for cell in cells]
+
+
+def with_networks(specs: Iterable[Spec]) -> list[Spec]:
+    """The specs, each behind the training whose network it measures."""
+    return list(dict.fromkeys(s for spec in specs for s in (spec.trained, spec) if s is not None))
 
 
 def tuning_grid(
@@ -301,7 +363,7 @@ def with_ranks(specs: Iterable[Spec], ranks: int) -> list[Spec]:
 
 
 def _shareable(spec: Spec, ranks: int) -> bool:
-    return spec.micro_batches % ranks == 0 and spec.batch_size % spec.micro_batches == 0
+    return spec.kind == "train" and spec.micro_batches % ranks == 0 and spec.batch_size % spec.micro_batches == 0
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.harness.spec import IMAGES, Spec
+from experiments.harness.spec import IMAGES, SIMULATED, Spec
 
 SUBSET_SEED = 0
 """Of the one permutation that subsets and held-out examples are cut from: the same for every run."""
@@ -29,6 +29,9 @@ class Task:
     steps_per_epoch: int
     evaluate: Callable[[], dict[str, float]]
     """Scores of the model as it is, by name, `test_accuracy` say; leaves the model in eval mode."""
+    sample: Callable[[str, int], Any]
+    """`sample(part, count)`: the first `count` examples of `train` or of the part that is scored, as one batch; what
+    training makes up (crops, flips) is not in it."""
     data: dict[str, str]
     """`data_checksum` and `data_source`, for the record."""
 
@@ -58,7 +61,11 @@ def check(spec: Spec, data_root: str | None = None) -> None:
     Raises:
         DataError: if it does not fit; `NotToBeHad` if no source has the data.
     """
-    if spec.dataset in IMAGES:
+    if spec.dataset in SIMULATED:
+        from experiments.harness import theory
+
+        theory.check(spec)
+    elif spec.dataset in IMAGES:
         from experiments.harness.data import load_cifar
 
         load_cifar(spec.dataset, Path(data_root) if data_root else None)

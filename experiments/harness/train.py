@@ -148,9 +148,10 @@ def _train(
         if len(seen) == CHECK_EVERY or end_of_epoch:
             _look(seen, progress, ranks, clock)
         if end_of_epoch:
-            line = _epoch_line(progress.step // task.steps_per_epoch, progress, scheduler.get_last_lr()[0])
+            epoch = progress.step // task.steps_per_epoch
+            line = _epoch_line(epoch, progress, scheduler.get_last_lr()[0])
             if ranks.first:
-                record.append(line)
+                record.append(line | _curvature(spec, task, epoch))
         report(progress.step, steps)
 
     stopping, checkpoint_due = ranks.any(stop(), time.monotonic() - saved > checkpoint_seconds)
@@ -177,6 +178,15 @@ def _train(
             "step_seconds": statistics.median(progress.step_seconds),
         }
     )
+
+
+def _curvature(spec: Spec, task: Task, epoch: int) -> dict[str, float]:
+    """The largest Hessian eigenvalue, if it is this epoch's turn; training goes on as if nothing had been measured."""
+    if not spec.curvature_every or epoch % spec.curvature_every:
+        return {}
+    from experiments.harness.curvature import lambda_1
+
+    return {"lambda_1": lambda_1(task, min(256, spec.examples))}
 
 
 def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:

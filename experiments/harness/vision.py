@@ -67,6 +67,10 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 
+    def sample(part: str, count: int) -> tuple[Tensor, Tensor]:
+        x, y = dict([scored, ("train", (images, labels))])[part]
+        return normalised(x[:count]), y[:count]
+
     steps_per_epoch = len(labels) // spec.batch_size  # an incomplete last batch is left out
     return Task(
         model=model,
@@ -74,6 +78,7 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
+        sample=sample,
         data={"data_checksum": cifar.checksum, "data_source": cifar.source},
     )
 

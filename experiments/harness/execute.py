@@ -1,0 +1,79 @@
+"""Carries out one run of whatever kind, in its record."""
+
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.record import record_of
+from experiments.harness.spec import Spec
+from experiments.harness.train import Interrupted, train
+
+
+def execute(
+    spec: Spec,
+    root: Path,
+    *,
+    data_root: str | None = None,
+    environment: Mapping[str, Any] | None = None,
+    redo: bool = False,
+    report: Callable[[int, int], None] = lambda step, steps: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Bring the run to its end, from where it stands; a finished run is left alone.
+
+    A curvature run first trains the network that it measures, if that is not done.
+
+    Args:
+        spec: The run.
+        root: The results root; the record is `root/runs/<run_id>/`.
+        data_root: A folder to look for data in first.
+        environment: Provenance of this session, for the record.
+        redo: Delete what there is of this run first, and make it anew; never the network that it measures.
+        report: Called with (steps done, steps in all) as the run goes on.
+        stop: Asked often; True writes down what there is and raises `Interrupted`.
+
+    Raises:
+        Interrupted: if `stop` said so.
+        RunLocked: if another process is at work on this run, or on the network that it measures.
+        RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
+        Exception: whatever ended the run; it is also in the record.
+    """
+    settings: dict[str, Any] = {
+        "data_root": data_root,
+        "environment": environment or {},
+        "report": report,
+        "stop": stop,
+    }
+    if spec.kind == "train":
+        return train(spec, root, redo=redo, **settings)
+    record = record_of(spec, root)
+    if spec.trained and (redo or not record.done):
+        train(spec.trained, root, **settings)
+    with record.locked():
+        record.create(spec)
+        if redo:
+            record.remove()
+            record.create(spec)
+        if record.done:
+            return None
+        record.clear_failure()
+        try:
+            _measurement(spec.kind)(spec, record, **settings)
+        except Interrupted:
+            raise
+        except Exception as error:
+            record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
+            raise
+    return None
+
+
+def _measurement(kind: str) -> Callable[..., None]:
+    """What a kind of run does; loaded when it is asked for."""
+    if kind == "theory":
+        from experiments.harness.theory import simulate
+
+        return simulate
+    from experiments.harness.flatness import measure
+
+    return measure

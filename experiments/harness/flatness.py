@@ -1,0 +1,223 @@
+"""A curvature run: how flat the loss is around the network that a training ended with.
+
+Everything is measured in float32 and eval mode: BatchNorm with the running statistics that the network is used with
+(in train mode the loss of a batch is no mean over its examples, and its Hessian another one), and no dropout. The loss
+is the training loss, label smoothing included, without weight decay; the examples are the first of the training set
+and of the test set, without augmentation. The random draws are the same for all networks.
+"""
+
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+import msam
+from experiments.harness import curvature, sharpness
+from experiments.harness.record import Record, RecordError, record_of
+from experiments.harness.spec import Spec
+from experiments.harness.task import Task, build_task
+from experiments.harness.train import Interrupted
+from msam.microbatch import examples
+
+CHUNK = 32
+"""Examples that pass together in a Hessian-vector product: a quarter faster here than all of them at once."""
+EIGENVALUES = 5
+TOLERANCE = 1e-3
+"""Of the eigenvalues, relative to the largest."""
+TRACE_PROBES = 20
+DENSITY_PROBES = 2
+DENSITY_NODES = 30
+DIRECTIONS = 20
+"""Random ones, for the average sharpness."""
+ASCENT_STEPS = 10
+SLICE = tuple(round(x, 3) for x in np.linspace(-1, 1, 21))
+"""Positions along a filter-normalised direction, in lengths of the weights; every other one in two dimensions."""
+
+
+def measure(
+    spec: Spec,
+    record: Record,
+    *,
+    data_root: str | None,
+    environment: Mapping[str, Any],
+    report: Callable[[int, int], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Measure the network of `spec.trained`; what an earlier session has written down is not measured again.
+
+    Each line of metrics.jsonl is one measurement. The summary holds the numbers of all of them, by the part of the
+    data and their own names: `train_lambda_1`, `test_trace`, ...
+
+    Raises:
+        Interrupted: if `stop` said so; the measurement it was at begins anew the next time.
+        RecordError: if the network's weights are not there.
+    """
+    torch.set_num_threads(spec.threads)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(spec.seed)
+    task, origin = trained_task(spec, record, data_root)
+    record.add_environment({**environment, **task.data, **origin, "threads": torch.get_num_threads()})
+    lines = record.metrics()
+    done = {(line["part"], line["measure"]): line for line in lines}
+    seconds = lines[-1]["seconds"] if lines else 0.0
+    since = time.monotonic()
+    numbers = [name for name in MEASUREMENTS if name not in PICTURES]
+    measurements = {"train": list(MEASUREMENTS) if spec.seed == 0 else numbers, "test": numbers}
+    count = sum(map(len, measurements.values()))
+
+    def check() -> None:
+        if stop():
+            raise Interrupted(f"Stopped after {len(done)} of {count} measurements.")
+
+    with curvature.evaluating(task.model):
+        for part in ("train", "test"):
+            look = _Look(spec, task, part, check)
+            for name in measurements[part]:
+                if (part, name) in done:
+                    continue
+                check()
+                found = MEASUREMENTS[name](look)
+                now = round(seconds + time.monotonic() - since, 3)
+                line = {"part": part, "measure": name, "seconds": now, **found}
+                record.append(line)
+                done[part, name] = line
+                report(len(done), count)
+    scalars = {
+        f"{part}_{name}": value
+        for (part, _), line in done.items()
+        for name, value in line.items()
+        if name not in ("part", "measure", "seconds") and not isinstance(value, list | dict)
+    }
+    record.finish({**scalars, "wall_seconds": round(seconds + time.monotonic() - since, 3)})
+
+
+def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Task, dict[str, Any]]:
+    """The task with its network trained, and for the record the commits that trained it.
+
+    Raises:
+        RecordError: if the final weights are missing or do not fit.
+    """
+    assert spec.trained is not None
+    source = record_of(spec.trained, record.root)
+    task = build_task(replace(spec.trained, precision="float32"), data_root)
+    try:
+        content = torch.load(source.checkpoint, map_location="cpu", weights_only=True)
+        task.model.load_state_dict(content["model"])
+    except (EOFError, OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise RecordError(
+            f"{source.checkpoint} does not hold the final weights of {spec.trained.title} ({type(error).__name__}): "
+            f"delete {source.folder}, and it is trained again."
+        ) from error
+    commits = [str(session.get("commit")) for session in source.environments()]
+    return task, {"network": source.run_id, "network_commit": "+".join(dict.fromkeys(commits))}
+
+
+class _Look:
+    """What all measurements on one part of the data share."""
+
+    def __init__(self, spec: Spec, task: Task, part: str, check: Callable[[], None]) -> None:
+        self.spec, self.model = spec, task.model
+        self.batch = task.sample(part, spec.measured_examples)
+        self.loss_fn = partial(task.loss_fn, task.model)
+        parts = msam.split(self.batch, -(-spec.measured_examples // CHUNK))
+        self.hessian = curvature.Hessian(
+            self.loss_fn,
+            sharpness.trained(task.model),
+            [(chunk, examples(chunk)) for chunk in parts],
+            keep=spec.device == "cpu",
+            before_each=check,
+        )
+        self._spectrum: curvature.Spectrum | None = None
+
+    @property
+    def spectrum(self) -> curvature.Spectrum:
+        if self._spectrum is None:
+            self._spectrum = curvature.largest_eigenvalues(self.hessian, EIGENVALUES, tolerance=TOLERANCE)
+        return self._spectrum
+
+
+def _loss(look: _Look) -> dict[str, Any]:
+    with torch.no_grad():
+        return {"loss": look.loss_fn(look.batch).item()}
+
+
+def _eigenvalues(look: _Look) -> dict[str, Any]:
+    before = look.hessian.products
+    found = look.spectrum
+    return {
+        **{f"lambda_{i}": float(value) for i, value in enumerate(found.values, start=1)},
+        "lambda_ratio": float(found.values[0] / found.values[-1]),
+        "residual": found.residual,
+        "tolerance": TOLERANCE,
+        "products": look.hessian.products - before,
+    }
+
+
+def _trace(look: _Look) -> dict[str, Any]:
+    probes = curvature.rademacher(look.hessian.shape[0], TRACE_PROBES)
+    estimate, error = curvature.trace(look.hessian, probes, beside=look.spectrum)
+    return {"trace": estimate, "trace_standard_error": error}
+
+
+def _density(look: _Look) -> dict[str, Any]:
+    nodes, weights = curvature.density(look.hessian, nodes=DENSITY_NODES, probes=DENSITY_PROBES)
+    return {"density_nodes": nodes.tolist(), "density_weights": weights.tolist()}
+
+
+def _sharpness(look: _Look) -> dict[str, Any]:
+    at = {"rho": look.spec.measured_rho}
+    rises = sharpness.random_sharpness(look.loss_fn, look.batch, look.model, directions=DIRECTIONS, **at)
+    return {
+        "average_sharpness": float(rises.mean()),
+        "average_sharpness_standard_error": float(rises.std(ddof=1) / len(rises) ** 0.5),
+        "greatest_random_sharpness": float(rises.max()),
+        "ascent_sharpness": sharpness.ascent_sharpness(look.loss_fn, look.batch, look.model, steps=ASCENT_STEPS, **at),
+    }
+
+
+def _micro_batches(look: _Look) -> dict[str, Any]:
+    found = {}
+    for m in halvings(look.spec.measured_examples):
+        rise = sharpness.micro_batch_sharpness(
+            look.loss_fn, look.batch, look.model, rho=look.spec.measured_rho, micro_batches=m
+        )
+        found |= {f"sharpness_m{m}": rise.sharpness, f"penalty_m{m}": rise.penalty, f"squared_m{m}": rise.squared}
+    return found
+
+
+def _slices(look: _Look) -> dict[str, Any]:
+    first, second = (sharpness.filter_normalised(look.model, seed) for seed in (1, 2))
+    coarse = SLICE[::2]
+    line = sharpness.loss_slice(look.loss_fn, look.batch, look.model, [first], [(a,) for a in SLICE])
+    plane = sharpness.loss_slice(
+        look.loss_fn, look.batch, look.model, [first, second], [(a, b) for a in coarse for b in coarse]
+    )
+    return {"slice_positions": list(SLICE), "slice_losses": line, "plane_losses": plane}
+
+
+MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
+    "loss": _loss,
+    "eigenvalues": _eigenvalues,
+    "trace": _trace,
+    "density": _density,
+    "sharpness": _sharpness,
+    "micro-batches": _micro_batches,
+    "slices": _slices,
+}
+
+
+PICTURES = ("density", "slices")
+"""Measured on training data at seed 0 alone: figures show one network of each cell."""
+
+
+def halvings(examples: int) -> list[int]:
+    """m = 1, 2, 4, ... as long as it divides the examples into equal parts: each split refines the one before."""
+    counts = [1]
+    while examples % (2 * counts[-1]) == 0:
+        counts.append(2 * counts[-1])
+    return counts

@@ -1,0 +1,63 @@
+"""Linear stability: the sharpest minimum that gradient descent, SAM and mSAM can stay at, predicted and simulated.
+
+    python -m experiments run theory
+
+Each run draws an interpolating minimum of a small model in float64 and finds, by taking the method's own steps, the
+largest sharpness lambda_max(H) at which it is stable; docs/theory.md derives what is predicted. Three parts:
+unnormalised perturbations and all the data in each step, where the prediction is exact; then normalised perturbations
+(as SAM and mSAM are used), and batches drawn at random, where it is not.
+"""
+
+from dataclasses import replace
+
+from experiments.harness.spec import Spec
+
+TABLE = "theory"
+
+DESCENT = Spec(
+    profile="cpu",
+    kind="theory",
+    dataset="interpolation",
+    model="regression",
+    train_examples=64,
+    base_optimizer="sgd",
+    learning_rate=0.1,
+    momentum=0.0,
+    epochs=200,
+    batch_size=64,
+    normalised=False,
+)
+
+M = 8
+RHOS = (0.01, 0.03, 0.1, 0.3)
+LEARNING_RATES = (0.03, 0.3, 1.0)
+
+
+def three_methods(base: Spec, rhos: tuple[float, ...]) -> list[Spec]:
+    """Gradient descent, then SAM and mSAM at each rho."""
+    perturbed = [replace(base, micro_batches=m, rho=rho) for m in (1, M) for rho in rhos]
+    return [base, *perturbed]
+
+
+EXACT = [
+    cell
+    for model in ("regression", "two-layer")
+    for cell in (
+        *three_methods(replace(DESCENT, model=model), RHOS),
+        *(c for eta in LEARNING_RATES for c in three_methods(replace(DESCENT, model=model, learning_rate=eta), (0.1,))),
+    )
+]
+NORMALISED = [replace(cell, normalised=True) for cell in three_methods(DESCENT, (0.03, 0.3))[1:]]
+STOCHASTIC = [
+    cell
+    for batch in (32, 16, 8)
+    for cell in three_methods(replace(DESCENT, batch_size=batch, epochs=8 * batch), (0.1,))
+]
+
+CELLS = [*EXACT, *NORMALISED, *STOCHASTIC]
+
+RUNS = {
+    "smoke": [replace(cell, profile="smoke") for cell in three_methods(DESCENT, (0.1,))],
+    "cpu": CELLS,
+    "paper": [replace(cell, profile="paper") for cell in CELLS],
+}

@@ -1,0 +1,259 @@
+"""Curvature and sharpness against dense float64 Hessians and the reference, on small networks of every kind."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from curvlinops import HessianLinearOperator
+from torch import nn
+from torch.func import functional_call
+
+import msam
+from experiments.harness import curvature, sharpness
+from experiments.harness.models import BasicBlock
+from msam.reference import msam_gradient
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the output layer's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 5)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x):
+        return self.norm(self.embedding(x).mean(1)) @ self.embedding.weight.T
+
+
+class Attention(nn.Module):
+    """A block with torch's fused attention, as timm's and transformers' models call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.head = nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(-1, (2, 3)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x.mean(1) + self.out(y).mean(1))
+
+
+def residual():
+    return nn.Sequential(BasicBlock(2, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+
+
+CASES = {
+    "residual": (residual, lambda: torch.randn(12, 2, 6, 6), 3),
+    "attention": (Attention, lambda: torch.randn(12, 4, 6), 3),
+    "tied": (Tied, lambda: torch.randint(0, 7, (12, 3)), 7),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """(model, loss_fn, batch), float64, with running statistics of its own and in eval mode."""
+    make, inputs, classes = CASES[request.param]
+    torch.manual_seed(0)
+    model = make()
+    x, y = inputs(), torch.randint(0, classes, (12,))
+    model(x)  # moves BatchNorm's running statistics away from where they begin
+    model = model.double().eval()
+    batch = (x.double() if x.is_floating_point() else x, y)
+    return model, lambda batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), batch
+
+
+def chunks(batch, parts=3):
+    return [(chunk, len(chunk[1])) for chunk in msam.split(batch, parts)]
+
+
+def dense(model, batch):
+    """The Hessian column by column through torch.func, which shares nothing with the operator."""
+    params = dict(model.named_parameters())
+    shapes = {name: p.shape for name, p in params.items()}
+
+    def loss(flat):
+        parts = flat.split([s.numel() for s in shapes.values()])
+        w = {n: t.view(s) for t, (n, s) in zip(parts, shapes.items(), strict=True)}
+        return nn.functional.cross_entropy(functional_call(model, w, (batch[0],)), batch[1])
+
+    flat = torch.cat([p.detach().flatten() for p in params.values()])
+    with curvature.twice_differentiable():
+        return torch.autograd.functional.hessian(loss, flat).numpy()
+
+
+def test_eigenvalues_are_those_of_the_dense_hessian(case):
+    model, loss_fn, batch = case
+    exact = np.linalg.eigvalsh(dense(model, batch))[::-1][:5]
+    for keep in (True, False):
+        H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch, 5), keep=keep)
+        found = curvature.largest_eigenvalues(H, 5, tolerance=1e-12)
+        np.testing.assert_allclose(found.values, exact, rtol=1e-8)
+        assert found.residual < 1e-8
+        np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-10)
+
+
+def test_the_tolerance_bounds_the_residual_and_the_products(case):
+    model, loss_fn, batch = case
+    loose, tight = (curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch)) for _ in range(2))
+    found = curvature.largest_eigenvalues(loose, 5, tolerance=1e-3)
+    assert found.residual < 1e-3
+    curvature.largest_eigenvalues(tight, 5, tolerance=1e-10)
+    assert 0 < loose.products <= tight.products
+
+
+def test_the_trace_over_an_exact_basis_is_that_of_the_dense_hessian(case):
+    model, loss_fn, batch = case
+    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch))
+    size, exact = H.shape[0], np.trace(dense(model, batch))
+    basis = [size**0.5 * e for e in np.eye(size)]
+    assert curvature.trace(H, basis)[0] == pytest.approx(exact, rel=1e-8)
+    known = curvature.largest_eigenvalues(H, 5, tolerance=1e-12)
+    assert curvature.trace(H, basis, beside=known)[0] == pytest.approx(exact, rel=1e-8)
+
+
+def test_the_stochastic_trace_lies_within_three_of_its_standard_errors(case):
+    model, loss_fn, batch = case
+    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch))
+    exact = np.trace(dense(model, batch))
+    plain, error = curvature.trace(H, curvature.rademacher(H.shape[0], 40))
+    assert abs(plain - exact) < 3 * error
+    known = curvature.largest_eigenvalues(H, 5, tolerance=1e-8)
+    better, less = curvature.trace(H, curvature.rademacher(H.shape[0], 40), beside=known)
+    assert abs(better - exact) < 3 * less
+    assert less < error
+
+
+def test_the_density_has_the_moments_of_the_dense_hessian(case):
+    """Each probe's own moments v^T H^p v to rounding, and with many probes those of the spectrum to 1 %."""
+    model, _, batch = case
+    H = torch.from_numpy(dense(model, batch))
+    nodes, weights = curvature.density(H, nodes=8, probes=1, seed=3)
+    torch.manual_seed(3)
+    v = torch.randn(H.shape[0], dtype=H.dtype)
+    v /= v.norm()
+    for p in range(5):
+        probe = (v @ torch.linalg.matrix_power(H, p) @ v).item()
+        assert weights @ nodes**p == pytest.approx(probe, rel=1e-6)
+    nodes, weights = curvature.density(H, nodes=6, probes=4000)
+    assert weights.sum() == pytest.approx(1)
+    for p in (1, 2, 3):
+        exact = torch.linalg.matrix_power(H, p).trace().item() / H.shape[0]
+        spread = (weights.reshape(4000, 6) @ np.eye(6)).sum()  # weights of each probe add to 1 / probes
+        assert spread == pytest.approx(1)
+        assert weights @ nodes**p == pytest.approx(exact, rel=0.05)
+
+
+def test_products_equal_those_of_curvlinops_own_operator(case):
+    model, loss_fn, batch = case
+    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch))
+    with curvature.twice_differentiable():
+        other = HessianLinearOperator(
+            model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
+        )
+        v = torch.randn(H.shape[0], 2, dtype=torch.float64)
+        torch.testing.assert_close(H @ v, other @ v)
+
+
+def test_kept_graphs_follow_the_weights(case):
+    model, loss_fn, batch = case
+    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch))
+    v = torch.randn(H.shape[0], dtype=torch.float64)
+    before = H @ v
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    fresh = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch)) @ v
+    torch.testing.assert_close(H @ v, fresh, rtol=0, atol=0)
+    assert not torch.allclose(before, fresh)
+
+
+def test_a_loss_that_is_linear_in_the_weights_has_no_curvature():
+    w = nn.Parameter(torch.randn(4, dtype=torch.float64))
+    H = curvature.Hessian(lambda x: (x @ w).mean(), [w], [(torch.randn(3, 4, dtype=torch.float64), 3)])
+    assert not (H @ torch.randn(4, dtype=torch.float64)).any()
+
+
+def test_whatever_is_raised_before_a_product_ends_the_computation(case):
+    model, loss_fn, batch = case
+
+    def stop():
+        raise InterruptedError
+
+    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch), before_each=stop)
+    with pytest.raises(InterruptedError):
+        curvature.largest_eigenvalues(H, 1, tolerance=1e-3)
+
+
+def test_eval_mode_is_for_the_block_only():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2).eval()))
+    before = [m.training for m in model.modules()]
+    with curvature.evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 12])
+def test_micro_batch_sharpness_is_the_references(case, micro_batches):
+    """m-sharpness and the penalty, from the reference's formulas written out once more."""
+    model, loss_fn, batch = case
+    rho = 0.05
+    found = sharpness.micro_batch_sharpness(loss_fn, batch, model, rho=rho, micro_batches=micro_batches)
+    w = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss(params, part):
+        return nn.functional.cross_entropy(functional_call(model, params, (part[0],)), part[1])
+
+    rises, norms = [], []
+    for part in msam.split(batch, micro_batches):
+        g = msam_gradient(loss, w, [part], [1], 0.0)
+        norm = sum((t**2).sum() for t in g.values()).sqrt()
+        e = {name: w[name] + rho * g[name] / norm for name in w}
+        rises.append((loss(e, part) - loss(w, part)).item())
+        norms.append(norm.item())
+    assert found.sharpness == pytest.approx(np.mean(rises), rel=1e-8)
+    assert found.penalty == pytest.approx(np.mean(norms), rel=1e-8)
+    assert found.squared == pytest.approx(np.mean(np.square(norms)), rel=1e-8)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_penalty_grows_under_refinement(case):
+    """Jensen: P(m) <= P(k m) for nested splits, here 1, 3, 6 and 12 parts of twelve examples."""
+    model, loss_fn, batch = case
+    measure = partial(sharpness.micro_batch_sharpness, loss_fn, batch, model, rho=1e-4)
+    penalties = [measure(micro_batches=m).penalty for m in (1, 3, 6, 12)]
+    assert penalties == sorted(penalties)
+    assert penalties[0] < 0.99 * penalties[-1]
+    first_order = measure(micro_batches=3)
+    assert first_order.sharpness == pytest.approx(1e-4 * first_order.penalty, rel=0.01)
+
+
+def test_sharpness_at_a_distance_of_rho(case):
+    """On the average direction half of rho^2 tr(H) / P; ascent reaches more than SAM's single step, within the ball."""
+    model, loss_fn, batch = case
+    before = [p.detach().clone() for p in model.parameters()]
+    H, rho = dense(model, batch), 0.02
+    rises = sharpness.random_sharpness(loss_fn, batch, model, rho=rho, directions=400)
+    error = rises.std(ddof=1) / 20
+    assert abs(rises.mean() - rho**2 * np.trace(H) / len(H) / 2) < 3 * error + 0.02 * abs(rises.mean())
+    one_step = sharpness.micro_batch_sharpness(loss_fn, batch, model, rho=rho, micro_batches=1).sharpness
+    found = sharpness.ascent_sharpness(loss_fn, batch, model, rho=rho, steps=10)
+    assert max(one_step, rises.max()) <= found + 1e-12
+    g = torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(batch), list(model.parameters()))]).norm().item()
+    assert found < rho * g + rho**2 * np.linalg.eigvalsh(H)[-1]
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_slices_move_each_filter_by_its_own_length(case):
+    model, loss_fn, batch = case
+    direction = sharpness.filter_normalised(model, 1)
+    for p, d in zip(model.parameters(), direction, strict=True):
+        if p.ndim < 2:
+            assert not d.any()
+        else:
+            torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+    at = sharpness.loss_slice(loss_fn, batch, model, [direction], [(0.0,), (0.5,)])
+    assert at[0] == loss_fn(batch).item()
+    with sharpness.moved(list(model.parameters()), [d / 2 for d in direction]):
+        assert at[1] == pytest.approx(loss_fn(batch).item(), rel=1e-12)
