@@ -19,7 +19,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 tables plan submit status test test-fast bench lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 theory tables figures plan submit status test test-fast bench lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -40,8 +40,16 @@ reproduce-table2: setup ## Train the missing runs of Table 2 (texts), then write
 tune-table2: setup ## Train the missing runs of the grid that chose Table 2's hyper-parameters, likewise
 	@$(call train_and_tabulate,table2-tuning)
 
-tables: setup ## Draw the committed tables again from the committed runs, without training
+reproduce-table3: setup ## Measure how flat the networks of Table 1 are (trains the missing ones), then its table and figures
+	@$(call train_and_tabulate,table3)
+
+theory: setup ## Simulate what linear stability predicts, then write and print predicted beside simulated, and the figure
+	@$(call train_and_tabulate,theory)
+
+tables: setup ## Draw the committed tables and figures again from the committed runs, without training
 	$(python) -m analysis --from-committed --profile "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
+
+figures: tables ## The same: each figure is drawn with its table
 
 plan: setup ## List the runs of Table 1: which are done, which would train
 	$(python) -m experiments plan table1 $(how)
@@ -56,11 +64,11 @@ status: setup ## Count the runs of Table 1: done, running, failed, missing
 setup: ## Build .venv from requirements.lock, once; every other target does it when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run all tests; a warning is an error
-	$(python) -m pytest
+test: setup ## Run all tests, two at a time; a warning is an error
+	$(python) -m pytest --numprocesses 2 --dist worksteal
 
 test-fast: setup ## Run the tests but for those marked slow
-	$(python) -m pytest -m "not slow"
+	$(python) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
 	$(python) -m benchmarks.backward

@@ -58,7 +58,7 @@ def run(arguments: Arguments) -> str:
         return _from_committed(arguments, root)
 
     from analysis.collect import Results, collect, write_files
-    from analysis.publish import publish
+    from analysis.publish import pages, publish
     from analysis.render import table_files
 
     found = collect(root)
@@ -71,7 +71,7 @@ def run(arguments: Arguments) -> str:
         folder = root / arguments.profile
     else:
         folder = root / "local" / arguments.profile
-        write_files(folder, results.texts() | table_files(documents))
+        write_files(folder, {**results.texts(), **table_files(documents), **pages(targets, results)})
     parts = [d.terminal(c) for d, c in zip(documents, committed, strict=True)]
     return "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
 
@@ -119,7 +119,7 @@ def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
 def _neighbours(targets: "list[Target]") -> list[str]:
     from analysis import published
 
-    cells = [cell for target in targets if not target.tuning for cell in target.cells]
+    cells = [cell for target in targets if not target.tuning for cell in target.cells if cell.kind == "train"]
     rows = published.neighbours((c.model for c in cells), (c.dataset for c in cells))
     lines = published.lines(rows)
     return ["Published elsewhere\n" + "\n".join(lines)] if lines else []

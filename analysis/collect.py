@@ -201,8 +201,8 @@ def parse(text: str) -> pd.DataFrame:
     return pd.DataFrame({name: _typed(table[name], known.get(str(name))) for name in table})
 
 
-def write_files(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write each text to its place below `folder`, file by file: a reader sees the old or the new one.
+def write_files(folder: Path, texts: Mapping[str, str | bytes]) -> None:
+    """Write each text, or picture, to its place below `folder`, file by file: a reader sees the old or the new one.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -210,8 +210,9 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> None:
     try:
         for name, text in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            content = text.encode("utf-8") if isinstance(text, str) else text
             with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8", newline="")
+                temporary.write_bytes(content)
     except OSError as error:
         raise RecordError(
             f"{folder} cannot be written ({error.strerror}): make room, or choose another folder with --results."

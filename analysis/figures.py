@@ -6,6 +6,7 @@ The pages are PDF and PNG without dates, so that the same numbers give the same 
 import io
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import tables
+from analysis.collect import Results
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.spec import METHODS, Spec
 
@@ -38,9 +40,29 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
     for form, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
-            figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
+            figure.savefig(buffer, format=form, dpi=120, metadata=metadata)
         found[f"{name}.{form}"] = buffer.getvalue()
     return found
+
+
+def pages(
+    results: Results, flat: Sequence[Spec], seeds: int, stability: Sequence[Spec], problems: int
+) -> dict[str, bytes]:
+    """All figures of Table 3 and of the theory, by their path below a results folder.
+
+    Args:
+        results: runs and curves.
+        flat: the cells of Table 3; none leaves its figures out.
+        seeds: theirs.
+        stability: the cells of the theory's table; none leaves its panels empty.
+        problems: seeds of theirs.
+    """
+    simulated = tables.theory_table(results.runs, stability, problems) if stability else None
+    found = {"theory": theory(simulated, results.runs, flat, seeds, problems)}
+    if flat:
+        found["spectra"] = spectra(results.curves, flat)
+        found["slices"] = slices(results.curves, flat)
+    return {f"figures/{name}": page for title, figure in found.items() for name, page in files(title, figure).items()}
 
 
 def theory(
@@ -73,7 +95,7 @@ def theory(
     return figure
 
 
-def spectra(runs: pd.DataFrame, curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
+def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
     """Spectral densities at seed 0, a panel a model: weight of the eigenvalues in logarithmic bins."""
     with mpl.rc_context(STYLE):
         panels = _models(cells)
@@ -89,11 +111,11 @@ def spectra(runs: pd.DataFrame, curves: pd.DataFrame, cells: Sequence[Spec]) -> 
                 bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
                 axes.semilogy(grid, bumps @ weights, color=COLOURS[cell.method], label=_label(cell), lw=1)
             axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
-            axes.legend()
+            _legend(axes)
     return figure
 
 
-def slices(runs: pd.DataFrame, curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
+def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
     """Training loss at seed 0 along a filter-normalised direction, and below on the plane of two, a column a model."""
     with mpl.rc_context(STYLE):
         panels = _models(cells)
@@ -115,7 +137,7 @@ def slices(runs: pd.DataFrame, curves: pd.DataFrame, cells: Sequence[Spec]) -> F
                     plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
             axes.set(title=title, xlabel="position", ylabel="training loss")
             plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
-            axes.legend()
+            _legend(axes)
     return figure
 
 
@@ -141,7 +163,7 @@ def along_training(curves: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> F
                     lw=0,
                 )
             axes.set(title=title, xlabel="epoch", ylabel="lambda 1")
-            axes.legend()
+            _legend(axes)
     return figure
 
 
@@ -158,7 +180,8 @@ def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> No
             if rows.empty:
                 continue
             if method == "base" and along == "rho":
-                axes.axhline(rows["predicted"].iloc[0], color=COLOURS[method], lw=1, label="gradient descent: 2 / eta")
+                label = "gradient descent: 2 / eta" if model == "regression" else None
+                axes.axhline(rows["predicted"].iloc[0], color=COLOURS[method], lw=1, label=label)
                 continue
             style = "-" if model == "regression" else "--"
             axes.plot(rows[along], rows["predicted"], style, color=COLOURS[method], lw=1)
@@ -176,7 +199,7 @@ def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> No
             )
     words = {"rho": "rho (unnormalised)", "learning_rate": "learning rate eta"}[along]
     axes.set(xscale="log", yscale="log", xlabel=words, ylabel="largest stable lambda max(H)", title=title)
-    axes.legend(fontsize=6)
+    _legend(axes, fontsize=6)
 
 
 def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> None:
@@ -202,7 +225,7 @@ def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) 
         expected = [(one + (each - one) * (m - 1) / (counts[-1] - 1)) ** 0.5 for m in counts]
         axes.loglog(counts, expected, "--", lw=0.7, color=COLOURS[cell.method])
     axes.set(xlabel="m", ylabel="P(m), mean of ||grad L_i||", title=f"(c) {cells[0].model}, training data")
-    axes.legend(fontsize=6)
+    _legend(axes, fontsize=6)
 
 
 def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> None:
@@ -224,6 +247,11 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
     if base is not None and msam is not None and len(base) and len(msam):
         note = f"\nmSAM - base: {tables.verdict(tables.paired_difference(msam, base), -1)}"
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
+
+
+def _legend(axes: Axes, **options: Any) -> None:
+    if axes.has_data():
+        axes.legend(**options)
 
 
 def _models(cells: Iterable[Spec]) -> dict[str, list[Spec]]:
@@ -253,6 +281,4 @@ def _label(cell: Spec) -> str:
 
 
 def _seeded(cell: Spec, seed: int) -> str:
-    from dataclasses import replace
-
     return replace(cell, seed=seed).run_id

@@ -103,9 +103,9 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
             reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
     if reasons:
         raise Refused("\n".join(reasons))
-    texts = {**after.texts(), **_tables(tables_now, after)}
-    write_files(folder, texts)
-    return [folder / name for name in texts]
+    files = {**after.texts(), **_tables(tables_now, after), **pages(tables_now, after)}
+    write_files(folder, files)
+    return [folder / name for name in files]
 
 
 def redraw(folder: Path, profile: str) -> list[Path]:
@@ -122,9 +122,27 @@ def redraw(folder: Path, profile: str) -> list[Path]:
             f"There is no {folder / 'runs.csv'} yet: `python -m analysis --profile {profile} --publish` writes it."
         )
     results = Results.read(folder)
-    texts = _tables(drawn(folder, profile, results), results)
-    write_files(folder, texts)
-    return [folder / name for name in texts]
+    found = drawn(folder, profile, results)
+    files = {**_tables(found, results), **pages(found, results)}
+    write_files(folder, files)
+    return [folder / name for name in files]
+
+
+def pages(targets: Sequence[Target], results: Results) -> dict[str, bytes]:
+    """The figures of these tables by their path below a results folder: those of Table 3 and of the theory."""
+    flat = next((t for t in targets if t.name == "table3"), None)
+    stability = next((t for t in targets if t.name == "theory"), None)
+    if flat is None and stability is None:
+        return {}
+    from analysis import figures
+
+    return figures.pages(
+        results,
+        flat.cells if flat else (),
+        flat.seeds if flat else 0,
+        stability.cells if stability else (),
+        stability.seeds if stability else 0,
+    )
 
 
 def drawn(folder: Path, profile: str, results: Results) -> list[Target]:

@@ -27,7 +27,8 @@ class Hessian(PyTorchLinearOperator):
     """The Hessian of the mean loss over all examples of some batches, at the weights as they are.
 
     A product is a backward pass through the gradient's own graph. curvlinops' operator pushes forward mode through
-    reverse mode instead, for which fused attention has no derivative, takes (inputs, labels) where a task here has
+    reverse mode instead, for which fused attention has no derivative and LayerNorm a wrong one (torch 2.14.1; held by
+    tests/experiments/test_curvature.py), takes (inputs, labels) where a task here has
     batches of any structure, and was 1.7 times slower on the `cpu` models. If `keep`, the graphs are kept from product
     to product, until the weights are written to.
     """

@@ -83,7 +83,7 @@ def measure(
                 check()
                 found = MEASUREMENTS[name](look)
                 now = round(seconds + time.monotonic() - since, 3)
-                line = {"part": part, "measure": name, "seconds": now, **found}
+                line = {"part": part, "measure": name, "step": len(done) + 1, "steps": count, "seconds": now, **found}
                 record.append(line)
                 done[part, name] = line
                 report(len(done), count)
@@ -91,7 +91,7 @@ def measure(
         f"{part}_{name}": value
         for (part, _), line in done.items()
         for name, value in line.items()
-        if name not in ("part", "measure", "seconds") and not isinstance(value, list | dict)
+        if name not in ("part", "measure", "step", "steps", "seconds") and not isinstance(value, list | dict)
     }
     record.finish({**scalars, "wall_seconds": round(seconds + time.monotonic() - since, 3)})
 

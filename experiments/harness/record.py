@@ -229,9 +229,12 @@ def state_of(spec: Spec, root: Path) -> tuple[str, str]:
         if not record.folder.exists():
             return "not begun", ""
         lines = record.metrics()
-        if lines:
+        if lines and spec.kind == "train":
             left = lines[-1]["seconds"] / lines[-1]["epoch"] * (spec.epochs - lines[-1]["epoch"])
             progress = f": epoch {lines[-1]['epoch']} of {spec.epochs}, step {lines[-1]['step']}"
+        elif lines:
+            left = lines[-1]["seconds"] / lines[-1]["step"] * (lines[-1]["steps"] - lines[-1]["step"])
+            progress = f": {lines[-1]['step']} of {lines[-1]['steps']} measurements"
         if record.busy:
             return "running", f"{progress}, about {duration(left)} left" if lines else ""
         if failure := record.failure():

@@ -205,7 +205,7 @@ def test_all_reasons_are_told_at_once(tmp_path):
 
 def test_experiment_is_shown_but_not_published(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
-    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2\)"):
+    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2, table3, theory\)"):
         published(tmp_path, "one")
 
 

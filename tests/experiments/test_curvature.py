@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from curvlinops import HessianLinearOperator
 from torch import nn
 from torch.func import functional_call
 
@@ -69,7 +68,7 @@ def chunks(batch, parts=3):
 
 
 def dense(model, batch):
-    """The Hessian column by column through torch.func, which shares nothing with the operator."""
+    """The Hessian, column by column."""
     params = dict(model.named_parameters())
     shapes = {name: p.shape for name, p in params.items()}
 
@@ -126,7 +125,7 @@ def test_the_stochastic_trace_lies_within_three_of_its_standard_errors(case):
 
 
 def test_the_density_has_the_moments_of_the_dense_hessian(case):
-    """Each probe's own moments v^T H^p v to rounding, and with many probes those of the spectrum to 1 %."""
+    """Each probe's own moments v^T H^p v to rounding, and the mean of many those of the spectrum within its error."""
     model, _, batch = case
     H = torch.from_numpy(dense(model, batch))
     nodes, weights = curvature.density(H, nodes=8, probes=1, seed=3)
@@ -136,24 +135,47 @@ def test_the_density_has_the_moments_of_the_dense_hessian(case):
     for p in range(5):
         probe = (v @ torch.linalg.matrix_power(H, p) @ v).item()
         assert weights @ nodes**p == pytest.approx(probe, rel=1e-6)
-    nodes, weights = curvature.density(H, nodes=6, probes=4000)
+    nodes, weights = curvature.density(H, nodes=6, probes=3000)
     assert weights.sum() == pytest.approx(1)
     for p in (1, 2, 3):
         exact = torch.linalg.matrix_power(H, p).trace().item() / H.shape[0]
-        spread = (weights.reshape(4000, 6) @ np.eye(6)).sum()  # weights of each probe add to 1 / probes
-        assert spread == pytest.approx(1)
-        assert weights @ nodes**p == pytest.approx(exact, rel=0.05)
+        probes = 3000 * (weights * nodes**p).reshape(3000, 6).sum(1)  # one moment a probe
+        error = probes.std(ddof=1) / 3000**0.5
+        assert abs(weights @ nodes**p - exact) < 3 * error
+        assert error < 0.03 * exact
 
 
-def test_products_equal_those_of_curvlinops_own_operator(case):
+def test_products_are_the_differences_of_gradients(case):
+    """Central differences share nothing with a second backward pass.
+
+    curvlinops' own operator equals ours on the convolutions to 1e-12, but is 5 % off in the rows of the LayerNorm of
+    `Tied` (torch 2.14.1: forward mode through that layer's backward pass); ours is not.
+    """
     model, loss_fn, batch = case
-    H = curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch))
-    with curvature.twice_differentiable():
-        other = HessianLinearOperator(
-            model, nn.CrossEntropyLoss(), list(model.parameters()), [batch], check_deterministic=False
-        )
-        v = torch.randn(H.shape[0], 2, dtype=torch.float64)
-        torch.testing.assert_close(H @ v, other @ v)
+    params = list(model.parameters())
+    H = curvature.Hessian(loss_fn, params, chunks(batch))
+    v = torch.randn(H.shape[0], dtype=torch.float64)
+    parts = [t.view(p.shape) for t, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
+
+    def gradient(step):
+        with sharpness.moved(params, [step * t for t in parts]):
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(batch), params)])
+
+    difference = (gradient(1e-5) - gradient(-1e-5)) / 2e-5
+    torch.testing.assert_close(H @ v, difference, rtol=1e-5, atol=1e-7)
+
+
+def test_products_equal_those_of_curvlinops_own_operator():
+    from curvlinops import HessianLinearOperator
+
+    torch.manual_seed(0)
+    model = residual().double().eval()
+    batch = torch.randn(12, 2, 6, 6).double(), torch.randint(0, 3, (12,))
+    loss, params = nn.CrossEntropyLoss(), list(model.parameters())
+    H = curvature.Hessian(lambda b: loss(model(b[0]), b[1]), params, chunks(batch))
+    v = torch.randn(H.shape[0], 2, dtype=torch.float64)
+    other = HessianLinearOperator(model, loss, params, [batch], check_deterministic=False)
+    torch.testing.assert_close(H @ v, other @ v)
 
 
 def test_kept_graphs_follow_the_weights(case):

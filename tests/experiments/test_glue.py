@@ -398,3 +398,22 @@ def test_a_step_of_the_full_size_fits_into_20_gib(name):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 20
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_curvature_of_an_encoder_is_measured(attention, bert, data, tmp_path):
+    """Dropout is off, padding is masked, and fused attention is differentiated twice."""
+    from experiments.harness.execute import execute
+    from experiments.harness.spec import curvature_of
+
+    run = spec(bert, "rte", attention=attention, seed=1)
+    (measured,) = curvature_of([run], examples=8, rho=0.01)
+    execute(measured, tmp_path, data_root=str(data))
+    summary = record_of(measured, tmp_path).summary()
+    assert summary["train_lambda_1"] > summary["train_lambda_5"] > 0
+    assert summary["train_residual"] < 1e-3
+    task = build_task(run, str(data))
+    task.model.load_state_dict(torch.load(record_of(run, tmp_path).checkpoint, weights_only=True)["model"])
+    with torch.no_grad():
+        loss = task.loss_fn(task.model.eval(), task.sample("train", 8)).item()
+    assert summary["train_loss"] == pytest.approx(loss, rel=1e-6)

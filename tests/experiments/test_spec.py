@@ -13,6 +13,7 @@ from experiments.harness.spec import (
     METHODS,
     Spec,
     SpecError,
+    curvature_of,
     four_methods,
     tuning_grid,
     with_seeds,
@@ -80,13 +81,17 @@ def test_every_field_is_part_of_the_name():
         "dropout": 0.1,
         "attention": "sdpa",
     }
-    single = {"kind"}  # of one allowed value so far
+    (measured,) = curvature_of([BASE], examples=16, rho=0.1)
+    theory = replace(BASE, kind="theory", dataset="interpolation", model="regression", base_optimizer="sgd")
+    assert len({BASE.run_id, measured.run_id, theory.run_id}) == 3
+    assert replace(theory, normalised=False).run_id != theory.run_id
     for field in dataclasses.fields(Spec):
-        if field.name in single:
+        if field.name in ("kind", "normalised"):
             continue
         value = others[field.name] if field.name in others else getattr(BASE, field.name) + 1
         base = TEXT if field.name in ("dropout", "attention", "max_length") else BASE
         base = replace(base, micro_batches=2) if field.name == "ranks" else base
+        base = measured if field.name in ("measured_examples", "measured_rho") else base
         changed = replace(base, **{field.name: value})
         assert changed.run_id != base.run_id, field.name
 

@@ -119,7 +119,7 @@ def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
     slurm("submit", *LONG)
     slurm.until_it_trains()
-    os.kill(_python_of(slurm.job()), signal.SIGKILL)
+    os.kill(_python_of(slurm), signal.SIGKILL)
     said = slurm.wait(*LONG, code=1)
     assert "lost" in said
     assert "Submit again" in said
@@ -163,7 +163,7 @@ def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
     slurm.until_it_trains()
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
     slurm.until(lambda: len(slurm.sessions()[0]) == 2)
-    os.kill(_python_of(slurm.job(), rank="1"), signal.SIGKILL)
+    os.kill(_python_of(slurm, rank="1"), signal.SIGKILL)
     slurm.wait(*target, code=1)
     slurm("submit", *target)
     slurm.wait(*target)
@@ -248,15 +248,17 @@ def test_a_results_folder_without_room_is_refused_before_sbatch(slurm, options, 
     assert "--results" in said
 
 
-def _python_of(job: str, rank: str = "0") -> int:
-    """The process that trains in a job's (first) task."""
+def _python_of(slurm: Command, rank: str = "0") -> int:
+    """The process that trains in the (first) task of the last submission; another cluster may count its jobs alike."""
+    job, conf = slurm.job(), slurm.cluster.environment["SLURM_CONF"]
     for folder in Path("/proc").iterdir():
         try:
             told = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
             command = (folder / "cmdline").read_bytes() if told else b""
         except OSError:
             continue
-        mine = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= set(told)
+        wanted = (f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={conf}")
+        mine = {text.encode() for text in wanted} <= set(told)
         if mine and b"submitit.core._submit" in command and b"srun" not in command:
             return int(folder.name)
     raise AssertionError(f"no process of job {job}")
