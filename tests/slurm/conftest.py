@@ -31,12 +31,16 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """The results root of runs trained on this machine by the main command."""
+    """The results root of LONG, trained on this machine."""
     root = tmp_path_factory.mktemp("undisturbed")
-    for target in (("table1", "--profile", "smoke", "--seeds", "1"), LONG):
-        command = [sys.executable, "-m", "experiments", "run", *target, "--results", str(root)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    train_here(LONG, root)
     return root
+
+
+def train_here(target: tuple[str, ...], root: Path) -> None:
+    """What the main command trains without Slurm."""
+    command = [sys.executable, "-m", "experiments", "run", *target, "--results", str(root)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.fixture

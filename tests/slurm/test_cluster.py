@@ -14,7 +14,7 @@ import torch
 
 from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT, code_hash
-from tests.slurm.conftest import LONG, Command, numbers
+from tests.slurm.conftest import LONG, Command, numbers, train_here
 from tests.slurm.loopback import Loopback
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ TWELVE = ("linear_cifar", "--profile", "smoke", "--seeds", "12")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 
 
-def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, undisturbed):
+def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, tmp_path):
     """Thirteen jobs, four at a time, one of which fails at first."""
     specs = catalogue.runs("table1", "smoke", 1)
     bad = specs[5]
@@ -53,7 +53,8 @@ def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, undisturbed):
     (folder / "checkpoint.pt").unlink()
     assert "Submitted 1 of 13 runs" in slurm("submit", *TABLE)
     slurm.wait(*TABLE)
-    here = numbers(undisturbed)
+    train_here(TABLE, tmp_path / "here")
+    here = numbers(tmp_path / "here")
     assert numbers(slurm.root) == {spec.run_id: here[spec.run_id] for spec in specs}
     assert "nothing to submit" in slurm("submit", *TABLE)
     command = [sys.executable, "-m", "analysis", *TABLE, "--results", str(slurm.root)]
@@ -143,8 +144,7 @@ def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
     mean = ("linear_cifar", "--profile", "smoke", "--seeds", "1", "--set", "micro_batches=4", "--set", "rho=0.05")
     slurm("submit", *mean, "--set", "ranks=2", "--nodes", "2")
     slurm.wait(*mean, "--set", "ranks=2")
-    command = [sys.executable, "-m", "experiments", "run", *mean, "--results", str(tmp_path / "one")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    train_here(mean, tmp_path / "one")
     (two,), (one,) = numbers(slurm.root).values(), numbers(tmp_path / "one").values()
     for name, value in one[0].items():
         assert two[0][name] == pytest.approx(value, abs=1e-5), name
