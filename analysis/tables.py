@@ -107,12 +107,14 @@ def table_3(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     """
     numbers, runs = _compared(frame, cells, seeds), frame.set_index("run_id")
     known = [name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))]
+    columns: dict[str, list[float]] = {}
     for name in (*FLATNESS, *sorted(known, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1])))):
         found = [mean_interval(values(runs, cell, seeds, name)) for cell in cells_in_order(cells)]
-        numbers[name] = [f.mean for f in found]
-        numbers[f"{name}_half_width"] = [f.half_width for f in found]
+        columns[name] = [f.mean for f in found]
+        columns[f"{name}_half_width"] = [f.half_width for f in found]
     residuals = [values(runs, cell, seeds, "train_residual") for cell in cells_in_order(cells)]
-    numbers["residual"] = [found.max() if len(found) else float("nan") for found in residuals]
+    columns["residual"] = [found.max() if len(found) else float("nan") for found in residuals]
+    numbers = numbers.join(pd.DataFrame(columns))
     return _significant(numbers)
 
 

@@ -25,7 +25,7 @@ def curvature(spec, shift=0.0):
     value = LAMBDA[spec.method] + spec.seed + shift
     summary = {"train_lambda_1": value, "test_lambda_1": 2 * value, "train_lambda_ratio": 3.0, "train_trace": 5 * value}
     summary |= {"train_ascent_sharpness": value / 1e4, "train_average_sharpness": 1e-4, "train_residual": 1e-4}
-    for m in (1, 2, 4, 8, 16):
+    for m in (2**k for k in range(9)):  # so many columns that adding them one by one would warn
         summary |= {f"train_penalty_m{m}": m**0.5, f"train_squared_m{m}": float(m), f"train_sharpness_m{m}": 0.05 * m}
     density = {"density_nodes": [0.0, value], "density_weights": [0.9, 0.1]}
     slices = {"slice_positions": [round(-1 + 0.1 * i, 1) for i in range(21)], "slice_losses": [1.0] * 21}
