@@ -122,6 +122,7 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
         figure = Figure(figsize=(3.4 * len(panels), 5.4), layout="constrained")
         top, bottom = figure.subplots(2, len(panels), squeeze=False)
         for axes, plane, (title, rows) in zip(top, bottom, panels.items(), strict=True):
+            levels: Any = []  # of the first, so that equal lines are equal losses
             for cell in rows:
                 line = _line(curves, cell, "slices")
                 if line is None:
@@ -131,9 +132,9 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 )
                 axes.plot(positions, losses, color=COLOURS[cell.method], label=_label(cell), lw=1)
                 coarse = positions[::2]
-                levels = np.geomspace(max(grid.min(), 1e-3), grid.max(), 6)
                 if cell.method in ("base", "msam"):
                     surface = grid.reshape(len(coarse), len(coarse))
+                    levels = levels if len(levels) else np.geomspace(max(grid.min(), 1e-3), grid.max(), 7)
                     plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
             axes.set(title=title, xlabel="position", ylabel="training loss")
             plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
@@ -245,7 +246,7 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
     axes.set_xticks(range(len(cells)), [_label(cell) for cell in cells], rotation=15)
     note = ""
     if base is not None and msam is not None and len(base) and len(msam):
-        note = f"\nmSAM - base: {tables.verdict(tables.paired_difference(msam, base), -1)}"
+        note = f"\nmSAM - base: {tables.verdict(tables.paired_difference(msam, base)).split(':')[0]}"
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
 
 
