@@ -6,7 +6,6 @@ The pages are PDF and PNG without dates, so that the same numbers give the same 
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -142,32 +141,6 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
     return figure
 
 
-def along_training(curves: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> Figure:
-    """lambda 1 by epoch of runs that measured it, a line a method with the range over the seeds."""
-    with mpl.rc_context(STYLE):
-        panels = _models(cells)
-        figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
-        for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
-            for cell in rows:
-                ids = [_seeded(cell, seed) for seed in range(seeds)]
-                known = curves[curves["run_id"].isin(ids) & curves["lambda_1"].notna()]
-                if known.empty:
-                    continue
-                by_epoch = known.groupby("epoch")["lambda_1"].agg(["mean", "min", "max"]).astype(float)
-                axes.semilogy(by_epoch.index, by_epoch["mean"], color=COLOURS[cell.method], label=_label(cell), lw=1)
-                axes.fill_between(
-                    by_epoch.index.to_numpy(dtype=float),
-                    by_epoch["min"],
-                    by_epoch["max"],
-                    color=COLOURS[cell.method],
-                    alpha=0.15,
-                    lw=0,
-                )
-            axes.set(title=title, xlabel="epoch", ylabel="lambda 1")
-            _legend(axes)
-    return figure
-
-
 def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> None:
     """Simulated boundaries as points, filled for the regression, on the predicted lines."""
     other, value = ("learning_rate", 0.1) if along == "rho" else ("rho", 0.1)
@@ -279,7 +252,3 @@ def _line(curves: pd.DataFrame, cell: Spec, measure: str) -> Any:
 def _label(cell: Spec) -> str:
     base = {"sgd": "SGD", "adamw": "AdamW"}[cell.base_optimizer]
     return {"base": base, "control": f"{base}, m={cell.micro_batches}", "sam": "SAM", "msam": "mSAM"}[cell.method]
-
-
-def _seeded(cell: Spec, seed: int) -> str:
-    return replace(cell, seed=seed).run_id
