@@ -64,11 +64,11 @@ status: setup ## Count the runs of Table 1: done, running, failed, missing
 setup: ## Build .venv from requirements.lock, once; every other target does it when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run all tests, two at a time; a warning is an error
-	$(python) -m pytest --numprocesses 2 --dist worksteal
+test: setup ## Run all tests, two at a time on a core each; a warning is an error
+	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal
 
 test-fast: setup ## Run the tests but for those marked slow
-	$(python) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
 	$(python) -m benchmarks.backward
