@@ -95,7 +95,7 @@ def theory(
 
 
 def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
-    """Spectral densities at seed 0, a panel a model: weight of the eigenvalues in logarithmic bins."""
+    """Spectral densities at seed 0, a panel a model: each quadrature node as a narrow bump."""
     with mpl.rc_context(STYLE):
         panels = _models(cells)
         figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")

@@ -4,9 +4,9 @@
 
 Each network that a cell of `resnet_cifar`, `wrn_cifar`, `vit_cifar` and, on GPUs, `bert_glue` and `roberta_glue` ends
 with is measured on its first 256 (smoke: 16, paper: 512) training and test examples; nothing is trained anew that is
-there. An encoder of 22 million weights takes a quarter of an hour a run on one core: the smaller profiles have none.
-The radius at which sharpness is measured was fixed before looking, one for all methods of a data set: that of SAM on
-CIFAR-10 in Foret et al. 2021, 0.05, and for texts the middle of the published range for encoders, 0.001.
+there. Encoders, of 22 million weights and more, are for GPUs: the smaller profiles have none. The radius at which
+sharpness is measured was fixed before looking, one for all methods of a data set: that of SAM on CIFAR-10 in Foret et
+al. 2021, 0.05, and for texts the middle of the published range for encoders, 0.001.
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar

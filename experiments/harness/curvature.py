@@ -27,10 +27,9 @@ class Hessian(PyTorchLinearOperator):
     """The Hessian of the mean loss over all examples of some batches, at the weights as they are.
 
     A product is a backward pass through the gradient's own graph. curvlinops' operator pushes forward mode through
-    reverse mode instead, for which fused attention has no derivative and LayerNorm a wrong one (torch 2.14.1; held by
-    tests/experiments/test_curvature.py), takes (inputs, labels) where a task here has
-    batches of any structure, and was 1.7 times slower on the `cpu` models. If `keep`, the graphs are kept from product
-    to product, until the weights are written to.
+    reverse mode instead, for which fused attention has no derivative and LayerNorm a wrong one (seen with torch 2.14.1,
+    against differences of gradients), and takes (inputs, labels) where a task here has batches of any structure. If
+    `keep`, the graphs are kept from product to product, until the weights are written to.
     """
 
     SELF_ADJOINT = True
@@ -50,7 +49,7 @@ class Hessian(PyTorchLinearOperator):
             loss_fn: Takes a batch and returns its mean loss, a scalar.
             parameters: Those that the Hessian is of; one that the loss does not depend on has rows of zeros.
             batches: Each with its number of examples.
-            keep: Keep the gradients' graphs, for memory of some forward passes and a third of the time less.
+            keep: Keep the gradients' graphs: memory of some forward passes, for products without them.
             before_each: Called before each product; whatever it raises ends the computation.
         """
         shapes = [tuple(p.shape) for p in parameters]
@@ -130,8 +129,7 @@ def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: floa
     """
     size = H.shape[0]
     start = np.random.default_rng(seed).standard_normal(size)
-    # The least basis that ARPACK takes: on the networks here it needed at most a tenth more products than Lanczos
-    # without restarts, which a larger one fills before it looks.
+    # The least basis that ARPACK takes: it fills a larger one before it looks. `python -m benchmarks.curvature` counts.
     basis = min(size, 2 * count + 1)
     dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
     values, vectors = eigsh(H.to_scipy(dtype), k=count, which="LA", tol=tolerance, v0=start.astype(dtype), ncv=basis)

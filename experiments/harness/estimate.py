@@ -30,8 +30,8 @@ class Estimate:
 
 
 PASSES = 1500
-"""Forward and backward passes that a curvature run is worth: some 300 Hessian-vector products on two sets, sharpness,
-and slices."""
+"""Forward and backward passes over its examples that a curvature run is worth, a guess: some hundred Hessian-vector
+products on two sets, the penalties of ever smaller micro-batches, and slices."""
 
 
 def work(spec: Spec) -> int:
