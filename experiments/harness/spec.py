@@ -358,8 +358,14 @@ def with_seeds(cells: Iterable[Spec], seeds: int) -> list[Spec]:
 
 
 def with_ranks(specs: Iterable[Spec], ranks: int) -> list[Spec]:
-    """The specs with `ranks` data-parallel processes where that divides their micro-batches; the others as they are."""
-    return [replace(spec, ranks=ranks) if ranks > 1 and _shareable(spec, ranks) else spec for spec in specs]
+    """The specs with `ranks` data-parallel processes where that divides their micro-batches; the others as they are.
+
+    So are the networks that curvature runs among them measure: with other ranks they would be other networks.
+    """
+    specs = list(specs)
+    measured = {spec.trained for spec in specs}
+    fit = {spec for spec in specs if ranks > 1 and spec not in measured and _shareable(spec, ranks)}
+    return [replace(spec, ranks=ranks) if spec in fit else spec for spec in specs]
 
 
 def _shareable(spec: Spec, ranks: int) -> bool:

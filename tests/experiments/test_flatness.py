@@ -13,7 +13,7 @@ from experiments.harness import catalogue, curvature
 from experiments.harness.execute import execute
 from experiments.harness.flatness import halvings
 from experiments.harness.record import RecordError, record_of, state_of
-from experiments.harness.spec import SpecError, curvature_of, with_networks
+from experiments.harness.spec import SpecError, curvature_of, with_networks, with_ranks
 from experiments.harness.task import build_task
 from experiments.harness.train import Interrupted, train
 
@@ -135,6 +135,11 @@ def test_each_network_comes_before_what_measures_it():
     assert all(places[spec.trained] == places[spec] - 1 for spec in curvatures)
     table1 = set(catalogue.runs("table1", "cpu"))
     assert {spec.trained for spec in curvatures} <= table1, "Table 3 would train networks of its own"
+
+
+def test_a_network_that_is_measured_keeps_its_ranks():
+    shared = replace(RESNET, seed=5)
+    assert [s.ranks for s in with_ranks([shared, RESNET, measured(RESNET)], 2)] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
