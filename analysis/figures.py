@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from analysis import tables
 from analysis.collect import Results
-from analysis.statistics import Interval, mean_interval
+from analysis.statistics import mean_interval
 from experiments.harness.spec import METHODS, Spec
 
 COLOURS = dict(zip(METHODS, ("#4d4d4d", "#8c8cd9", "#d98c26", "#1b7837"), strict=True))
@@ -82,7 +82,7 @@ def theory(
         if simulated is not None:
             _boundaries(rho, simulated, "rho", f"(a) eta = 0.1, n = {seeds_theory}")
             _boundaries(eta, simulated, "learning_rate", f"(b) rho = 0.1, n = {seeds_theory}")
-        models = list(dict.fromkeys(c.model for c in cells if c.model != "linear"))
+        models = list(dict.fromkeys(c.model for c in cells))
         if models:
             _penalty(penalty, runs, [c for c in cells if c.model == models[0]], seeds)
         for axes, model in zip((left, middle, right), models, strict=False):
@@ -108,7 +108,7 @@ def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 grid = np.linspace(nodes.min() - 1, nodes.max() + 1, 800)
                 width = (nodes.max() - nodes.min()) / 100
                 bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
-                axes.semilogy(grid, bumps @ weights, color=COLOURS[cell.method], label=_label(cell), lw=1)
+                axes.semilogy(grid, bumps @ weights, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
             axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
             _legend(axes)
     return figure
@@ -129,7 +129,7 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 positions, losses, grid = (
                     np.array(json.loads(line[n])) for n in ("slice_positions", "slice_losses", "plane_losses")
                 )
-                axes.plot(positions, losses, color=COLOURS[cell.method], label=_label(cell), lw=1)
+                axes.plot(positions, losses, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
                 coarse = positions[::2]
                 if cell.method in ("base", "msam"):
                     surface = grid.reshape(len(coarse), len(coarse))
@@ -144,7 +144,7 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
 def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> None:
     """Simulated boundaries as points, filled for the regression, on the predicted lines."""
     other, value = ("learning_rate", 0.1) if along == "rho" else ("rho", 0.1)
-    exact = numbers[(numbers["block"] == 0) & (numbers["n"] > 0)]
+    exact = numbers[(numbers["part"] == "exact") & (numbers["n"] > 0)]
     for method in ("base", "sam", "msam"):
         for model, face in (("regression", COLOURS[method]), ("two-layer", "none")):
             rows = exact[(exact["method"] == method) & (exact["model"] == model)]
@@ -159,12 +159,11 @@ def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> No
                 continue
             style = "-" if model == "regression" else "--"
             axes.plot(rows[along], rows["predicted"], style, color=COLOURS[method], lw=1)
-            half = [Interval(r.mean, r.half_width, int(r.n)).half_width if r.n > 1 else 0 for r in rows.itertuples()]
-            label = {"base": "gradient descent", "sam": "SAM", "msam": "mSAM, m=8"}[method]
+            label = "gradient descent" if method == "base" else rows["label"].iloc[0]
             axes.errorbar(
                 rows[along],
                 rows["mean"],
-                half,
+                rows["half_width"].fillna(0),
                 fmt=MARKS[method],
                 ms=4,
                 color=COLOURS[method],
@@ -191,7 +190,7 @@ def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) 
             ms=3,
             lw=1,
             color=COLOURS[cell.method],
-            label=_label(cell),
+            label=tables.method_name(cell),
         )
         one, each = (
             mean_interval(tables.values(frame, cell, seeds, f"train_squared_m{m}")).mean for m in (1, counts[-1])
@@ -216,7 +215,7 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
         if points:
             axes.plot(*zip(*points, strict=True), "-k", marker=".", lw=0.5, ms=4)
     base, msam = (next((v for c, v in zip(cells, found, strict=True) if c.method == m), None) for m in ("base", "msam"))
-    axes.set_xticks(range(len(cells)), [_label(cell) for cell in cells], rotation=15)
+    axes.set_xticks(range(len(cells)), [tables.method_name(cell) for cell in cells], rotation=15)
     note = ""
     if base is not None and msam is not None and len(base) and len(msam):
         note = f"\nmSAM - base: {tables.verdict(tables.paired_difference(msam, base)).split(':')[0]}"
@@ -229,11 +228,10 @@ def _legend(axes: Axes, **options: Any) -> None:
 
 
 def _models(cells: Iterable[Spec]) -> dict[str, list[Spec]]:
-    """The cells by model, without those of the linear floor."""
+    """The cells by model and data set."""
     found: dict[str, list[Spec]] = {}
     for cell in cells:
-        if cell.model != "linear":
-            found.setdefault(f"{cell.model}, {cell.dataset}", []).append(cell)
+        found.setdefault(f"{cell.model}, {cell.dataset}", []).append(cell)
     return found
 
 
@@ -247,8 +245,3 @@ def _line(curves: pd.DataFrame, cell: Spec, measure: str) -> Any:
         return None
     found = curves[(curves["run_id"] == cell.run_id) & (curves["measure"] == measure) & (curves["part"] == "train")]
     return None if found.empty else found.iloc[0]
-
-
-def _label(cell: Spec) -> str:
-    base = {"sgd": "SGD", "adamw": "AdamW"}[cell.base_optimizer]
-    return {"base": base, "control": f"{base}, m={cell.micro_batches}", "sam": "SAM", "msam": "mSAM"}[cell.method]

@@ -273,7 +273,7 @@ def document_theory(
     text = pd.DataFrame(
         {
             "dataset": numbers["dataset"],
-            "part": [tables.PARTS[row.block] for row in rows],
+            "part": numbers["part"],
             "model": numbers["model"],
             "method": numbers["label"],
             "eta": [f"{row.learning_rate:g}" for row in rows],

@@ -131,12 +131,14 @@ def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
         predicted - 1`, and its greatest size over the seeds (`worst`).
     """
     runs, rows = frame.set_index("run_id"), []
+    blocks = list(dict.fromkeys((_part(cell), cell.model) for cell in cells))
     for cell in cells:
         errors = values(runs, cell, seeds, "relative_error")
         row = _identity(cell, runs, seeds)
         rows.append(
-            {"block": _part(cell), "label": _name(cell), **row}
+            {"block": blocks.index((_part(cell), cell.model)), "label": method_name(cell), **row}
             | {
+                "part": _part(cell),
                 "normalised": cell.normalised,
                 "batch_size": cell.batch_size,
                 "examples": cell.examples,
@@ -151,8 +153,8 @@ def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
 def theory_claims(numbers: pd.DataFrame) -> list[str]:
     """Whether each part's prediction holds, and whether mSAM's boundary is below SAM's, and SAM's below descent's."""
     lines = []
-    for number, part in enumerate(PARTS):
-        rows = numbers[(numbers["block"] == number) & (numbers["n"] > 0)]
+    for part in PARTS:
+        rows = numbers[(numbers["part"] == part) & (numbers["n"] > 0)]
         if rows.empty:
             continue
         worst = rows["worst"].max()
@@ -160,7 +162,7 @@ def theory_claims(numbers: pd.DataFrame) -> list[str]:
         lines.append(
             f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; what was simulated is up to {worst:.2%} off."
         )
-    exact = numbers[(numbers["block"] == 0) & (numbers["n"] > 0)]
+    exact = numbers[(numbers["part"] == "exact") & (numbers["n"] > 0)]
     below = compared = 0
     for _, rows in exact[exact["rho"] > 0].groupby(["model", "learning_rate", "rho"]):
         found = rows.set_index("method")["mean"]
@@ -181,10 +183,10 @@ PARTS = ("exact", "normalised", "stochastic")
 """Of the theory table: where the prediction is exact, and the two ways in which it is left."""
 
 
-def _part(cell: Spec) -> int:
+def _part(cell: Spec) -> str:
     if cell.batch_size < cell.examples:
-        return PARTS.index("stochastic")
-    return PARTS.index("normalised" if cell.normalised else "exact")
+        return "stochastic"
+    return "normalised" if cell.normalised else "exact"
 
 
 def over_majority(numbers: pd.DataFrame) -> list[str]:
@@ -405,7 +407,7 @@ def _labels(cells: Sequence[Spec], shown: Sequence[str]) -> dict[Spec, str]:
     """The method's name of each cell; where cells would read alike, with the fields that tell them apart."""
     alike = defaultdict(list)
     for cell in cells:
-        alike[(_name(cell), *(getattr(cell, name) for name in shown))].append(cell)
+        alike[(method_name(cell), *(getattr(cell, name) for name in shown))].append(cell)
     labels = {}
     for (name, *_), group in alike.items():
         names = [f.name for f in dataclasses.fields(Spec) if len({getattr(c, f.name) for c in group}) > 1]
@@ -415,7 +417,8 @@ def _labels(cells: Sequence[Spec], shown: Sequence[str]) -> dict[Spec, str]:
     return labels
 
 
-def _name(cell: Spec) -> str:
+def method_name(cell: Spec) -> str:
+    """What a method is called, with its base optimizer or its m."""
     base = _BASE[cell.base_optimizer]
     return {
         "base": base,

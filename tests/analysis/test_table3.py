@@ -109,6 +109,14 @@ def test_a_prediction_holds_or_does_not_by_its_worst_seed():
     assert "in 0 of 1 settings" in document.claims[1], "all boundaries were made equal"
 
 
+def test_a_terminal_shows_each_model_of_the_theory_by_itself():
+    cells = [cell for cell in catalogue.cells("theory", "cpu") if not cell.normalised][:20]
+    models = {cell.model for cell in cells}
+    shown = document_theory("theory", Results.of([stability(s) for s in cells]).runs, cells, 1).terminal()
+    assert models == {"regression", "two-layer"}
+    assert all(f"{model}, interpolation" in shown for model in models)
+
+
 def test_other_numbers_give_other_pictures():
     results = all_results()
     found = pages(results, CELLS, 2, THEORY, 2)
