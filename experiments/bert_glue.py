@@ -26,7 +26,7 @@ SMOKE = Spec(
     dataset="snippets",
     model="minilm",
     train_examples=32,
-    test_examples=64,
+    test_examples=32,
     base_optimizer="adamw",
     learning_rate=1e-4,
     weight_decay=0.01,
@@ -34,7 +34,7 @@ SMOKE = Spec(
     schedule="linear",
     warmup_epochs=0.2,
     clip_norm=1.0,
-    epochs=2,
+    epochs=1,
     batch_size=16,
     max_length=64,
 )

@@ -1,4 +1,8 @@
-"""Text classification and regression: from a spec to a Task."""
+"""Text classification and regression: from a spec to a Task.
+
+What a task will need is imported here, where the pool's fork server does it once: transformers would load an
+architecture when it is first asked for one, in every worker anew.
+"""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
+from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
 from experiments.harness import texts
 from experiments.harness.data import DataError
@@ -154,9 +161,6 @@ def scores(task: Glue, outputs: np.ndarray, labels: np.ndarray) -> dict[str, flo
         outputs: Logits, (N, classes); of a regression (N, 1).
         labels: Classes or values, (N,).
     """
-    from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
     predicted = outputs.argmax(1) if task.labels else outputs[:, 0].astype(np.float64)
     if not task.labels and np.ptp(predicted) == 0:
         return dict.fromkeys(task.metrics, 0.0)  # of a constant the correlation is not defined
