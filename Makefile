@@ -7,6 +7,7 @@ RESULTS ?=
 PYTHON ?=
 
 python := .venv/bin/python
+pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal
 which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")
 how = $(which) $(if $(JOBS),--jobs "$(JOBS)")
 
@@ -65,10 +66,10 @@ setup: ## Build .venv from requirements.lock, once; every other target does it w
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
 test: setup ## Run all tests, two at a time on a core each; a warning is an error
-	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal
+	$(pytest)
 
 test-fast: setup ## Run the tests but for those marked slow
-	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+	$(pytest) -m "not slow"
 
 bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
 	$(python) -m benchmarks.backward

@@ -7,6 +7,7 @@ Batches are measured as they are given: put the model in eval mode, or BatchNorm
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from experiments.harness.sharpness import trained
 from experiments.harness.task import Task
 
 with warnings.catch_warnings():
@@ -148,10 +150,9 @@ def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:
         examples: How many.
         tolerance: Relative accuracy.
     """
-    params = [p for p in task.model.parameters() if p.requires_grad]
     with evaluating(task.model):
         batches = [(task.sample("train", examples), examples)]
-        H = Hessian(lambda batch: task.loss_fn(task.model, batch), params, batches)
+        H = Hessian(partial(task.loss_fn, task.model), trained(task.model), batches)
         return float(largest_eigenvalues(H, 1, tolerance=tolerance).values[0])
 
 

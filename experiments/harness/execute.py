@@ -2,11 +2,12 @@
 
 import traceback
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from experiments.harness.record import record_of
-from experiments.harness.spec import Spec
+from experiments.harness.spec import KINDS, Spec
 from experiments.harness.train import Interrupted, train
 
 
@@ -51,29 +52,13 @@ def execute(
     if spec.trained and (redo or not record.done):
         train(spec.trained, root, **settings)
     with record.locked():
-        record.create(spec)
-        if redo:
-            record.remove()
-            record.create(spec)
-        if record.done:
+        if not record.begin(spec, redo=redo):
             return None
-        record.clear_failure()
         try:
-            _measurement(spec.kind)(spec, record, **settings)
+            import_module(f"experiments.harness.{KINDS[spec.kind]}").measure(spec, record, **settings)
         except Interrupted:
             raise
         except Exception as error:
             record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
     return None
-
-
-def _measurement(kind: str) -> Callable[..., None]:
-    """What a kind of run does; loaded when it is asked for."""
-    if kind == "theory":
-        from experiments.harness.theory import simulate
-
-        return simulate
-    from experiments.harness.flatness import measure
-
-    return measure

@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -132,13 +132,10 @@ class _Look:
             keep=spec.device == "cpu",
             before_each=check,
         )
-        self._spectrum: curvature.Spectrum | None = None
 
-    @property
+    @cached_property
     def spectrum(self) -> curvature.Spectrum:
-        if self._spectrum is None:
-            self._spectrum = curvature.largest_eigenvalues(self.hessian, EIGENVALUES, tolerance=TOLERANCE)
-        return self._spectrum
+        return curvature.largest_eigenvalues(self.hessian, EIGENVALUES, tolerance=TOLERANCE)
 
 
 def _loss(look: _Look) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.harness.estimate import Estimate
 from experiments.harness.record import RecordError, RunLocked, duration, record_of
-from experiments.harness.spec import TEXTS, Spec, score_name
+from experiments.harness.spec import KINDS, TEXTS, Spec, score_name
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ def run(
     """
     context = multiprocessing.get_context("forkserver")
     domains = ["experiments.harness.glue"] if any(spec.dataset in TEXTS for spec in specs) else []
-    kinds = {"curvature": "experiments.harness.flatness", "theory": "experiments.harness.theory"}
-    domains += [module for kind, module in kinds.items() if any(spec.kind == kind for spec in specs)]
+    domains += sorted({f"experiments.harness.{KINDS[spec.kind]}" for spec in specs})
     context.set_forkserver_preload(["experiments.harness.worker", *domains])
     waiting, workers, outcome = list(specs), [], Outcome()
     display = _Display(specs, estimate)

@@ -79,6 +79,20 @@ class Record:
         else:
             write_json(self.folder / "spec.json", {"format": FORMAT, "spec": spec.to_dict()})
 
+    def begin(self, spec: Spec, *, redo: bool = False) -> bool:
+        """`create` the folder for another attempt, emptied first if `redo`; call it while the run is `locked`.
+
+        Returns:
+            Whether there is something to do: a finished run is left alone.
+        """
+        self.create(spec)
+        if redo:
+            self.remove()
+            self.create(spec)
+        if not self.done:
+            self.clear_failure()
+        return not self.done
+
     def spec(self) -> Spec:
         """The run's spec, checked against the folder's name.
 

@@ -70,9 +70,12 @@ TEXT_MODELS = ("minilm", "bert-base-uncased", "roberta-base")
 """And any folder with a checkpoint of transformers, whose path holds a slash."""
 SIMULATED_MODELS = ("regression", "two-layer")
 
+KINDS = {"train": "train", "curvature": "flatness", "theory": "theory"}
+"""What a run is, and the module of the harness that carries it out."""
+
 CHOICES = {
     "profile": PROFILES,
-    "kind": ("train", "curvature", "theory"),
+    "kind": tuple(KINDS),
     "dataset": (*IMAGES, *TEXTS, *SIMULATED),
     "augmentation": ("none", "crop-flip"),
     "base_optimizer": ("sgd", "adamw"),

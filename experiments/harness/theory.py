@@ -72,7 +72,7 @@ class Minimum:
         return torch.stack(found)
 
 
-def simulate(
+def measure(
     spec: Spec,
     record: Record,
     *,
@@ -231,8 +231,7 @@ def bounded(spec: Spec, minimum: Minimum, scale: float) -> bool:
     start = [p.detach() for p in minimum.model.parameters()]
 
     def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
-        x, y = batch
-        return scale * (network(x) - y).square().mean() / 2
+        return scale * minimum.loss(dict(network.named_parameters()), *batch)
 
     for _ in range(spec.epochs * (spec.examples // spec.batch_size)):
         optimizer.zero_grad()

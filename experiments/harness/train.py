@@ -79,14 +79,7 @@ def train(
     """
     record, ranks = record_of(spec, root), Ranks(spec)
     with record.locked() if ranks.first else contextlib.nullcontext():
-        if ranks.first:
-            record.create(spec)
-            if redo:
-                record.remove()
-                record.create(spec)
-            if not record.done:
-                record.clear_failure()
-        if ranks.any(ranks.first and record.done) == [True]:
+        if ranks.any(ranks.first and not record.begin(spec, redo=redo)) == [True]:
             return
         try:
             _train(spec, record, ranks, data_root, environment or {}, checkpoint_seconds, report, stop)
