@@ -163,15 +163,13 @@ def document_1(
             "time": [_time(row) for row in rows],
         }
     )
-    warnings = tables.warnings(frame, numbers)
-    return Document(
-        name=name,
-        title=TITLES.get(name, f"{name}: test accuracy"),
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=text,
-        claims=tuple(tables.claims(numbers)),
-        notes=(*warnings, *notes, *NOTES_1),
-        numbers=numbers,
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        text,
+        title=f"{name}: test accuracy",
+        claims=tables.claims(numbers),
+        notes=(*notes, *NOTES_1),
     )
 
 
@@ -190,14 +188,14 @@ def document_2(
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
         for (model, label), rows in numbers[numbers["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
-    return WideDocument(
-        name=name,
-        title=TITLES.get(name, f"{name}: GLUE"),
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=wide(numbers, marks),
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        wide(numbers, marks),
+        title=f"{name}: GLUE",
         claims=(*radii, *tables.over_majority(numbers), *tables.claims(numbers)),
-        notes=(*tables.warnings(frame, numbers), *notes, *(note.format(metrics=metrics) for note in NOTES_2)),
-        numbers=numbers,
+        notes=(*notes, *(note.format(metrics=metrics) for note in NOTES_2)),
+        kind=WideDocument,
     )
 
 
@@ -243,19 +241,13 @@ def document_3(
         "rho": ", ".join(dict.fromkeys(f"{c.measured_rho:g}" for c in cells)),
         "residual": numbers["residual"].max(),
     }
-    return Document(
-        name=name,
-        title=TITLES.get(name, f"{name}: flatness"),
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=text,
-        claims=tuple(tables.claims(numbers, expected=-1)),
-        notes=(
-            *tables.warnings(frame, numbers),
-            *notes,
-            *(note.format(**told) for note in NOTES_3),
-            *published.FLATNESS,
-        ),
-        numbers=numbers,
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        text,
+        title=f"{name}: flatness",
+        claims=tables.claims(numbers, expected=-1),
+        notes=(*notes, *(note.format(**told) for note in NOTES_3), *published.FLATNESS),
     )
 
 
@@ -284,14 +276,13 @@ def document_theory(
             "simulated / predicted": [_number(1 + row.relative_error, ".3f") for row in rows],
         }
     )
-    return Document(
-        name=name,
-        title=TITLES.get(name, name),
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=text,
-        claims=tuple(tables.theory_claims(numbers)),
-        notes=(*tables.warnings(frame, numbers), *notes, *NOTES_THEORY),
-        numbers=numbers,
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        text,
+        title=name,
+        claims=tables.theory_claims(numbers),
+        notes=(*notes, *NOTES_THEORY),
     )
 
 
@@ -346,15 +337,14 @@ def document_tuning(
             "choice": [_choice(row) for row in rows],
         }
     )
-    warnings, table = tables.warnings(frame, numbers), name.removesuffix("-tuning")
-    return Document(
-        name=name,
+    table = name.removesuffix("-tuning")
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        text,
         title=f"The grid of {TITLES.get(table, table).partition(':')[0]}: held-out accuracy",
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=text,
-        claims=tuple(tables.choices(numbers, cells, used)),
-        notes=(*warnings, *notes, *NOTES_TUNING),
-        numbers=numbers,
+        claims=tables.choices(numbers, cells, used),
+        notes=(*notes, *NOTES_TUNING),
     )
 
 
@@ -404,6 +394,29 @@ def _measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[st
     pairs = zip(numbers[column], numbers[f"{column}_half_width"], numbers["n"], strict=True)
     texts = [significant(Interval(factor * a, factor * b, int(n)), signed=False) for a, b, n in pairs]
     return [re.sub(r" \(\d+\)$|^not run$", "", text) for text in texts]
+
+
+def _document(
+    about: tuple[str, pd.DataFrame, Sequence[Spec], int],
+    numbers: pd.DataFrame,
+    text: pd.DataFrame,
+    *,
+    title: str,
+    claims: Iterable[str],
+    notes: Iterable[str],
+    kind: type[Document] = Document,
+) -> Document:
+    """The table `text` of the numbers, with where they are from and what keeps them from being compared."""
+    name, frame, cells, seeds = about
+    return kind(
+        name=name,
+        title=TITLES.get(name, title),
+        origin=_origin(frame, numbers, cells, seeds),
+        cells=text,
+        claims=tuple(claims),
+        notes=(*tables.warnings(frame, numbers), *notes),
+        numbers=numbers,
+    )
 
 
 def _plain(cells: pd.DataFrame) -> str:
