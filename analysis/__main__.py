@@ -10,7 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import PROFILES, SpecError, with_seeds
+from experiments.harness.spec import PROFILES, Spec, SpecError, with_seeds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ class Arguments:
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
-    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and what else has runs."""
+    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and what else has runs of its own."""
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
     """Size of the runs: smoke, cpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
@@ -93,12 +93,14 @@ def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
         raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
     if arguments.targets:
         return [target(name, *where, arguments.seeds, arguments.gpus) for name in dict.fromkeys(arguments.targets)]
-    known, chosen = catalogue.targets(), []
+    known, chosen, shared = catalogue.targets(), [], set[Spec]()
     for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
             found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
-            if name == "table1" or len(missing(found, results)) < len(found.runs):
+            own = set(found.runs) - shared
+            if name == "table1" or own - set(missing(found, results)):
                 chosen.append(found)
+            shared |= own
     return chosen
 
 

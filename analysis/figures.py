@@ -5,7 +5,9 @@ The pages are PDF and PNG without dates, so that the same numbers give the same 
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -13,14 +15,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import stats
 
 from analysis import tables
 from analysis.collect import Results
 from analysis.statistics import mean_interval
-from experiments.harness.spec import METHODS, Spec
+from experiments.harness.spec import METHODS, Spec, score_name
 
 COLOURS = dict(zip(METHODS, ("#4d4d4d", "#8c8cd9", "#d98c26", "#1b7837"), strict=True))
 """Of the methods, everywhere."""
+METHOD_WORDS = {"base": "{base}", "control": "{base} over micro-batches", "sam": "SAM", "msam": "mSAM"}
+"""Of methods whose m differs from point to point."""
 MARKS = dict(zip(METHODS, ("o", "v", "s", "D"), strict=True))
 
 STYLE = {
@@ -44,24 +49,182 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
     return found
 
 
-def pages(
-    results: Results, flat: Sequence[Spec], seeds: int, stability: Sequence[Spec], problems: int
-) -> dict[str, bytes]:
-    """All figures of Table 3 and of the theory, by their path below a results folder.
+def pages(results: Results, shown: Mapping[str, tuple[Sequence[Spec], int]]) -> dict[str, bytes]:
+    """All figures of some tables, by their path below a results folder.
 
     Args:
         results: runs and curves.
-        flat: the cells of Table 3; none leaves its figures out.
-        seeds: theirs.
-        stability: the cells of the theory's table; none leaves its panels empty.
-        problems: seeds of theirs.
+        shown: the tables by name, each with its cells and its number of seeds.
     """
-    simulated = tables.theory_table(results.runs, stability, problems) if stability else None
-    found = {"theory": theory(simulated, results.runs, flat, seeds, problems)}
+    found = {}
+    (flat, seeds), (stability, problems) = (shown.get(name, ((), 0)) for name in ("table3", "theory"))
+    if flat or stability:
+        simulated = tables.theory_table(results.runs, stability, problems) if stability else None
+        found["theory"] = theory(simulated, results.runs, flat, seeds, problems)
+    for name, (title, figure) in {
+        "table1": ("curves", curves),
+        "trajectories": ("trajectories", trajectories),
+        "micro_batches": ("micro_batches", against_m),
+        "rho": ("rho", against_rho),
+        "batch_size": ("batch_size", partial(against, field="batch_size", words="batch size")),
+        "label_noise": ("label_noise", partial(against, field="label_noise", words="share of wrong training labels")),
+    }.items():
+        if name in shown:
+            found[title] = figure(results, *shown[name])
     if flat:
+        found["flatness"] = flatness(results, flat, seeds)
         found["spectra"] = spectra(results.curves, flat)
         found["slices"] = slices(results.curves, flat)
     return {f"figures/{name}": page for title, figure in found.items() for name, page in files(title, figure).items()}
+
+
+def curves(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """Training loss above, and below how much it rises under the perturbations, by epoch: a column a model."""
+    panels = {title: rows for title, rows in _models(cells).items() if len(rows) > 1 and rows[0].model != "linear"}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels), 5), layout="constrained")
+        losses, rises = figure.subplots(2, len(panels), squeeze=False)
+        for top, bottom, (title, rows) in zip(losses, rises, panels.items(), strict=True):
+            lowest = {}
+            for cell in rows:
+                lowest[tables.method_name(cell)] = _band(top, results.curves, cell, seeds, "train_loss")
+                if cell.rho:
+                    _band(bottom, results.curves, cell, seeds, "sharpness")
+            known = {name: value for name, value in lowest.items() if value is not None}
+            seen = f"\n{max(known, key=known.__getitem__)} ends highest" if known else ""
+            top.set(title=f"{title}{seen}", xlabel="epoch", ylabel="training loss", yscale="log")
+            bottom.set(xlabel="epoch", ylabel="rise of the loss under e", yscale="log")
+            _legend(top)
+            _legend(bottom)
+    return figure
+
+
+def trajectories(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """The largest Hessian eigenvalue by epoch, a panel a model."""
+    panels = _models(cells)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+        for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            last = {tables.method_name(c): _band(axes, results.curves, c, seeds, "lambda_1") for c in rows}
+            known = {name: value for name, value in last.items() if value is not None}
+            seen = f": {min(known, key=known.__getitem__)} ends flattest" if known else ""
+            axes.set(title=f"{title}{seen}, n = {seeds}", xlabel="epoch", ylabel="lambda 1", yscale="log")
+            _legend(axes)
+    return figure
+
+
+def against(results: Results, cells: Sequence[Spec], seeds: int, *, field: str, words: str) -> Figure:
+    """Test accuracy of each method against a field of the spec, a panel a model."""
+    panels, frame = _models(cells), results.runs.set_index("run_id")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+        for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            for method in METHODS:
+                line = [cell for cell in rows if cell.method == method]
+                label = METHOD_WORDS[method].format(base=tables.base_name(line[0])) if line else ""
+                _points(axes, frame, line, seeds, field, label=label)
+            axes.set(title=f"{title}{_seen(frame, rows, seeds, words, field)}", xlabel=words, ylabel="test accuracy %")
+            if field == "batch_size":
+                axes.set_xscale("log", base=2)
+            _legend(axes)
+    return figure
+
+
+def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """Test accuracy of SAM and mSAM against rho; the methods without one as lines with their intervals."""
+    panels, frame = _models(cells), results.runs.set_index("run_id")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
+        for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            for cell in rows:
+                if not cell.rho:
+                    _level(axes, frame, cell, seeds)
+            for method in ("sam", "msam"):
+                line = [cell for cell in rows if cell.method == method]
+                _points(axes, frame, line, seeds, "rho", label=tables.method_name(line[0]) if line else "")
+            seen = _seen(frame, [cell for cell in rows if cell.rho], seeds, "rho", "rho")
+            axes.set(title=f"{title}{seen}", xlabel="rho", ylabel="test accuracy %", xscale="log")
+            _legend(axes)
+    return figure
+
+
+def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """Accuracy, accuracy with BatchNorm estimated anew, and the largest eigenvalue, against m: a row a network.
+
+    Full lines have one rho, that of SAM; dashed ones a rho tuned for each m.
+    """
+    measured = {cell.trained: cell for cell in cells if cell.trained}
+    panels, frame = _models(cell for cell in cells if not cell.trained), results.runs.set_index("run_id")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
+        for line, (title, rows) in zip(figure.subplots(len(panels), 3, squeeze=False), panels.items(), strict=True):
+            plain = [cell for cell in rows if not cell.rho]
+            rho = next((cell.rho for cell in rows if cell.method == "sam"), 0.0)
+            fixed = [cell for cell in rows if cell.rho and cell.rho == rho]
+            tuned = [_tuned(rows, m, rho) for m in dict.fromkeys(cell.micro_batches for cell in fixed)]
+            series = [(plain, "-", f"{tables.base_name(rows[0])} over m micro-batches")]
+            series += [(fixed, "-", f"mSAM, rho {rho:g} (SAM at m = 1)")]
+            series += [(tuned, "--", "mSAM, rho tuned for each m")] if tuned != fixed else []
+            score, anew, curvature = line
+            for found, style, label in series:
+                _points(score, frame, found, seeds, "micro_batches", label=label, style=style)
+                known = [measured[cell] for cell in found if cell in measured]
+                for axes, column, factor in (
+                    (anew, "test_reestimated_accuracy", 100),
+                    (curvature, "train_lambda_1", 1),
+                ):
+                    _points(
+                        axes,
+                        frame,
+                        known,
+                        seeds,
+                        "micro_batches",
+                        label=label,
+                        style=style,
+                        column=column,
+                        factor=factor,
+                    )
+            seen = _seen(frame, rows, seeds, "m", "micro_batches")
+            score.set(title=f"{title}{seen}", ylabel="test accuracy %")
+            anew.set(title="BatchNorm's statistics estimated anew", ylabel="test accuracy %")
+            curvature.set(title="flatness, training data", ylabel="lambda 1")
+            for axes in line:
+                axes.set_xlabel("m, micro-batches of a mini-batch")
+                if not axes.has_data():
+                    axes.set_axis_off()
+                    continue
+                axes.set_xscale("log", base=2)
+            _legend(score, fontsize=6)
+    return figure
+
+
+def flatness(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """Test accuracy of every network against its largest eigenvalue, with their rank correlation: a panel a model."""
+    frame = results.runs.set_index("run_id")
+    with mpl.rc_context(STYLE):
+        panels = _models(cells)
+        figure = Figure(figsize=(3.9 * len(panels), 3), layout="constrained")
+        for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            pairs = []
+            for cell in rows:
+                assert cell.trained is not None
+                eigenvalues = tables.values(frame, cell, seeds, "train_lambda_1")
+                scores = 100 * tables.values(frame, cell.trained, seeds, score_name(cell.trained))
+                both = sorted(set(eigenvalues.index) & set(scores.index))
+                points = [(eigenvalues[seed], scores[seed]) for seed in both]
+                if points:
+                    label = tables.method_name(cell)
+                    axes.plot(
+                        *zip(*points, strict=True), MARKS[cell.method], ms=4, color=COLOURS[cell.method], label=label
+                    )
+                pairs += points
+            seen = ""
+            if len(pairs) > 3:
+                found = stats.spearmanr(pairs)
+                seen = f"\nrank correlation {found.statistic:+.2f}, p = {found.pvalue:.2g}, {len(pairs)} networks"
+            axes.set(title=f"{title}{seen}", xlabel="lambda 1, training data", ylabel="test accuracy %")
+            _legend(axes)
+    return figure
 
 
 def theory(
@@ -108,7 +271,7 @@ def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 grid = np.linspace(nodes.min() - 1, nodes.max() + 1, 800)
                 width = (nodes.max() - nodes.min()) / 100
                 bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
-                axes.semilogy(grid, bumps @ weights, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
+                axes.semilogy(grid, _rounded(bumps @ weights), color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
             axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
             _legend(axes)
     return figure
@@ -133,7 +296,7 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 coarse = positions[::2]
                 if cell.method in ("base", "msam"):
                     surface = grid.reshape(len(coarse), len(coarse))
-                    levels = levels if len(levels) else np.geomspace(max(grid.min(), 1e-3), grid.max(), 7)
+                    levels = levels if len(levels) else _rounded(np.geomspace(max(grid.min(), 1e-3), grid.max(), 7))
                     plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
             axes.set(title=title, xlabel="position", ylabel="training loss")
             plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
@@ -222,9 +385,101 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
 
 
+def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str) -> float | None:
+    """The mean over seeds by epoch as a line in its 95 % band.
+
+    Returns:
+        The last mean; None without data.
+    """
+    if column not in curves:
+        return None
+    ids = [replace(cell, seed=seed).run_id for seed in range(seeds)]
+    rows = curves[curves["run_id"].isin(ids) & curves[column].notna()]
+    found = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
+    if not found:
+        return None
+    colour = COLOURS[cell.method]
+    means, halves = (np.array([getattr(f, name) for f in found.values()]) for name in ("mean", "half_width"))
+    mark = MARKS[cell.method] if len(found) < 20 else ""
+    style = {"base": "-", "control": ":", "sam": "--", "msam": "-."}[cell.method]
+    axes.plot(list(found), means, f"{mark}{style}", ms=3, lw=1, color=colour, label=tables.method_name(cell))
+    low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
+    axes.fill_between(list(found), np.maximum(low, means / 100), high, color=colour, alpha=0.2, lw=0)
+    return float(means[-1])
+
+
+def _points(
+    axes: Axes,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    field: str,
+    *,
+    label: str,
+    style: str = "-",
+    column: str | None = None,
+    factor: float = 100,
+) -> None:
+    """Means with their intervals against a field of the spec, joined by a line in the last cell's method's colour."""
+    found = [
+        (getattr(cell, field), mean_interval(factor * tables.values(frame, cell, seeds, column or score_name(cell))))
+        for cell in sorted(cells, key=lambda cell: getattr(cell, field))
+    ]
+    found = [(x, interval) for x, interval in found if interval.n]
+    if not found:
+        return
+    method = cells[-1].method
+    axes.errorbar(
+        [x for x, _ in found],
+        [interval.mean for _, interval in found],
+        [interval.half_width if interval.n > 1 else 0 for _, interval in found],
+        fmt=f"{MARKS[method]}{style}",
+        ms=4,
+        lw=1,
+        capsize=2,
+        color=COLOURS[method],
+        mfc=COLOURS[method] if style == "-" else "none",
+        label=label,
+    )
+
+
+def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
+    """A cell's mean as a line across, with its interval as a band."""
+    found = mean_interval(100 * tables.values(frame, cell, seeds, score_name(cell)))
+    if found.n:
+        style = {"base": "-", "control": ":"}[cell.method]
+        axes.axhline(found.mean, ls=style, lw=1, color=COLOURS[cell.method], label=tables.method_name(cell))
+        if found.n > 1:
+            low, high = found.mean - found.half_width, found.mean + found.half_width
+            axes.axhspan(low, high, color=COLOURS[cell.method], alpha=0.15, lw=0)
+
+
+def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, words: str, field: str) -> str:
+    """For a title: where the highest mean is."""
+    found = {cell: mean_interval(100 * tables.values(frame, cell, seeds, score_name(cell))) for cell in cells}
+    found = {cell: interval for cell, interval in found.items() if interval.n}
+    if not found:
+        return ""
+    best = max(found, key=lambda cell: found[cell].mean)
+    name = tables.method_name(best)
+    place = "" if field == "micro_batches" else f" at {words} {getattr(best, field):g}"
+    return f"\nhighest: {found[best].mean:.1f} %, {name}{place}, n = {found[best].n}"
+
+
+def _tuned(cells: Sequence[Spec], m: int, rho: float) -> Spec:
+    """The perturbed cell of m that has a rho of its own; the one of the common rho if there is no other."""
+    found = [cell for cell in cells if cell.rho and cell.micro_batches == m]
+    return next((cell for cell in found if cell.rho != rho), found[0])
+
+
 def _legend(axes: Axes, **options: Any) -> None:
     if axes.has_data():
         axes.legend(**options)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To six significant digits: the last bits of exponentials differ from processor to processor."""
+    return np.array([float(f"{value:.6g}") for value in values])
 
 
 def _models(cells: Iterable[Spec]) -> dict[str, list[Spec]]:

@@ -13,7 +13,8 @@ from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import IMAGES, Spec, score_name, with_ranks, with_seeds
 
-TABLES = ("table1", "table2", "table3", "theory")
+STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
+TABLES = ("table1", "table2", "table3", "theory", *STUDIES)
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
 
@@ -47,9 +48,10 @@ class Target:
         """The table of these cells."""
         if self.tuning:
             return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
+        first = self.cells[0]
         kinds = {"curvature": render.document_3, "theory": render.document_theory}
-        of_scores = render.document_1 if self.cells[0].dataset in IMAGES else render.document_2
-        document = kinds.get(self.cells[0].kind, of_scores)
+        of_scores = render.document_1 if first.dataset in IMAGES else render.document_2
+        document = render.document_trajectories if first.curvature_every else kinds.get(first.kind, of_scores)
         return document(self.name, frame, self.cells, self.seeds, failures)
 
 
@@ -129,20 +131,13 @@ def redraw(folder: Path, profile: str) -> list[Path]:
 
 
 def pages(targets: Sequence[Target], results: Results) -> dict[str, bytes]:
-    """The figures of these tables by their path below a results folder: those of Table 3 and of the theory."""
-    flat = next((t for t in targets if t.name == "table3"), None)
-    stability = next((t for t in targets if t.name == "theory"), None)
-    if flat is None and stability is None:
+    """The figures of these tables by their path below a results folder."""
+    shown = {t.name: (t.cells, t.seeds) for t in targets if not t.tuning}
+    if not shown:
         return {}
     from analysis import figures
 
-    return figures.pages(
-        results,
-        flat.cells if flat else (),
-        flat.seeds if flat else 0,
-        stability.cells if stability else (),
-        stability.seeds if stability else 0,
-    )
+    return figures.pages(results, shown)
 
 
 def drawn(folder: Path, profile: str, results: Results) -> list[Target]:

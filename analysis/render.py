@@ -21,7 +21,13 @@ TITLES = {
     "table1": "Table 1: test accuracy",
     "table2": "Table 2: GLUE",
     "table3": "Table 3: flatness",
+    "table4": "Table 4: cost",
     "theory": "Linear stability: predicted and simulated",
+    "micro_batches": "Accuracy and flatness against m",
+    "rho": "Accuracy against rho",
+    "batch_size": "Accuracy against the batch size",
+    "label_noise": "Accuracy with wrong training labels",
+    "trajectories": "Largest Hessian eigenvalue along training",
 }
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
@@ -29,6 +35,16 @@ NOTES_1 = (
     f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
     "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
     "The test accuracy is that of the last epoch, never of the best one.",
+)
+NOTE_MEASURED = (
+    "Lambda 1 is the largest Hessian eigenvalue of the training loss, measured as in Table 3. Re-estimated: the test "
+    "accuracy once BatchNorm's statistics have been averaged over one more epoch of mini-batches at the final weights."
+)
+NOTE_TRAJECTORIES = (
+    "Lambda 1 is the largest Hessian eigenvalue of the training loss on the first 256 training examples (all where "
+    "there are fewer), in eval mode, relative tolerance 0.01: after the last epoch, and its greatest value among the "
+    "epochs at which it was measured. Means ± half-width of the 95 % Student t interval (number of seeds); differences "
+    "are paired by seed, and negative is flatter."
 )
 NOTES_2 = (
     "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
@@ -160,16 +176,51 @@ def document_1(
             "over base": [_signed(tables.interval(row, "over_base")) for row in rows],
             "over SAM": [_signed(tables.interval(row, "over_sam")) for row in rows],
             "train accuracy %": [_number(row.train_accuracy, ".2f") for row in rows],
-            "time": [_time(row) for row in rows],
+        }
+    )
+    if measured := "lambda_1" in numbers:
+        text["lambda 1"] = _measure(numbers, "lambda_1")
+        text["BatchNorm re-estimated %"] = _percent(numbers, "reestimated")
+    text["time"] = [_time(row) for row in rows]
+    return _document(
+        (name, frame, [cell for cell in cells if cell.kind == "train"], seeds),
+        numbers,
+        text,
+        title=f"{name}: test accuracy",
+        claims=tables.claims(numbers),
+        notes=(*notes, *NOTES_1, *([NOTE_MEASURED] if measured else [])),
+    )
+
+
+def document_trajectories(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """The largest eigenvalue after training and its greatest value on the way, ready to be written."""
+    numbers = tables.trajectories_table(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "model": numbers["model"],
+            "method": numbers["label"],
+            "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
+            **_eigenvalue_columns(numbers, marks),
+            "greatest on the way": _measure(numbers, "greatest_lambda_1"),
+            "test accuracy %": _percent(numbers, "test_accuracy"),
         }
     )
     return _document(
         (name, frame, cells, seeds),
         numbers,
         text,
-        title=f"{name}: test accuracy",
-        claims=tables.claims(numbers),
-        notes=(*notes, *NOTES_1),
+        title=name,
+        claims=tables.claims(numbers, expected=-1),
+        notes=(*notes, NOTE_TRAJECTORIES),
     )
 
 
@@ -209,7 +260,6 @@ def document_3(
     """Table 3, or the part of it that one experiment fills, ready to be written."""
     numbers = tables.table_3(frame, cells, seeds)
     marks, notes = _row_notes(numbers, failures or {})
-    rows = list(numbers.itertuples())
     split = f"m{max((c.micro_batches for c in cells), default=1)}"
     measures = {
         "lambda 1, test": "test_lambda_1",
@@ -227,11 +277,7 @@ def document_3(
             "dataset": numbers["dataset"],
             "model": numbers["model"],
             "method": numbers["label"],
-            "lambda 1": [
-                significant(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
-            ],
-            "over base": [significant(tables.interval(row, "over_base"), signed=True) for row in rows],
-            "over SAM": [significant(tables.interval(row, "over_sam"), signed=True) for row in rows],
+            **_eigenvalue_columns(numbers, marks),
             **{title: _measure(numbers, column) for title, column in measures.items()},
             **{title: _measure(numbers, column, 1000) for title, column in rises.items()},
         }
@@ -387,13 +433,37 @@ def significant(found: Interval, *, signed: bool = False) -> str:
     return f"{found.mean:{sign}.{digits}f} ± {found.half_width:.{digits}f} ({found.n})"
 
 
+def _eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str, list[str]]:
+    """The columns of a table whose score is an eigenvalue: it, and what it is over the base optimizer's and SAM's."""
+    rows = list(numbers.itertuples())
+    return {
+        "lambda 1": [
+            significant(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
+        ],
+        "over base": [significant(tables.interval(row, "over_base"), signed=True) for row in rows],
+        "over SAM": [significant(tables.interval(row, "over_sam"), signed=True) for row in rows],
+    }
+
+
 def _measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[str]:
     """A column of `table_3` with its intervals, without the count that its row gives already."""
     if column not in numbers:
         return [""] * len(numbers)
-    pairs = zip(numbers[column], numbers[f"{column}_half_width"], numbers["n"], strict=True)
-    texts = [significant(Interval(factor * a, factor * b, int(n)), signed=False) for a, b, n in pairs]
-    return [re.sub(r" \(\d+\)$|^not run$", "", text) for text in texts]
+    return [_uncounted(significant(found)) for found in _intervals(numbers, column, factor)]
+
+
+def _percent(numbers: pd.DataFrame, column: str) -> list[str]:
+    """As `_measure`, with the digits of a score."""
+    return [_uncounted(spread(found)) for found in _intervals(numbers, column)]
+
+
+def _intervals(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[Interval]:
+    found = zip(numbers[column], numbers[f"{column}_half_width"], numbers["n"], strict=True)
+    return [Interval(factor * a, factor * b, 0 if pd.isna(a) else int(n)) for a, b, n in found]
+
+
+def _uncounted(text: str) -> str:
+    return re.sub(r" \(\d+\)$|^not run$", "", text)
 
 
 def _document(

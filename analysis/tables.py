@@ -29,12 +29,16 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
 
     Args:
         frame: one row a finished run, as `collect.frame` makes it.
-        cells: specs at seed 0; a row each, gathered in blocks that share all but rho, m and tuned values.
+        cells: specs at seed 0; a row each, gathered in blocks that share all but rho, m and tuned values. Curvature
+            runs among them add to the rows of the networks that they measure.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
 
     Returns:
-        One row a cell. The first base cell and the first SAM cell of a block are its references.
+        One row a cell. The first base cell of a block is its reference, and the SAM cell of the same rho if there is
+        one, else the first.
     """
+    measured = {cell.trained: cell for cell in cells if cell.trained}
+    cells = [cell for cell in cells if not cell.trained]
     numbers, runs = _compared(frame, cells, seeds), frame.set_index("run_id")
     rows = []
     for block in _blocks(cells, ("micro_batches", "seed", *_TUNED)):
@@ -47,9 +51,21 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
                     "train_accuracy": mean_interval(100 * values(runs, cell, seeds, "train_accuracy")).mean,
                     "wall_seconds": seconds,
                     "relative_time": seconds / usual if usual else float("nan"),
+                    **_measured(measured.get(cell), runs, seeds),
                 }
             )
     return numbers.join(_numbers(rows))
+
+
+def _measured(cell: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float]:
+    """Columns of the largest eigenvalue and the accuracy with BatchNorm estimated anew, if a curvature run was made."""
+    if cell is None:
+        return {}
+    columns = {}
+    for name, column, factor in (("lambda_1", "train_lambda_1", 1), ("reestimated", "test_reestimated_accuracy", 100)):
+        found = mean_interval(factor * values(runs, cell, seeds, column))
+        columns |= {name: found.mean, f"{name}_half_width": found.half_width}
+    return columns
 
 
 def cells_in_order(cells: Sequence[Spec]) -> list[Spec]:
@@ -63,14 +79,15 @@ def _compared(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.Data
     labels = _labels(cells, ("dataset", "model", "rho"))
     for number, block in enumerate(_blocks(cells, ("micro_batches", "seed", *_TUNED))):
         base = next((cell for cell in block if cell.method == "base"), None)
+        sams = {cell.rho: cell for cell in reversed(block) if cell.method == "sam"}
         sam = next((cell for cell in block if cell.method == "sam"), None)
         controls = {cell.micro_batches: cell for cell in block if cell.method == "control"}
         for cell in block:
             row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds)}
             over_base = base if cell != base else None
-            over_sam = sam if cell.method in ("sam", "msam") and cell != sam else None
+            over_sam = sams.get(cell.rho, sam) if cell.method in ("sam", "msam") else None
             row |= _difference("over_base", cell, over_base, runs, seeds)
-            row |= _difference("over_sam", cell, over_sam, runs, seeds)
+            row |= _difference("over_sam", cell, None if over_sam == cell else over_sam, runs, seeds)
             over_control = controls.get(cell.micro_batches) if cell.method == "msam" else None
             row |= _difference("over_control", cell, over_control, runs, seeds)
             rows.append(row)
@@ -115,6 +132,22 @@ def table_3(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     residuals = [values(runs, cell, seeds, "train_residual") for cell in cells_in_order(cells)]
     columns["residual"] = [found.max() if len(found) else float("nan") for found in residuals]
     numbers = numbers.join(pd.DataFrame(columns))
+    return _significant(numbers)
+
+
+def trajectories_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """The largest eigenvalue of each cell after its last epoch, as `table_3` has that of Table 1's networks.
+
+    Args:
+        frame: one row a finished run.
+        cells: specs at seed 0 that measure it along training; a row each, in blocks as those of `table_1`.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+    """
+    numbers, runs = _compared(frame, cells, seeds), frame.set_index("run_id")
+    for name, factor in (("greatest_lambda_1", 1), ("test_accuracy", 100)):
+        found = [mean_interval(factor * values(runs, cell, seeds, name)) for cell in cells_in_order(cells)]
+        numbers[name] = [f.mean for f in found]
+        numbers[f"{name}_half_width"] = [f.half_width for f in found]
     return _significant(numbers)
 
 
@@ -240,12 +273,14 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
     lines = []
     for _, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
+        several = {label for label, count in block["label"].value_counts().items() if count > 1}
         parts = []
         for row in block.itertuples():
+            name = f"{row.label}, rho {row.rho:g}" if row.label in several else row.label
             if row.method == "sam" and "base" in names:
-                parts.append(f"{row.label} over {names['base']}: {verdict(interval(row, 'over_base'), expected)}")
+                parts.append(f"{name} over {names['base']}: {verdict(interval(row, 'over_base'), expected)}")
             if row.method == "msam" and "sam" in names:
-                parts.append(f"{row.label} over {names['sam']}: {verdict(interval(row, 'over_sam'), expected)}")
+                parts.append(f"{name} over {names['sam']}: {verdict(interval(row, 'over_sam'), expected)}")
             if row.method == "msam" and "control" in names:
                 parts.append(f"over the control: {verdict(interval(row, 'over_control'), expected)}")
         if parts:
@@ -377,7 +412,8 @@ def _difference(name: str, cell: Spec, other: Spec | None, runs: pd.DataFrame, s
 
 def _scores(cell: Spec, runs: pd.DataFrame, seeds: int) -> pd.Series:
     """By seed what a cell is compared by; accuracies as percentages."""
-    return (100 if cell.kind == "train" else 1) * values(runs, cell, seeds, score_name(cell))
+    name = score_name(cell)
+    return (100 if name.endswith(("_accuracy", "_score")) else 1) * values(runs, cell, seeds, name)
 
 
 def _significant(table: pd.DataFrame) -> pd.DataFrame:
@@ -417,9 +453,14 @@ def _labels(cells: Sequence[Spec], shown: Sequence[str]) -> dict[Spec, str]:
     return labels
 
 
+def base_name(cell: Spec) -> str:
+    """What a cell's base optimizer is called."""
+    return _BASE[cell.base_optimizer]
+
+
 def method_name(cell: Spec) -> str:
     """What a method is called, with its base optimizer or its m."""
-    base = _BASE[cell.base_optimizer]
+    base = base_name(cell)
     return {
         "base": base,
         "control": f"{base}, m={cell.micro_batches} micro-batches",

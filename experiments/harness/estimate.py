@@ -67,7 +67,7 @@ def _records(root: Path) -> Iterable[Record]:
 
 
 def _roughly(spec: Spec) -> tuple:
-    return spec.kind, spec.model, spec.device, spec.threads, spec.precision
+    return spec.kind, spec.model, spec.device, spec.threads, spec.precision, spec.curvature_every > 0
 
 
 def _exactly(spec: Spec) -> tuple:

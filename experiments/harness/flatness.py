@@ -4,8 +4,12 @@ Everything is measured in float32 and eval mode: BatchNorm with the running stat
 (in train mode the loss of a batch is no mean over its examples, and its Hessian another one), and no dropout. The loss
 is the training loss, label smoothing included, without weight decay; the examples are the first of the training set
 and of the test set, without augmentation. The random draws are the same for all networks.
+
+Where there is BatchNorm, the test accuracy is also taken with its running statistics estimated anew: they average the
+last micro-batches of training, m of them a step, so those of methods with another m have seen other numbers of images.
 """
 
+import copy
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.optim.swa_utils import update_bn
 
 import msam
 from experiments.harness import curvature, sharpness
 from experiments.harness.record import Record, RecordError, record_of
-from experiments.harness.spec import Spec
+from experiments.harness.spec import Spec, score_name
 from experiments.harness.task import Task, build_task
 from experiments.harness.train import Interrupted
 from msam.microbatch import examples
@@ -66,8 +72,7 @@ def measure(
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
     since = time.monotonic()
-    numbers = [name for name in MEASUREMENTS if name not in PICTURES]
-    measurements = {"train": list(MEASUREMENTS) if spec.seed == 0 else numbers, "test": numbers}
+    measurements = {part: measured_on(part, spec.seed, task) for part in ("train", "test")}
     count = sum(map(len, measurements.values()))
 
     def check() -> None:
@@ -75,9 +80,9 @@ def measure(
             raise Interrupted(f"Stopped after {len(done)} of {count} measurements.")
 
     with curvature.evaluating(task.model):
-        for part in ("train", "test"):
+        for part, names in measurements.items():
             look = _Look(spec, task, part, check)
-            for name in measurements[part]:
+            for name in names:
                 if (part, name) in done:
                     continue
                 check()
@@ -117,11 +122,18 @@ def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Tas
     return task, {"network": source.run_id, "network_commit": "+".join(dict.fromkeys(commits))}
 
 
+def measured_on(part: str, seed: int, task: Task) -> list[str]:
+    """Which measurements a part of the data has, in their order."""
+    names = [name for name in MEASUREMENTS if name not in PICTURES or (part == "train" and seed == 0)]
+    batchnorm = any(isinstance(m, BatchNorm) for m in task.model.modules())
+    return [name for name in names if name != "reestimated" or (part == "test" and batchnorm)]
+
+
 class _Look:
     """What all measurements on one part of the data share."""
 
     def __init__(self, spec: Spec, task: Task, part: str, check: Callable[[], None]) -> None:
-        self.spec, self.model = spec, task.model
+        self.spec, self.task, self.model = spec, task, task.model
         self.batch = task.sample(part, spec.measured_examples)
         self.loss_fn = partial(task.loss_fn, task.model)
         parts = msam.split(self.batch, -(-spec.measured_examples // CHUNK))
@@ -197,6 +209,17 @@ def _slices(look: _Look) -> dict[str, Any]:
     return {"slice_positions": list(SLICE), "slice_losses": line, "plane_losses": plane}
 
 
+def _reestimated(look: _Look) -> dict[str, Any]:
+    """The test score with BatchNorm's statistics averaged over an epoch more of mini-batches, at the final weights."""
+    trained, model = look.spec.trained, look.model
+    assert trained is not None
+    before = copy.deepcopy(model.state_dict())
+    update_bn((inputs for inputs, _ in look.task.batches(trained.epochs, 0)), model)
+    score = look.task.evaluate()[score_name(trained)]
+    model.load_state_dict(before)
+    return {f"reestimated_{score_name(trained).partition('_')[2]}": score}
+
+
 MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
     "loss": _loss,
     "eigenvalues": _eigenvalues,
@@ -205,6 +228,7 @@ MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
     "sharpness": _sharpness,
     "micro-batches": _micro_batches,
     "slices": _slices,
+    "reestimated": _reestimated,  # the last one: it writes to the model, if only to put it back
 }
 
 

@@ -6,9 +6,18 @@ libraries' ResNet-50 and ViT at CIFAR's resolution.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]
+"""A normalisation of so many channels."""
+
+
+def groupnorm(channels: int) -> nn.GroupNorm:
+    """Groups of 8 channels, of one example each: nothing that another micro-batch size would change."""
+    return nn.GroupNorm(channels // 8, channels)
 
 
 def build(name: str, classes: int) -> nn.Module:
@@ -19,17 +28,15 @@ def build(name: str, classes: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, normalised after each, with a projection where the shape changes."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
+        self.norm1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
+        self.norm2 = norm(channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -55,10 +62,10 @@ class PreactivationBlock(nn.Module):
         return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
 
 
-def resnet(depth: int, classes: int, width: int = 16) -> nn.Module:
+def resnet(depth: int, classes: int, width: int = 16, norm: Norm = nn.BatchNorm2d) -> nn.Module:
     """CIFAR ResNet of 6n + 2 layers in stages of `width`, 2 `width` and 4 `width` channels."""
-    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    stages = _stages(BasicBlock, (depth - 2) // 6, width, width)
+    stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), norm(width), nn.ReLU()]
+    stages = _stages(partial(BasicBlock, norm=norm), (depth - 2) // 6, width, width)
     return _initialised(nn.Sequential(*stem, *stages, *_head(4 * width, classes)))
 
 
@@ -132,6 +139,7 @@ def vit(
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "linear": lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes)),
     "resnet8": lambda classes: resnet(8, classes),
+    "resnet8-groupnorm": lambda classes: resnet(8, classes, norm=groupnorm),
     "resnet20": lambda classes: resnet(20, classes),
     "resnet50": imagenet_resnet50,
     "wrn-10-1": lambda classes: wide_resnet(10, 1, classes),

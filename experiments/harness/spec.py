@@ -65,7 +65,10 @@ METRICS = {
 } | dict.fromkeys(("sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli", "snippets"), "accuracy")
 """What a text task's score is: the first of its official metrics."""
 
-IMAGE_MODELS = ("linear", "resnet8", "resnet20", "resnet50", "wrn-10-1", "wrn-28-10", "vit-micro", "vit-small")
+IMAGE_MODELS = (
+    *("linear", "resnet8", "resnet8-groupnorm", "resnet20", "resnet50"),
+    *("wrn-10-1", "wrn-28-10", "vit-micro", "vit-small"),
+)
 TEXT_MODELS = ("minilm", "bert-base-uncased", "roberta-base")
 """And any folder with a checkpoint of transformers, whose path holds a slash."""
 SIMULATED_MODELS = ("regression", "two-layer")
@@ -124,6 +127,8 @@ class Spec:
     """If positive: the run is scored on this many training images it never trains on, not on the test set."""
     augmentation: str = "none"
     label_smoothing: float = 0.0
+    label_noise: float = 0.0
+    """Share of the training images whose label is replaced by a wrong one, drawn once for every run and method."""
     momentum: float = 0.9
     """Of SGD; AdamW keeps torch's betas."""
     nesterov: bool = False
@@ -147,7 +152,8 @@ class Spec:
     ranks: int = 1
     """Data-parallel processes, each on its share of every mini-batch; `micro_batches` counts those of all of them."""
     curvature_every: int = 0
-    """Epochs between measurements of the largest Hessian eigenvalue while training; 0 measures none."""
+    """Epochs between measurements of the largest Hessian eigenvalue while training; the last epoch has one too. 0
+    measures none."""
     measured_examples: int = 0
     """Of a curvature run: how many training examples, and how many test examples, it looks at."""
     measured_rho: float = 0.0
@@ -184,6 +190,10 @@ class Spec:
             _refuse("seed", self.seed, "below 2**32")
         if not 0 <= self.label_smoothing < 1:
             _refuse("label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        if not 0 <= self.label_noise < 1:
+            _refuse("label_noise", self.label_noise, "at least 0 and below 1")
+        if self.label_noise and self.dataset not in IMAGES:
+            _refuse("label_noise", self.label_noise, f"0 but for {', '.join(IMAGES)}")
         if self.micro_batches > self.batch_size:
             _refuse(
                 "micro_batches",
@@ -308,6 +318,8 @@ def score_name(spec: Spec) -> str:
     """Which number of a run's summary its table shows: what it is compared by."""
     if spec.kind == "curvature":
         return "train_lambda_1"
+    if spec.curvature_every:
+        return "lambda_1"
     if spec.kind == "theory":
         return "stable_sharpness"
     part = "holdout" if spec.holdout_examples else "test"

@@ -163,6 +163,7 @@ def _train(
     record.finish(
         {
             **scores,
+            **_greatest_and_last([line["lambda_1"] for line in record.metrics() if "lambda_1" in line]),
             "epoch_loss": last["train_loss"],
             "sharpness": last["sharpness"],
             "steps": steps,
@@ -175,11 +176,16 @@ def _train(
 
 def _curvature(spec: Spec, task: Task, epoch: int) -> dict[str, float]:
     """The largest Hessian eigenvalue, if it is this epoch's turn; training goes on as if nothing had been measured."""
-    if not spec.curvature_every or epoch % spec.curvature_every:
+    if not spec.curvature_every or (epoch % spec.curvature_every and epoch != spec.epochs):
         return {}
     from experiments.harness.curvature import lambda_1
 
     return {"lambda_1": lambda_1(task, min(256, spec.examples))}
+
+
+def _greatest_and_last(eigenvalues: list[float]) -> dict[str, float]:
+    """For the summary, what was measured along the training; nothing if nothing was."""
+    return {"greatest_lambda_1": max(eigenvalues), "lambda_1": eigenvalues[-1]} if eigenvalues else {}
 
 
 def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:

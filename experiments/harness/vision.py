@@ -20,6 +20,9 @@ STD = (0.2470, 0.2435, 0.2616)
 
 EVALUATION_BATCH = 250
 
+NOISE_SEED = 1
+"""Of the labels that are made wrong: the same for every run."""
+
 
 def image_task(spec: Spec, data_root: str | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `models.py`."""
@@ -30,7 +33,9 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
     def on_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
 
-    images, labels = on_device(cifar.train_images[train], cifar.train_labels[train])
+    classes = 100 if spec.dataset == "cifar100" else 10
+    noisy = with_wrong_labels(cifar.train_labels[train], spec.label_noise, classes)
+    images, labels = on_device(cifar.train_images[train], noisy)
     if spec.holdout_examples:
         scored = "holdout", on_device(cifar.train_images[holdout], cifar.train_labels[holdout])
     else:
@@ -39,7 +44,6 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
             on_device(cifar.test_images[: spec.test_examples], cifar.test_labels[: spec.test_examples]),
         )
 
-    classes = 100 if spec.dataset == "cifar100" else 10
     model = build(spec.model, classes).to(device, memory_format=torch.channels_last)
 
     def forward(model: nn.Module, images: Tensor) -> Tensor:
@@ -81,6 +85,19 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         sample=sample,
         data={"data_checksum": cifar.checksum, "data_source": cifar.source},
     )
+
+
+def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndarray:
+    """A copy of (N,) labels of which the share, to the nearest example, is wrong.
+
+    Each of the other classes is as likely; what is wrong at one share is wrong in the same way at greater ones.
+    """
+    draws = np.random.default_rng(NOISE_SEED)
+    wrong = draws.permutation(len(labels))[: round(share * len(labels))]
+    shifts = draws.integers(1, classes, len(labels))[wrong]
+    noisy = labels.copy()
+    noisy[wrong] = (labels[wrong] + shifts) % classes
+    return noisy
 
 
 def normalised(images: Tensor) -> Tensor:

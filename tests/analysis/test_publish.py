@@ -17,7 +17,14 @@ from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
 GRID = [replace(SGD, holdout_examples=50, learning_rate=rate) for rate in (0.05, 0.1, 0.2)]
 OTHER = replace(SGD, model="wrn-10-1")
 FILES = {"runs.csv", "curves.csv", "provenance.jsonl"}
-TABLE = {"tables/table1.md", "tables/table1.csv", "tables/table1.tex", "tables/published.md"}
+TABLE = {
+    "tables/table1.md",
+    "tables/table1.csv",
+    "tables/table1.tex",
+    "tables/published.md",
+    "figures/curves.pdf",
+    "figures/curves.png",
+}
 
 
 def experiment(name, table, cells, tuning=()):
@@ -205,7 +212,7 @@ def test_all_reasons_are_told_at_once(tmp_path):
 
 def test_experiment_is_shown_but_not_published(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
-    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2, table3, theory\)"):
+    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2, table3, theory, "):
         published(tmp_path, "one")
 
 

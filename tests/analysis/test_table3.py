@@ -119,13 +119,15 @@ def test_a_terminal_shows_each_model_of_the_theory_by_itself():
 
 def test_other_numbers_give_other_pictures():
     results = all_results()
-    found = pages(results, CELLS, 2, THEORY, 2)
-    forms = [f"figures/{name}.{form}" for name in ("theory", "spectra", "slices") for form in ("pdf", "png")]
+    found = pages(results, {"table3": (CELLS, 2), "theory": (THEORY, 2)})
+    forms = [
+        f"figures/{name}.{form}" for name in ("theory", "flatness", "spectra", "slices") for form in ("pdf", "png")
+    ]
     assert sorted(found) == sorted(forms)
-    stability_alone = pages(results, (), 0, THEORY, 2)
+    stability_alone = pages(results, {"theory": (THEORY, 2)})
     assert list(stability_alone) == ["figures/theory.pdf", "figures/theory.png"]
     assert stability_alone["figures/theory.png"] != found["figures/theory.png"]
-    nothing = pages(Results.of([]), (), 0, THEORY, 2)
+    nothing = pages(Results.of([]), {"theory": (THEORY, 2)})
     assert nothing["figures/theory.png"] != stability_alone["figures/theory.png"]
 
 

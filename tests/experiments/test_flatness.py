@@ -127,6 +127,46 @@ def test_lambda_1_along_training_leaves_the_training_as_it_is(tmp_path):
     assert lines[-1]["lambda_1"] == pytest.approx(exact, rel=0.01)
 
 
+def test_the_last_epoch_is_measured_whatever_its_number(tmp_path):
+    spec = replace(LINEAR, curvature_every=3)
+    train(spec, tmp_path)
+    lines, summary = record_of(spec, tmp_path).metrics(), record_of(spec, tmp_path).summary()
+    found = {line["epoch"]: line["lambda_1"] for line in lines if "lambda_1" in line}
+    assert list(found) == sorted({*range(3, spec.epochs + 1, 3), spec.epochs})
+    assert summary["lambda_1"] == found[spec.epochs]
+    assert summary["greatest_lambda_1"] == max(found.values())
+
+
+def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_weights(tmp_path):
+    spec = replace(measured(replace(RESNET, seed=1)), measured_examples=1)
+    execute(spec, tmp_path)
+    network = spec.trained
+    task = build_task(network)
+    task.model.load_state_dict(torch.load(record_of(network, tmp_path).checkpoint, weights_only=True)["model"])
+    task.model.train()
+    layers = [m for m in task.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    inputs = {layer: [] for layer in layers}
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: inputs[layer].append(args[0].double()))
+    with torch.no_grad():
+        for x, _ in task.batches(network.epochs, 0):
+            task.model(x)
+    for layer, seen in inputs.items():
+        layer.running_mean.copy_(torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
+        layer.running_var.copy_(torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
+    expected = task.evaluate()["test_accuracy"]
+    found = numbers(tmp_path, spec)
+    assert found["test_reestimated_accuracy"] == pytest.approx(expected, abs=0.5 / network.test_examples)
+    assert found["test_reestimated_accuracy"] != record_of(network, tmp_path).summary()["test_accuracy"]
+    assert "train_reestimated_accuracy" not in found
+
+
+def test_networks_without_batchnorm_have_nothing_to_estimate_anew(tmp_path):
+    spec = measured(LINEAR)
+    execute(spec, tmp_path)
+    assert not [name for name in numbers(tmp_path, spec) if "reestimated" in name]
+
+
 def test_each_network_comes_before_what_measures_it():
     specs = with_networks(catalogue.runs("table3", "cpu"))
     places = {spec: i for i, spec in enumerate(specs)}

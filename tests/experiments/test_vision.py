@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import chisquare
 
 from experiments.harness.models import MODELS, build
 from experiments.harness.spec import IMAGE_MODELS, Spec
 from experiments.harness.task import subsets
-from experiments.harness.vision import crop_and_flip, normalised
+from experiments.harness.vision import crop_and_flip, image_task, normalised, with_wrong_labels
 
 SPEC = Spec(
     profile="smoke",
@@ -104,7 +105,44 @@ def test_sizes_of_the_models(name, classes, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("name", ["linear", "resnet8", "resnet20", "wrn-10-1", "vit-micro"])
+def test_with_groupnorm_micro_batches_make_no_difference_and_the_network_is_as_large():
+    torch.manual_seed(0)
+    model, other = build("resnet8-groupnorm", 10).double(), build("resnet8", 10).double()
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in other.parameters())
+    images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    parts = [model(part) for part in images.tensor_split(4)]
+    torch.testing.assert_close(torch.cat(parts), model(images))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
+def test_the_share_of_labels_is_wrong_and_every_wrong_class_is_as_likely(share):
+    labels = np.arange(10_000) % 10
+    noisy = with_wrong_labels(labels, share, 10)
+    wrong = noisy != labels
+    assert wrong.sum() == round(share * len(labels))
+    assert (labels == np.arange(10_000) % 10).all(), "the labels that were given are left alone"
+    if share:
+        shifts = np.bincount((noisy - labels)[wrong] % 10, minlength=10)
+        assert shifts[0] == 0
+        assert chisquare(shifts[1:]).pvalue > 0.001
+        per_class = np.bincount(labels[wrong], minlength=10)
+        assert chisquare(per_class).pvalue > 0.001
+        less = with_wrong_labels(labels, share / 2, 10)
+        changed = less != labels
+        assert (noisy[changed] == less[changed]).all(), "wrong at a smaller share is wrong in the same way at a greater"
+
+
+def test_only_training_labels_are_wrong():
+    noisy = replace(SPEC, train_examples=64, label_noise=0.5, holdout_examples=100)
+    clean = replace(noisy, label_noise=0.0)
+    (x, y), (same_x, right) = (image_task(spec).sample("train", 64) for spec in (noisy, clean))
+    assert torch.equal(x, same_x)
+    assert (y != right).sum() == 32
+    assert torch.equal(image_task(noisy).sample("holdout", 100)[1], image_task(clean).sample("holdout", 100)[1])
+
+
+@pytest.mark.parametrize("name", ["linear", "resnet8", "resnet8-groupnorm", "resnet20", "wrn-10-1", "vit-micro"])
 def test_models_classify_images(name):
     torch.manual_seed(0)
     assert build(name, 100)(torch.randn(2, 3, 32, 32)).shape == (2, 100)

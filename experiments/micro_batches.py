@@ -1,0 +1,64 @@
+"""Accuracy and flatness against m, the number of micro-batches.
+
+    python -m experiments run micro_batches --profile cpu
+    python -m experiments run micro_batches-tuning --profile cpu     # the grid that chose rho for each m
+
+The ResNet of Table 1 on CIFAR-10 at its own batch size, with m = 1 (SAM), 2, 4, ... (the table micro_batches, drawn as
+curves): mSAM at SAM's rho and at a rho tuned for each m, and at each m the control, plain gradients over the same
+micro-batches, which tells the part of micro-batch BatchNorm from mSAM's. So does the same network with GroupNorm,
+whose mini-batch has no part that depends on m. Each network is measured as those of Table 3 are: the largest Hessian
+eigenvalue, and the accuracy with BatchNorm's statistics estimated anew.
+"""
+
+from dataclasses import replace
+
+from experiments import resnet_cifar
+from experiments.harness.spec import Spec, curvature_of, tuning_grid
+
+TABLE = "micro_batches"
+
+M = {"smoke": (2, 4), "cpu": (2, 4, 8, 16, 32), "paper": (2, 4, 8, 16, 32, 64)}
+
+RHO = {"smoke": 0.1, "cpu": 0.05, "paper": 0.05}
+"""SAM's in Table 1, at every m."""
+
+TUNED: dict[str, dict[int, float]] = {"smoke": {}, "cpu": {8: 0.1}, "paper": {}}
+"""The rho of each m where the grid chose another one than `RHO`."""
+
+GROUPNORM = {
+    "smoke": replace(resnet_cifar.SMOKE, model="resnet8-groupnorm"),
+    "cpu": replace(resnet_cifar.CPU, model="resnet8-groupnorm"),
+}
+
+MEASURED = {"smoke": (16, 0.05), "cpu": (256, 0.05), "paper": (512, 0.05)}
+"""Examples and radius of the curvature runs: those of `hessian`, so that runs are shared."""
+
+
+def against_m(base: Spec, profile: str) -> list[Spec]:
+    """The base optimizer, SAM and, at each m, the control, mSAM at SAM's rho, and at its own if that differs."""
+    cells = [base, replace(base, rho=RHO[profile])]
+    for m in M[profile]:
+        rhos = dict.fromkeys((0.0, RHO[profile], TUNED[profile].get(m, RHO[profile])))
+        cells += [replace(base, micro_batches=m, rho=rho) for rho in rhos]
+    return cells
+
+
+RUNS: dict[str, list[Spec]] = {}
+for profile, (examples, radius) in MEASURED.items():
+    base = next(cell for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10")
+    networks = against_m(base, profile)
+    if profile in GROUPNORM:
+        networks += [cell for cell in against_m(GROUPNORM[profile], profile) if cell.method != "control"]
+    RUNS[profile] = [*networks, *curvature_of(networks, examples=examples, rho=radius)]
+
+TUNING = {
+    "cpu": [
+        *tuning_grid(resnet_cifar.CPU, micro_batches=M["cpu"], rhos=(0.025, 0.05, 0.1, 0.2, 0.4)),
+        *tuning_grid(
+            GROUPNORM["cpu"],
+            micro_batches=[8],
+            learning_rates=(0.05, 0.1, 0.2, 0.4),
+            rhos=(0.025, 0.05, 0.1, 0.2),
+        ),
+    ],
+}

@@ -1,0 +1,24 @@
+"""Accuracy against rho, for SAM and mSAM.
+
+    python -m experiments run rho --profile cpu
+
+The ResNet of Table 1 on CIFAR-10, everything but rho as there; the table rho, drawn as a curve. These runs choose
+nothing: the rho of Table 1 comes from its own grid, on held-out images.
+"""
+
+from dataclasses import replace
+
+from experiments import resnet_cifar
+
+TABLE = "rho"
+
+RHOS = {
+    "smoke": (0.1,),
+    "cpu": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+    "paper": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+}
+
+RUNS = {}
+for profile, rhos in RHOS.items():
+    base, control, sam, msam = (cell for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10")
+    RUNS[profile] = [base, control, *(replace(cell, rho=rho) for cell in (sam, msam) for rho in rhos)]

@@ -1,0 +1,121 @@
+"""The side studies' tables and figures: from made-up runs, by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from analysis.collect import Results, Run
+from analysis.figures import pages
+from analysis.publish import STUDIES, publish, redraw, target
+from experiments.harness import catalogue
+from experiments.harness.spec import with_seeds
+
+SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
+GAIN = {"base": 0.0, "control": 0.01, "sam": 0.02, "msam": 0.04}
+M = catalogue.cells("micro_batches", "smoke")
+
+
+def made_up(spec, shift=0.0):
+    """A network whose accuracy is 50 % and its method's gain, a tenth more for each rho of 1, and a seed's part."""
+    if spec.kind == "curvature":
+        summary = {"train_lambda_1": 100.0 - 10 * spec.micro_batches + spec.seed, "test_reestimated_accuracy": 0.61}
+        return Run(spec, {**summary, "wall_seconds": 9.0}, [], [SESSION])
+    accuracy = 0.5 + GAIN[spec.method] + spec.rho / 10 + spec.seed / 100 + shift
+    lines = [
+        {"epoch": epoch, "train_loss": 2.0 / epoch, "sharpness": 0.1 * spec.rho, "lambda_1": 10.0 * epoch + spec.seed}
+        for epoch in (1, 2)
+    ]
+    summary = {"test_accuracy": accuracy, "train_accuracy": 0.9, "wall_seconds": 10.0 * (1 + (spec.rho > 0))}
+    if spec.curvature_every:
+        summary |= {"lambda_1": 80.0 - spec.rho + spec.seed, "greatest_lambda_1": 90.0}
+    return Run(spec, summary, lines, [SESSION])
+
+
+def results(name, shift=0.0, seeds=2):
+    return Results.of([made_up(spec, shift) for spec in catalogue.runs(name, "smoke", seeds)])
+
+
+def test_msam_is_compared_with_sam_of_the_same_rho_where_there_is_one():
+    cells = [replace(c, rho=rho) for c in catalogue.cells("rho", "smoke") if c.rho for rho in (0.1, 0.2)]
+    t = replace(target("rho", "smoke"), cells=tuple(cells))
+    numbers = t.document(Results.of([made_up(spec) for spec in with_seeds(cells, 2)]).runs).numbers
+    rows = {(row.method, row.rho): row for row in numbers.itertuples()}
+    assert rows["msam", 0.1].over_sam == pytest.approx(2.0)
+    assert rows["msam", 0.2].over_sam == pytest.approx(2.0), "with the other SAM it would be 3"
+    assert rows["sam", 0.2].over_sam_n == 0
+    other = replace(t, cells=tuple(c for c in cells if (c.method, c.rho) != ("sam", 0.2)))
+    assert other.document(results("rho").runs).numbers["over_sam"].iloc[-1] != pytest.approx(2.0)
+
+
+def test_a_networks_curvature_run_adds_to_its_row():
+    document = target("micro_batches", "smoke").document(results("micro_batches").runs)
+    networks = [cell for cell in M if cell.kind == "train"]
+    assert len(document.cells) == len(networks) < len(M)
+    row = document.numbers[(document.numbers["method"] == "msam") & (document.numbers["micro_batches"] == 4)].iloc[0]
+    assert (row["lambda_1"], row["reestimated"]) == (60.5, 61.0)
+    assert row["lambda_1_half_width"] == pytest.approx(12.706205 / 2)
+    assert document.cells["lambda 1"].iloc[-1] == "60.5 ± 6.4"
+    assert any("Re-estimated" in note for note in document.notes)
+
+
+def test_claims_tell_rows_of_one_name_apart_by_rho():
+    cells = [replace(c, rho=c.rho * times) for c in catalogue.cells("rho", "smoke") for times in (1, 2)]
+    t = replace(target("rho", "smoke"), cells=tuple(dict.fromkeys(cells)))
+    (claim,) = t.document(Results.of([made_up(spec) for spec in with_seeds(t.cells, 2)]).runs).claims
+    assert "SAM, rho 0.1 over SGD" in claim
+    assert "SAM, rho 0.2 over SGD" in claim
+
+
+def test_trajectories_are_compared_by_their_last_eigenvalue():
+    document = target("trajectories", "smoke").document(results("trajectories").runs)
+    row = document.numbers.set_index("method").loc["msam"]
+    assert (row["mean"], row["over_base"], row["greatest_lambda_1"]) == (80.4, -0.1, 90)
+    assert row["test_accuracy"] == pytest.approx(55.5)
+    assert "mSAM, m=4 over SAM" in document.claims[0]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_study_has_a_table_and_a_figure_that_follow_its_runs(name):
+    t = target(name, "smoke")
+    found = [pages(results(name, shift), {name: (t.cells, t.seeds)}) for shift in (0.0, 0.0, 0.1)]
+    assert list(found[0]) == [f"figures/{name}.pdf", f"figures/{name}.png"]
+    assert found[0] == found[1]
+    if name != "trajectories":  # which shows no accuracy
+        assert found[0][f"figures/{name}.png"] != found[2][f"figures/{name}.png"]
+    nothing = pages(Results.of([]), {name: (t.cells, t.seeds)})
+    assert nothing[f"figures/{name}.png"] != found[0][f"figures/{name}.png"]
+
+
+def test_studies_are_published_and_drawn_again_to_the_byte(tmp_path):
+    folder, targets = tmp_path / "smoke", [target(name, "smoke") for name in STUDIES]
+    runs = {run.run_id: run for t in targets for run in t.runs}
+    publish(folder, "smoke", targets, Results.of([made_up(spec) for spec in runs.values()]))
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert {path.stem for path in before} >= {*STUDIES, "curves"}
+    for path in folder.glob("*/*.*"):
+        path.unlink()
+    redraw(folder, "smoke")
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_studies_share_what_table_1_has_trained():
+    table1 = set(catalogue.runs("table1", "cpu"))
+    for name in ("rho", "batch_size", "label_noise", "micro_batches"):
+        shared = table1 & set(catalogue.runs(name, "cpu"))
+        assert {spec.method for spec in shared} >= {"base", "control", "sam", "msam"}, name
+    assert set(catalogue.runs("table3", "cpu")) & set(catalogue.runs("micro_batches", "cpu"))
+
+
+def test_micro_batches_keep_their_size_when_the_batch_grows():
+    cells = catalogue.cells("batch_size", "cpu")
+    assert {c.batch_size // c.micro_batches for c in cells if c.micro_batches > 1} == {16}
+    assert {c.learning_rate / c.batch_size for c in cells} == {0.4 / 128}
+
+
+def test_at_each_m_there_is_the_control_and_msam_at_sams_rho():
+    networks = [c for c in catalogue.cells("micro_batches", "cpu") if (c.kind, c.model) == ("train", "resnet8")]
+    by_m = {}
+    for cell in networks:
+        by_m.setdefault(cell.micro_batches, set()).add(cell.rho)
+    assert list(by_m) == [1, 2, 4, 8, 16, 32]
+    assert all(rhos >= {0.0, 0.05} for rhos in by_m.values())
