@@ -20,7 +20,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 theory tables figures plan submit status test test-fast bench lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report plan submit status test test-fast bench lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -44,6 +44,17 @@ tune-table2: setup ## Train the missing runs of the grid that chose Table 2's hy
 reproduce-table3: setup ## Measure how flat the networks of Table 1 are (trains the missing ones), then its table and figures
 	@$(call train_and_tabulate,table3)
 
+reproduce-table4: setup ## Time the steps of every method beside each other, then write and print the table
+	@$(call train_and_tabulate,table4)
+
+#=      study-NAME         Likewise a side study: micro_batches, rho, batch_size, label_noise or trajectories
+study-%: setup
+	@$(call train_and_tabulate,$*)
+
+reproduce-all: setup ## Show how long everything takes, then run whatever is missing of it
+	@$(python) -m experiments plan all $(how)
+	@$(call train_and_tabulate,all)
+
 theory: setup ## Simulate what linear stability predicts, then write and print predicted beside simulated, and the figure
 	@$(call train_and_tabulate,theory)
 
@@ -51,6 +62,8 @@ tables: setup ## Draw the committed tables and figures again from the committed 
 	$(python) -m analysis --from-committed --profile "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
 
 figures: tables ## The same: each figure is drawn with its table
+
+report: tables ## The same: report.html is written with them
 
 plan: setup ## List the runs of Table 1: which are done, which would train
 	$(python) -m experiments plan table1 $(how)

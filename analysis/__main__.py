@@ -27,7 +27,8 @@ class Arguments:
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
-    """Tables, experiments, or their grids (table1-tuning). Left out: table1, and what else has runs of its own."""
+    """Tables, experiments, or their grids (table1-tuning), each with a number of seeds if wanted (table1:8); all: every
+    table. Left out: table1, and what else has runs of its own."""
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
     """Size of the runs: smoke, cpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
@@ -58,21 +59,21 @@ def run(arguments: Arguments) -> str:
         return _from_committed(arguments, root)
 
     from analysis.collect import Results, collect, write_files
-    from analysis.publish import pages, publish
-    from analysis.render import table_files
+    from analysis.publish import documents, everything, publish
 
     found = collect(root)
     results = Results.of(run for run in found.finished if run.spec.profile == arguments.profile)
     targets = _targets(arguments, results)
-    documents = [target.document(results.runs, found.failures) for target in targets]
-    committed = [_committed(root / arguments.profile, target.name) for target in targets]
+    told = documents(arguments.profile, targets, results, found.failures)
+    committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     if arguments.publish:
         publish(root / arguments.profile, arguments.profile, targets, results)
         folder = root / arguments.profile
     else:
         folder = root / "local" / arguments.profile
-        write_files(folder, {**results.texts(), **table_files(documents), **pages(targets, results)})
-    parts = [d.terminal(c) for d, c in zip(documents, committed, strict=True)]
+        files = everything(arguments.profile, targets, results, told)
+        write_files(folder, {**results.texts(), **files})
+    parts = [document.terminal(committed.get(document.name)) for document in told]
     return "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
 
 
@@ -92,7 +93,10 @@ def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
     if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
         raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
     if arguments.targets:
-        return [target(name, *where, arguments.seeds, arguments.gpus) for name in dict.fromkeys(arguments.targets)]
+        known = catalogue.targets()
+        tables = [name for name in TABLES if name in known and catalogue.cells(name, arguments.profile)]
+        names = dict.fromkeys(n for name in arguments.targets for n in (tables if name == "all" else [name]))
+        return [target(*_with_seeds(name, arguments.seeds, where), arguments.gpus) for name in names]
     known, chosen, shared = catalogue.targets(), [], set[Spec]()
     for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
@@ -102,6 +106,14 @@ def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
                 chosen.append(found)
             shared |= own
     return chosen
+
+
+def _with_seeds(name: str, seeds: int | None, where: tuple[str, Path]) -> tuple[str, str, Path, int | None]:
+    """A target as it was named, `table1:8` say, and where its runs are, for `target`."""
+    name, colon, own = name.partition(":")
+    if colon and not own.isdecimal():
+        raise SpecError(f"A target may be followed by a colon and a number of seeds, as in table1:8; not {own!r}.")
+    return name, *where, int(own) if colon else seeds
 
 
 def _committed(folder: Path, name: str) -> "pd.DataFrame | None":

@@ -19,7 +19,7 @@ from scipy import stats
 
 from analysis import tables
 from analysis.collect import Results
-from analysis.statistics import mean_interval
+from analysis.statistics import Interval, mean_interval
 from experiments.harness.spec import METHODS, Spec, score_name
 
 COLOURS = dict(zip(METHODS, ("#4d4d4d", "#8c8cd9", "#d98c26", "#1b7837"), strict=True))
@@ -63,6 +63,7 @@ def pages(results: Results, shown: Mapping[str, tuple[Sequence[Spec], int]]) -> 
         found["theory"] = theory(simulated, results.runs, flat, seeds, problems)
     for name, (title, figure) in {
         "table1": ("curves", curves),
+        "table4": ("cost", cost),
         "trajectories": ("trajectories", trajectories),
         "micro_batches": ("micro_batches", against_m),
         "rho": ("rho", against_rho),
@@ -85,14 +86,11 @@ def curves(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
         figure = Figure(figsize=(3.4 * len(panels), 5), layout="constrained")
         losses, rises = figure.subplots(2, len(panels), squeeze=False)
         for top, bottom, (title, rows) in zip(losses, rises, panels.items(), strict=True):
-            lowest = {}
+            last = {tables.method_name(c): _band(top, results.curves, c, seeds, "train_loss") for c in rows}
             for cell in rows:
-                lowest[tables.method_name(cell)] = _band(top, results.curves, cell, seeds, "train_loss")
                 if cell.rho:
                     _band(bottom, results.curves, cell, seeds, "sharpness")
-            known = {name: value for name, value in lowest.items() if value is not None}
-            seen = f"\n{max(known, key=known.__getitem__)} ends highest" if known else ""
-            top.set(title=f"{title}{seen}", xlabel="epoch", ylabel="training loss", yscale="log")
+            top.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="training loss", yscale="log")
             bottom.set(xlabel="epoch", ylabel="rise of the loss under e", yscale="log")
             _legend(top)
             _legend(bottom)
@@ -106,9 +104,7 @@ def trajectories(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
         figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
         for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
             last = {tables.method_name(c): _band(axes, results.curves, c, seeds, "lambda_1") for c in rows}
-            known = {name: value for name, value in last.items() if value is not None}
-            seen = f": {min(known, key=known.__getitem__)} ends flattest" if known else ""
-            axes.set(title=f"{title}{seen}, n = {seeds}", xlabel="epoch", ylabel="lambda 1", yscale="log")
+            axes.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="lambda 1", yscale="log")
             _legend(axes)
     return figure
 
@@ -190,38 +186,83 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             curvature.set(title="flatness, training data", ylabel="lambda 1")
             for axes in line:
                 axes.set_xlabel("m, micro-batches of a mini-batch")
-                if not axes.has_data():
+                if axes.has_data():
+                    axes.set_xscale("log", base=2)
+                else:
+                    axes.set_title("")
                     axes.set_axis_off()
-                    continue
-                axes.set_xscale("log", base=2)
             _legend(score, fontsize=6)
     return figure
 
 
+def cost(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
+    """Time of a step over the base optimizer's, and memory, against m: a column a network; dashed: several workers."""
+    numbers = tables.table_4(results.runs, cells, seeds)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * len(cells), 5), layout="constrained")
+        grid = figure.subplots(2, len(cells), squeeze=False)
+        for (time, memory), (block, rows) in zip(grid.T, numbers.groupby("block", sort=True), strict=True):
+            for workers, style in zip(rows["workers"].unique(), ("-", "--"), strict=False):
+                for method, others in (("control", ("base", "control")), ("msam", ("sam", "msam"))):
+                    line = rows[rows["method"].isin(others) & (rows["workers"] == workers) & (rows["n"] > 0)]
+                    if line.empty:
+                        continue
+                    look = {
+                        "color": COLOURS[method],
+                        "ms": 4,
+                        "lw": 1,
+                        "mfc": COLOURS[method] if workers == 1 else "none",
+                    }
+                    words = METHOD_WORDS[method].format(base=tables.base_name(cells[block]))
+                    label = words + (f", {workers} workers" if workers > 1 else "")
+                    half = line["half_width"].fillna(0)
+                    form = f"{MARKS[method]}{style}"
+                    time.errorbar(line["micro_batches"], line["mean"], half, fmt=form, capsize=2, label=label, **look)
+                    spread = line["memory_bytes_half_width"].fillna(0) / 1e6
+                    size = line["memory_bytes"] / 1e6
+                    memory.errorbar(line["micro_batches"], size, spread, fmt=form, capsize=2, label=label, **look)
+                    first = line.iloc[0]
+                    for axes, y in ((time, first["mean"]), (memory, first["memory_bytes"] / 1e6)):
+                        mark = {"ms": 5, "color": COLOURS[first["method"]]}
+                        axes.plot([first["micro_batches"]], [y], MARKS[first["method"]], **mark)
+            found = rows[(rows["method"] == "msam") & (rows["workers"] == 1) & (rows["n"] > 0)]
+            seen = (
+                "" if found.empty else f"\nm={found['micro_batches'].iloc[-1]}: {found['mean'].iloc[-1]:.1f} times base"
+            )
+            time.set(title=f"{cells[block].model}, batch {cells[block].batch_size}{seen}", ylim=(0, None))
+            memory.set(ylim=(0, None))
+            for axes, words in ((time, "time over the base's step"), (memory, "memory of a step, MB")):
+                axes.set(xlabel="m", ylabel=words)
+                axes.set_xscale("log", base=2)
+        _legend(grid[0][0], fontsize=6)
+    return figure
+
+
 def flatness(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
-    """Test accuracy of every network against its largest eigenvalue, with their rank correlation: a panel a model."""
+    """Test accuracy of every network against its largest eigenvalue: a panel a model.
+
+    The title has the rank correlation over the methods within a seed, as its mean over the seeds.
+    """
     frame = results.runs.set_index("run_id")
     with mpl.rc_context(STYLE):
         panels = _models(cells)
         figure = Figure(figsize=(3.9 * len(panels), 3), layout="constrained")
         for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
-            pairs = []
+            points: dict[int, list[tuple[float, float]]] = {seed: [] for seed in range(seeds)}
             for cell in rows:
                 assert cell.trained is not None
                 eigenvalues = tables.values(frame, cell, seeds, "train_lambda_1")
-                scores = 100 * tables.values(frame, cell.trained, seeds, score_name(cell.trained))
+                scores = 100 * tables.values(frame, cell, seeds, score_name(cell.trained))
                 both = sorted(set(eigenvalues.index) & set(scores.index))
-                points = [(eigenvalues[seed], scores[seed]) for seed in both]
-                if points:
+                for seed in both:
+                    points[seed].append((eigenvalues[seed], scores[seed]))
+                if both:
                     label = tables.method_name(cell)
-                    axes.plot(
-                        *zip(*points, strict=True), MARKS[cell.method], ms=4, color=COLOURS[cell.method], label=label
-                    )
-                pairs += points
-            seen = ""
-            if len(pairs) > 3:
-                found = stats.spearmanr(pairs)
-                seen = f"\nrank correlation {found.statistic:+.2f}, p = {found.pvalue:.2g}, {len(pairs)} networks"
+                    look = {"ms": 4, "color": COLOURS[cell.method], "label": label}
+                    axes.plot(eigenvalues[both], scores[both], MARKS[cell.method], **look)
+            ranks = mean_interval(stats.spearmanr(found).statistic for found in points.values() if len(found) > 2)
+            half = f" ± {ranks.half_width:.2f}" if ranks.n > 1 else ""
+            seen = f"\nrank correlation of a seed's methods {ranks.mean:+.2f}{half} ({ranks.n})" if ranks.n else ""
             axes.set(title=f"{title}{seen}", xlabel="lambda 1, training data", ylabel="test accuracy %")
             _legend(axes)
     return figure
@@ -271,7 +312,8 @@ def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 grid = np.linspace(nodes.min() - 1, nodes.max() + 1, 800)
                 width = (nodes.max() - nodes.min()) / 100
                 bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
-                axes.semilogy(grid, _rounded(bumps @ weights), color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
+                density = _rounded(bumps @ weights)
+                axes.semilogy(grid, density, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
             axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
             _legend(axes)
     return figure
@@ -385,19 +427,30 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
 
 
-def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str) -> float | None:
+def _ends(last: Mapping[str, Interval]) -> str:
+    """For a title: between what means the lines end, and how many seeds are behind them."""
+    known = {name: interval for name, interval in last.items() if interval.n}
+    if not known:
+        return ""
+    low, high = (choose(known, key=lambda name: known[name].mean) for choose in (min, max))
+    counts = "-".join(map(str, sorted({interval.n for interval in known.values()})))
+    return f"\nends at {known[low].mean:.3g} ({low}) to {known[high].mean:.3g} ({high}), n = {counts}"
+
+
+def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str) -> Interval:
     """The mean over seeds by epoch as a line in its 95 % band.
 
     Returns:
-        The last mean; None without data.
+        The last one.
     """
+    nothing = mean_interval([])
     if column not in curves:
-        return None
+        return nothing
     ids = [replace(cell, seed=seed).run_id for seed in range(seeds)]
     rows = curves[curves["run_id"].isin(ids) & curves[column].notna()]
     found = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
     if not found:
-        return None
+        return nothing
     colour = COLOURS[cell.method]
     means, halves = (np.array([getattr(f, name) for f in found.values()]) for name in ("mean", "half_width"))
     mark = MARKS[cell.method] if len(found) < 20 else ""
@@ -405,7 +458,7 @@ def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str)
     axes.plot(list(found), means, f"{mark}{style}", ms=3, lw=1, color=colour, label=tables.method_name(cell))
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
     axes.fill_between(list(found), np.maximum(low, means / 100), high, color=colour, alpha=0.2, lw=0)
-    return float(means[-1])
+    return found[max(found)]
 
 
 def _points(
@@ -425,6 +478,7 @@ def _points(
         (getattr(cell, field), mean_interval(factor * tables.values(frame, cell, seeds, column or score_name(cell))))
         for cell in sorted(cells, key=lambda cell: getattr(cell, field))
     ]
+    own = [(getattr(cell, field), cell.method) for cell in cells]
     found = [(x, interval) for x, interval in found if interval.n]
     if not found:
         return
@@ -441,6 +495,9 @@ def _points(
         mfc=COLOURS[method] if style == "-" else "none",
         label=label,
     )
+    for x, other in own:  # m = 1 of a line is the base optimizer or SAM: each method keeps its colour and mark
+        if other != method and x in dict(found):
+            axes.plot([x], [dict(found)[x].mean], MARKS[other], ms=5, color=COLOURS[other])
 
 
 def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
@@ -461,9 +518,11 @@ def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, words: str, fi
     if not found:
         return ""
     best = max(found, key=lambda cell: found[cell].mean)
+    place = "" if field in ("micro_batches", "rho") else f", {words} {getattr(best, field):g}"
+    rho = f", rho {best.rho:g}" if best.rho else ""
+    half = f" ± {found[best].half_width:.1f}" if found[best].n > 1 else ""
     name = tables.method_name(best)
-    place = "" if field == "micro_batches" else f" at {words} {getattr(best, field):g}"
-    return f"\nhighest: {found[best].mean:.1f} %, {name}{place}, n = {found[best].n}"
+    return f"\nhighest mean {found[best].mean:.1f}{half} %: {name}{rho}{place} (n = {found[best].n})"
 
 
 def _tuned(cells: Sequence[Spec], m: int, rho: float) -> Spec:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import render, tables
+from analysis.claims import document_claims
 from analysis.collect import UNKNOWN, Results, write_files
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import IMAGES, Spec, score_name, with_ranks, with_seeds
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
-TABLES = ("table1", "table2", "table3", "theory", *STUDIES)
+TABLES = ("table1", "table2", "table3", "table4", "theory", *STUDIES)
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
 
@@ -49,7 +50,7 @@ class Target:
         if self.tuning:
             return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
         first = self.cells[0]
-        kinds = {"curvature": render.document_3, "theory": render.document_theory}
+        kinds = {"curvature": render.document_3, "theory": render.document_theory, "cost": render.document_4}
         of_scores = render.document_1 if first.dataset in IMAGES else render.document_2
         document = render.document_trajectories if first.curvature_every else kinds.get(first.kind, of_scores)
         return document(self.name, frame, self.cells, self.seeds, failures)
@@ -98,14 +99,14 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         raise Refused("\n".join(reasons))
     before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
     fresh = results.only({run.run_id for t in chosen for run in t.runs})
-    after = before.only(_kept(before, profile, chosen)).joined(fresh)
+    after = before.only(_kept(folder, before, profile, chosen)).joined(fresh)
     tables_now = drawn(folder, profile, after)
     for other in tables_now:
         if mixed(other, after) and not mixed(other, before):
             reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
     if reasons:
         raise Refused("\n".join(reasons))
-    files = {**after.texts(), **_tables(tables_now, after), **pages(tables_now, after)}
+    files = {**after.texts(), **everything(profile, tables_now, after)}
     write_files(folder, files)
     return [folder / name for name in files]
 
@@ -125,19 +126,35 @@ def redraw(folder: Path, profile: str) -> list[Path]:
         )
     results = Results.read(folder)
     found = drawn(folder, profile, results)
-    files = {**_tables(found, results), **pages(found, results)}
+    files = everything(profile, found, results)
     write_files(folder, files)
     return [folder / name for name in files]
 
 
-def pages(targets: Sequence[Target], results: Results) -> dict[str, bytes]:
-    """The figures of these tables by their path below a results folder."""
-    shown = {t.name: (t.cells, t.seeds) for t in targets if not t.tuning}
-    if not shown:
-        return {}
-    from analysis import figures
+def documents(
+    profile: str, targets: Sequence[Target], results: Results, failures: Mapping[str, str] | None = None
+) -> list[render.Document]:
+    """The tables, and behind them what they say of the abstract's claims, if one of them says anything."""
+    found = [t.document(results.runs, failures) for t in targets]
+    claims = document_claims(profile, results, _shown(targets))
+    return [*found, claims] if len(claims.numbers) else found
 
-    return figures.pages(results, shown)
+
+def everything(
+    profile: str, targets: Sequence[Target], results: Results, told: Sequence[render.Document] | None = None
+) -> dict[str, str | bytes]:
+    """Tables, claims, figures and the report, by their path below a results folder; `told` if `documents` is known."""
+    from analysis import figures
+    from analysis.report import report
+
+    told = documents(profile, targets, results) if told is None else told
+    pictures = figures.pages(results, _shown(targets))
+    page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], results)
+    return {**render.table_files(told), **pictures, "report.html": page}
+
+
+def _shown(targets: Sequence[Target]) -> dict[str, tuple[Sequence[Spec], int]]:
+    return {t.name: (t.cells, t.seeds) for t in targets if not t.tuning}
 
 
 def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
@@ -199,10 +216,10 @@ def _not_a_table(t: Target) -> list[str]:
     return [f"{t.name} is an experiment, a part of a table: publish the table itself ({', '.join(TABLES)})."]
 
 
-def _kept(before: Results, profile: str, chosen: Sequence[Target]) -> set[str]:
-    """The committed runs of tables that are not published now."""
+def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target]) -> set[str]:
+    """The committed runs of committed tables that are not published now."""
     names = {t.name for t in chosen}
-    others = [t.cells for t in publishable(profile) if t.name not in names]
+    others = [t.cells for t in drawn(folder, profile, before) if t.name not in names]
     fresh = {run.run_id for t in chosen for run in t.runs}
     seeds = 1 + int(before.runs["seed"].max()) if len(before.runs) else 0
     return {run.run_id for cells in others for run in with_seeds(cells, seeds)} - fresh
@@ -214,10 +231,6 @@ def _seeds(cell: Spec, ids: set[str]) -> int:
     while replace(cell, seed=seeds).run_id in ids:
         seeds += 1
     return seeds
-
-
-def _tables(targets: Sequence[Target], results: Results) -> dict[str, str]:
-    return render.table_files([t.document(results.runs) for t in targets])
 
 
 def _command(t: Target) -> str:

@@ -36,6 +36,7 @@ NOTES_1 = (
     "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
     "The test accuracy is that of the last epoch, never of the best one.",
 )
+NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho where there is one."
 NOTE_MEASURED = (
     "Lambda 1 is the largest Hessian eigenvalue of the training loss, measured as in Table 3. Re-estimated: the test "
     "accuracy once BatchNorm's statistics have been averaged over one more epoch of mini-batches at the final weights."
@@ -63,6 +64,16 @@ NOTES_3 = (
     "Reparametrisation can change all of these without changing the function (Dinh et al. 2017, arXiv 1703.04933): "
     "between methods of one network and training they compare, between networks they do not.",
 )
+NOTES_4 = (
+    "A step is zero_grad, the gradient and the optimizer, on batches that are there; median over rounds in which every "
+    "method takes one step in a random order, in one process, with one thread on CPUs. Means ± half-width of the 95 % "
+    "Student t interval over repetitions (their number). Over base, over SAM: of their steps on as many workers. On "
+    "several workers SAM has one perturbation for all, from the gradient averaged over them, as plain data parallelism "
+    "would have it; each worker perturbs its own micro-batches with mSAM.",
+    "Memory: the peak of what a step allocates above weights, data and what stood before it, in one worker. Reduced: "
+    "what each worker hands over to be averaged in a step, seen by DistributedDataParallel's own hook; plain training "
+    "hands over each gradient once.",
+)
 NOTES_THEORY = (
     "Largest sharpness lambda_max(H) of an interpolating minimum at which the method's own steps stay there: simulated "
     "(mean ± half-width of the 95 % interval over random problems) and predicted by docs/theory.md.",
@@ -75,7 +86,7 @@ NOTES_TUNING = (
     f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at.",
 )
 
-_CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho")
+_CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho", "batch_size", "label_noise")
 
 COMMITTED = frozenset({*_CELL, "mean", "half_width", "n"})
 """The columns that a committed table needs to be shown beside ours."""
@@ -171,6 +182,11 @@ def document_1(
             "dataset": numbers["dataset"],
             "model": [LINEAR if row.model == "linear" else row.model for row in rows],
             "method": numbers["label"],
+            **{
+                words: [f"{value:g}" for value in numbers[name]]
+                for name, words in (("batch_size", "batch"), ("label_noise", "wrong labels"))
+                if numbers[name].nunique() > 1
+            },
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
             "test accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
             "over base": [_signed(tables.interval(row, "over_base")) for row in rows],
@@ -178,6 +194,7 @@ def document_1(
             "train accuracy %": [_number(row.train_accuracy, ".2f") for row in rows],
         }
     )
+    several = numbers[numbers["method"] == "sam"].groupby("block")["rho"].nunique().gt(1).any()
     if measured := "lambda_1" in numbers:
         text["lambda 1"] = _measure(numbers, "lambda_1")
         text["BatchNorm re-estimated %"] = _percent(numbers, "reestimated")
@@ -188,7 +205,7 @@ def document_1(
         text,
         title=f"{name}: test accuracy",
         claims=tables.claims(numbers),
-        notes=(*notes, *NOTES_1, *([NOTE_MEASURED] if measured else [])),
+        notes=(*notes, *NOTES_1, *([NOTE_SAME_RHO] if several else []), *([NOTE_MEASURED] if measured else [])),
     )
 
 
@@ -297,6 +314,42 @@ def document_3(
     )
 
 
+def document_4(
+    name: str,
+    frame: pd.DataFrame,
+    cells: Sequence[Spec],
+    seeds: int,
+    failures: Mapping[str, str] | None = None,
+) -> Document:
+    """Table 4, or the part of it that one experiment fills, ready to be written."""
+    numbers = tables.table_4(frame, cells, seeds)
+    marks, notes = _row_notes(numbers, failures or {})
+    rows = list(numbers.itertuples())
+    text = pd.DataFrame(
+        {
+            "dataset": numbers["dataset"],
+            "model": numbers["model"],
+            "batch": numbers["batch_size"].astype(str),
+            "method": [row.label.partition(", batch")[0] for row in rows],
+            "workers": numbers["workers"].astype(str),
+            "ms a step": _measure(numbers, "seconds", 1000),
+            "over base": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            "over SAM": _uncounted(numbers, [spread(tables.interval(row, "over_sam")) for row in rows]),
+            "examples/s": [_number(row.examples_per_second, ".0f") for row in rows],
+            "memory, MB": [_number(row.memory_bytes / 1e6, ".1f") for row in rows],
+            "reduced, MB": [_number(row.reduced_bytes / 1e6, ".2f") if row.workers > 1 else "" for row in rows],
+        }
+    )
+    return _document(
+        (name, frame, cells, seeds),
+        numbers,
+        text,
+        title=f"{name}: cost",
+        claims=tables.cost_claims(numbers),
+        notes=(*notes, *NOTES_4),
+    )
+
+
 def document_theory(
     name: str,
     frame: pd.DataFrame,
@@ -398,7 +451,7 @@ def table_files(documents: Iterable[Document]) -> dict[str, str]:
     """The files of all tables by their path below a results folder, and the published rows beside them."""
     documents = list(documents)
     found = {f"tables/{name}": text for document in documents for name, text in document.files().items()}
-    numbers = [d.numbers for d in documents if not d.name.endswith("-tuning")]
+    numbers = [d.numbers for d in documents if not d.name.endswith("-tuning") and "model" in d.numbers]
     models, datasets = ([v for n in numbers for v in n[key]] for key in ("model", "dataset"))
     rows = published.neighbours(models, datasets)
     return found | ({"tables/published.md": published.markdown(rows)} if rows else {})
@@ -449,21 +502,24 @@ def _measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[st
     """A column of `table_3` with its intervals, without the count that its row gives already."""
     if column not in numbers:
         return [""] * len(numbers)
-    return [_uncounted(significant(found)) for found in _intervals(numbers, column, factor)]
+    return _uncounted(numbers, [significant(found) for found in _intervals(numbers, column, factor)])
 
 
 def _percent(numbers: pd.DataFrame, column: str) -> list[str]:
     """As `_measure`, with the digits of a score."""
-    return [_uncounted(spread(found)) for found in _intervals(numbers, column)]
+    return _uncounted(numbers, [spread(found) for found in _intervals(numbers, column)])
 
 
 def _intervals(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[Interval]:
-    found = zip(numbers[column], numbers[f"{column}_half_width"], numbers["n"], strict=True)
+    counts = numbers.get(f"{column}_n", numbers["n"])
+    found = zip(numbers[column], numbers[f"{column}_half_width"], counts, strict=True)
     return [Interval(factor * a, factor * b, 0 if pd.isna(a) else int(n)) for a, b, n in found]
 
 
-def _uncounted(text: str) -> str:
-    return re.sub(r" \(\d+\)$|^not run$", "", text)
+def _uncounted(numbers: pd.DataFrame, texts: Iterable[str]) -> list[str]:
+    """The texts without the count that their row gives already, and nothing for what was not run."""
+    counts = zip(texts, numbers["n"], strict=True)
+    return [text.removesuffix(f" ({n})").removesuffix("not run") for text, n in counts]
 
 
 def _document(

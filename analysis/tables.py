@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.statistics import Interval, mean_interval, paired_difference
-from experiments.harness.spec import Spec, SpecError, score_name
+from experiments.harness.spec import Spec, SpecError, in_percent, score_name, timed_steps
 
 DIGITS = 6
 """Of the numbers in a table's CSV: the last bits of a mean may differ from machine to machine."""
@@ -54,7 +55,10 @@ def table_1(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
                     **_measured(measured.get(cell), runs, seeds),
                 }
             )
-    return numbers.join(_numbers(rows))
+    numbers = numbers.join(_numbers(rows))
+    more = [" ".join(run_ids(measured[c], runs, seeds)) if c in measured else "" for c in cells_in_order(cells)]
+    numbers["run_ids"] = [" ".join(filter(None, both)) for both in zip(numbers["run_ids"], more, strict=True)]
+    return numbers
 
 
 def _measured(cell: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float]:
@@ -64,7 +68,7 @@ def _measured(cell: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, fl
     columns = {}
     for name, column, factor in (("lambda_1", "train_lambda_1", 1), ("reestimated", "test_reestimated_accuracy", 100)):
         found = mean_interval(factor * values(runs, cell, seeds, column))
-        columns |= {name: found.mean, f"{name}_half_width": found.half_width}
+        columns |= {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
     return columns
 
 
@@ -76,29 +80,39 @@ def cells_in_order(cells: Sequence[Spec]) -> list[Spec]:
 def _compared(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
     """A row a cell: what it is, its score, and the differences to the base, to SAM and to its control."""
     runs, rows = frame.set_index("run_id"), []
-    labels = _labels(cells, ("dataset", "model", "rho"))
+    labels = _labels(cells, ("dataset", "model", "rho", "batch_size", "label_noise"))
     for number, block in enumerate(_blocks(cells, ("micro_batches", "seed", *_TUNED))):
+        for cell, others in references(block).items():
+            row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds)}
+            for name, other in others.items():
+                row |= _difference(name, cell, other, runs, seeds)
+            rows.append(row)
+    return _numbers(rows)
+
+
+def references(cells: Sequence[Spec]) -> dict[Spec, dict[str, Spec | None]]:
+    """What each cell is compared with, in the order of the tables' rows: `over_base`, `over_sam`, `over_control`."""
+    found = {}
+    for block in _blocks(cells, ("micro_batches", "seed", *_TUNED)):
         base = next((cell for cell in block if cell.method == "base"), None)
         sams = {cell.rho: cell for cell in reversed(block) if cell.method == "sam"}
         sam = next((cell for cell in block if cell.method == "sam"), None)
         controls = {cell.micro_batches: cell for cell in block if cell.method == "control"}
         for cell in block:
-            row = {"block": number, "label": labels[cell], **_identity(cell, runs, seeds)}
-            over_base = base if cell != base else None
-            over_sam = sams.get(cell.rho, sam) if cell.method in ("sam", "msam") else None
-            row |= _difference("over_base", cell, over_base, runs, seeds)
-            row |= _difference("over_sam", cell, None if over_sam == cell else over_sam, runs, seeds)
-            over_control = controls.get(cell.micro_batches) if cell.method == "msam" else None
-            row |= _difference("over_control", cell, over_control, runs, seeds)
-            rows.append(row)
-    return _numbers(rows)
+            others = {
+                "over_base": base,
+                "over_sam": sams.get(cell.rho, sam) if cell.method in ("sam", "msam") else None,
+                "over_control": controls.get(cell.micro_batches) if cell.method == "msam" else None,
+            }
+            found[cell] = {name: None if other == cell else other for name, other in others.items()}
+    return found
 
 
 def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
     """`table_1` of text tasks, with the score of whoever always gives the commonest answer (`majority`)."""
     numbers, runs = table_1(frame, cells, seeds), frame.set_index("run_id")
     found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
-    known = {cell.dataset: 100 * scores.mean() for cell, scores in found.items() if len(scores)}
+    known = {cell.dataset: 100 * majority.mean() for cell, majority in found.items() if len(majority)}
     numbers["majority"] = numbers["dataset"].map(known).astype(float).round(DIGITS)
     return numbers
 
@@ -149,6 +163,95 @@ def trajectories_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -
         numbers[name] = [f.mean for f in found]
         numbers[f"{name}_half_width"] = [f.half_width for f in found]
     return _significant(numbers)
+
+
+TIMED = ("ratio", "seconds", "examples_per_second", "memory_bytes", "reduced_bytes")
+"""What a cost run says of each of its steps."""
+
+
+def table_4(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """What a step of each method takes, for each number of micro-batches and workers.
+
+    Args:
+        frame: one row a finished run.
+        cells: cost specs at seed 0, a block each.
+        seeds: repetitions 0, ..., seeds - 1 are expected and looked at.
+
+    Returns:
+        A row for each method, m and number of workers of each cell. `mean` is the time of a step over that of the base
+        optimizer on as many workers, the mean over the repetitions of the median over rounds; `over_sam` the time
+        over SAM's, likewise. Other measures are as in `table_3`.
+    """
+    runs, rows = frame.set_index("run_id"), []
+    for number, cell in enumerate(cells):
+        for workers in dict.fromkeys((1, cell.workers)):
+            for step in timed_steps(cell, workers):
+                name = f"{step.method}_m{step.micro_batches}_w{workers}"
+                found = {key: mean_interval(values(runs, cell, seeds, f"{name}_{key}")) for key in TIMED}
+                told = f"{method_name(step)}, batch {cell.batch_size}" + (f", {workers} workers" * (workers > 1))
+                row = {"block": number, "label": told, **_identity(cell, runs, seeds), "method": step.method}
+                row |= {"micro_batches": step.micro_batches, "rho": step.rho, "workers": workers}
+                row |= {"batch_size": cell.batch_size, "mean": found["ratio"].mean, "n": found["ratio"].n}
+                row |= {"half_width": found["ratio"].half_width}
+                for key, interval_ in found.items():
+                    row |= {key: interval_.mean, f"{key}_half_width": interval_.half_width}
+                sam = values(runs, cell, seeds, f"sam_m1_w{workers}_seconds")
+                over = mean_interval((values(runs, cell, seeds, f"{name}_seconds") / sam).dropna())
+                row |= {"over_sam": over.mean, "over_sam_half_width": over.half_width, "over_sam_n": over.n}
+                row["parameters"] = mean_interval(values(runs, cell, seeds, "parameters")).mean
+                rows.append(row)
+    return _significant(pd.DataFrame(rows))
+
+
+def cost_claims(numbers: pd.DataFrame) -> list[str]:
+    """What mSAM costs over SAM, and how the time of its step grows with m, the batch and the network."""
+    lines = []
+    alone = numbers[(numbers["workers"] == 1) & (numbers["n"] > 0)]
+    for (model, batch), rows in alone.groupby(["model", "batch_size"], sort=False):
+        times = [
+            f"m={row.micro_batches} {_times(interval(row, 'over_sam'))}"
+            for row in rows.itertuples()
+            if row.method == "msam"
+        ]
+        sam = next(row for row in rows.itertuples() if row.method == "sam")
+        told = _times(Interval(sam.mean, sam.half_width, int(sam.n)))
+        base = rows["label"].iloc[0].partition(",")[0]
+        lines.append(
+            f"{model}, batch {batch}: SAM takes {told} times as long as {base}; mSAM over SAM: {', '.join(times)}."
+        )
+    perturbed = alone[alone["method"].isin(("sam", "msam"))]
+    for model, rows in perturbed.groupby("model", sort=False):
+        several = rows["batch_size"].nunique() > 1
+        size = rows["batch_size"] if several else rows["batch_size"] * 0 + 1
+        design = np.column_stack([rows["micro_batches"], size]).astype(float)
+        fit, quality = _least_squares(design, rows["seconds"].to_numpy(dtype=float))
+        rest = f"{1000 * fit[1]:.3f} ms for each example" if several else f"{1000 * fit[1]:.1f} ms besides"
+        lines.append(
+            f"{model}: a step of SAM or mSAM takes {1000 * fit[0]:.2f} ms for each micro-batch and {rest} "
+            f"(least squares over {len(rows)} of them, R2 {quality:.3f})."
+        )
+    sizes = perturbed.groupby("batch_size")["model"].nunique()
+    if len(sizes) and sizes.max() > 2:
+        batch = sizes.idxmax()
+        rows = perturbed[(perturbed["batch_size"] == batch) & (perturbed["method"] == "sam")]
+        design = np.column_stack([np.log(rows["parameters"].to_numpy(dtype=float)), np.ones(len(rows))])
+        fit, quality = _least_squares(design, np.log(rows["seconds"].to_numpy(dtype=float)))
+        lines.append(
+            f"Over {len(rows)} networks at batch {batch} the time of SAM's step goes as the number of parameters to "
+            f"the power of {fit[0]:.2f} (R2 {quality:.2f})."
+        )
+    return lines
+
+
+def _least_squares(design: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, float]:
+    """Coefficients, and the share of the variance that they explain."""
+    fit = np.linalg.lstsq(design, seconds, rcond=None)[0]
+    left = seconds - design @ fit
+    return fit, 1 - float(left @ left) / float(np.sum((seconds - seconds.mean()) ** 2))
+
+
+def _times(found: Interval) -> str:
+    return f"{found.mean:.2f}" + (f" ± {found.half_width:.2f}" if found.n > 1 else "") + f" ({found.n})"
 
 
 def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
@@ -311,7 +414,7 @@ def choices(numbers: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] =
         lines.append(f"{name}: {told}, {place}.")
         for cell in used:
             other = [f for f in varied if getattr(cell, f) != row[f]]
-            if other and _same_method(cell, group[0]):
+            if other and _same_method(cell, group[0]) and not any(_chosen(c, row, group) for c in used):
                 told = " and ".join(f"{_words(f)} {getattr(cell, f):g}" for f in other)
                 lines[-1] += f" The table uses {told} instead."
     return lines
@@ -356,6 +459,11 @@ def values(runs: pd.DataFrame, cell: Spec, seeds: int, column: str) -> pd.Series
     return pd.Series(numbers.to_numpy(dtype=float, na_value=float("nan")), index=list(found)).dropna()
 
 
+def run_ids(cell: Spec, runs: pd.DataFrame, seeds: int) -> list[str]:
+    """The runs of a cell that have a score, in the order of their seeds."""
+    return [replace(cell, seed=seed).run_id for seed in scores(cell, runs, seeds).index]
+
+
 def interval(row: Any, name: str) -> Interval:
     """The interval `name` of a table's row."""
     return Interval(getattr(row, name), getattr(row, f"{name}_half_width"), int(getattr(row, f"{name}_n")))
@@ -376,9 +484,9 @@ def verdict(difference: Interval, expected: int = 1) -> str:
 def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
     """What a row is and its score: the columns that every table begins with."""
     score = score_name(cell)
-    scores = _scores(cell, runs, seeds)
-    found = mean_interval(scores)
-    missing = [seed for seed in range(seeds) if seed not in scores.index]
+    known = scores(cell, runs, seeds)
+    found = mean_interval(known)
+    missing = [seed for seed in range(seeds) if seed not in known.index]
     names = (
         "dataset",
         "model",
@@ -388,6 +496,8 @@ def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
         "weight_decay",
         "rho",
         "micro_batches",
+        "batch_size",
+        "label_noise",
     )
     return {
         **{name: getattr(cell, name) for name in names},
@@ -398,22 +508,22 @@ def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
         "expected": seeds,
         "missing_seeds": " ".join(map(str, missing)),
         "missing_run_ids": " ".join(replace(cell, seed=seed).run_id for seed in missing),
-        "run_ids": " ".join(replace(cell, seed=seed).run_id for seed in scores.index),
+        "run_ids": " ".join(run_ids(cell, runs, seeds)),
     }
 
 
 def _difference(name: str, cell: Spec, other: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, float | int]:
     """The paired difference of two cells' scores; empty where there is no other cell."""
     empty = pd.Series(dtype=float)
-    theirs = empty if other is None else _scores(other, runs, seeds)
-    found = paired_difference(_scores(cell, runs, seeds), theirs)
+    theirs = empty if other is None else scores(other, runs, seeds)
+    found = paired_difference(scores(cell, runs, seeds), theirs)
     return {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
 
 
-def _scores(cell: Spec, runs: pd.DataFrame, seeds: int) -> pd.Series:
+def scores(cell: Spec, runs: pd.DataFrame, seeds: int) -> pd.Series:
     """By seed what a cell is compared by; accuracies as percentages."""
     name = score_name(cell)
-    return (100 if name.endswith(("_accuracy", "_score")) else 1) * values(runs, cell, seeds, name)
+    return (100 if in_percent(name) else 1) * values(runs, cell, seeds, name)
 
 
 def _significant(table: pd.DataFrame) -> pd.DataFrame:
@@ -467,6 +577,11 @@ def method_name(cell: Spec) -> str:
         "sam": "SAM",
         "msam": f"mSAM, m={cell.micro_batches}",
     }[cell.method]
+
+
+def _chosen(cell: Spec, row: Any, group: Sequence[Spec]) -> bool:
+    """Whether a table's cell is of the group's method and has the values of a row of its grid."""
+    return _same_method(cell, group[0]) and all(getattr(cell, field) == row[field] for field in _varied(group))
 
 
 def _varied(group: Sequence[Spec]) -> list[str]:

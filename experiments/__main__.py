@@ -73,19 +73,25 @@ def plan(
 
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
-    estimate, left, unknown = measured(results), 0.0, 0
+    estimate, left, alone, unknown = measured(results), 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
         seconds = estimate.seconds(spec)
         if not done:
-            left, unknown = left + (seconds or 0), unknown + (seconds is None)
+            unknown += seconds is None
+            if spec.kind == "cost":  # these run one at a time
+                alone += seconds or 0
+            else:
+                left += seconds or 0
         when = "done" if done else "time unknown" if seconds is None else f"about {duration(seconds)}"
         print(f"{spec.run_id}  {when:<14} {spec.title}")
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
         jobs = jobs or (default_jobs("cpu") if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
-        words = f"About {duration(left / jobs)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
+        words = (
+            f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
+        )
         more = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{more}.")
     return 0

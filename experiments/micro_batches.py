@@ -22,8 +22,8 @@ M = {"smoke": (2, 4), "cpu": (2, 4, 8, 16, 32), "paper": (2, 4, 8, 16, 32, 64)}
 RHO = {"smoke": 0.1, "cpu": 0.05, "paper": 0.05}
 """SAM's in Table 1, at every m."""
 
-TUNED: dict[str, dict[int, float]] = {"smoke": {}, "cpu": {8: 0.1}, "paper": {}}
-"""The rho of each m where the grid chose another one than `RHO`."""
+TUNED: dict[str, dict[str, dict[int, float]]] = {"cpu": {"resnet8": {8: 0.1}}}
+"""By profile and model, the rho of each m where the grid chose another one than `RHO`."""
 
 GROUPNORM = {
     "smoke": replace(resnet_cifar.SMOKE, model="resnet8-groupnorm"),
@@ -36,9 +36,10 @@ MEASURED = {"smoke": (16, 0.05), "cpu": (256, 0.05), "paper": (512, 0.05)}
 
 def against_m(base: Spec, profile: str) -> list[Spec]:
     """The base optimizer, SAM and, at each m, the control, mSAM at SAM's rho, and at its own if that differs."""
-    cells = [base, replace(base, rho=RHO[profile])]
+    tuned = TUNED.get(profile, {}).get(base.model, {})
+    cells = [base, *(replace(base, rho=rho) for rho in dict.fromkeys((RHO[profile], tuned.get(1, RHO[profile]))))]
     for m in M[profile]:
-        rhos = dict.fromkeys((0.0, RHO[profile], TUNED[profile].get(m, RHO[profile])))
+        rhos = dict.fromkeys((0.0, RHO[profile], tuned.get(m, RHO[profile])))
         cells += [replace(base, micro_batches=m, rho=rho) for rho in rhos]
     return cells
 
@@ -56,7 +57,7 @@ TUNING = {
         *tuning_grid(resnet_cifar.CPU, micro_batches=M["cpu"], rhos=(0.025, 0.05, 0.1, 0.2, 0.4)),
         *tuning_grid(
             GROUPNORM["cpu"],
-            micro_batches=[8],
+            micro_batches=M["cpu"],
             learning_rates=(0.05, 0.1, 0.2, 0.4),
             rhos=(0.025, 0.05, 0.1, 0.2),
         ),

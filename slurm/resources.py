@@ -50,7 +50,7 @@ def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None 
         minutes: Asked for instead.
     """
     if spec.device == "cpu":
-        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads))
+        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * spec.workers))
     elif spec.dataset in TEXTS:
         family = ENCODER
     else:

@@ -6,7 +6,8 @@ An experiment is a module of `experiments/` with a docstring and
     RUNS      profile -> cells: the runs of the table, each written once, at seed 0
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
 
-Targets are an experiment's name, a table's name, or either followed by "-tuning".
+Targets are an experiment's name, a table's name, or either followed by "-tuning"; and "all", every table without the
+grids.
 """
 
 import dataclasses
@@ -56,7 +57,8 @@ def targets() -> list[str]:
     """Every name that `cells` understands."""
     known = catalogue().values()
     names = list(dict.fromkeys([*(e.table for e in known), *(e.name for e in known)]))
-    return names + [f"{n}-tuning" for n in names if any(e.tuning and n in (e.name, e.table) for e in known)]
+    grids = [f"{n}-tuning" for n in names if any(e.tuning and n in (e.name, e.table) for e in known)]
+    return [*names, *grids, "all"]
 
 
 def cells(target: str, profile: str) -> list[Spec]:
@@ -70,7 +72,7 @@ def cells(target: str, profile: str) -> list[Spec]:
     if target not in targets():
         raise SpecError(f"Unknown experiment or table {target!r}; there are {', '.join(targets())}.")
     name, tuning = target.removesuffix("-tuning"), target.endswith("-tuning")
-    chosen = [e for e in catalogue().values() if name in (e.name, e.table)]
+    chosen = [e for e in catalogue().values() if name in (e.name, e.table, "all")]
     lists = [(e.tuning if tuning else e.runs).get(profile, ()) for e in chosen]
     return list(dict.fromkeys(cell for cells_of_one in lists for cell in cells_of_one))
 

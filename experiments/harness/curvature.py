@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -23,6 +23,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about what linear_operator does when it is imported
     from curvlinops._torch_base import PyTorchLinearOperator
     from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+
+REMEMBERED_BYTES = 2**29
+"""Of vectors and their products in one search for eigenvalues: those of small networks."""
 
 
 class Hessian(PyTorchLinearOperator):
@@ -109,7 +113,7 @@ class Spectrum(NamedTuple):
     vectors: np.ndarray
     """(P, k), orthonormal."""
     residual: float
-    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; measured by a product of its own."""
+    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; measured, not ARPACK's estimate of it."""
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -134,12 +138,39 @@ def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: floa
     # The least basis that ARPACK takes: it fills a larger one before it looks. `python -m benchmarks.curvature` counts.
     basis = min(size, 2 * count + 1)
     dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
-    values, vectors = eigsh(H.to_scipy(dtype), k=count, which="LA", tol=tolerance, v0=start.astype(dtype), ncv=basis)
+    products = _Remembered(H.to_scipy(dtype))
+    values, vectors = eigsh(products, k=count, which="LA", tol=tolerance, v0=start.astype(dtype), ncv=basis)
     order = np.argsort(-values)
     values, vectors = values[order].astype(np.float64), vectors[:, order]
     last = vectors[:, -1]
-    residual = np.linalg.norm(_times(H, last) - values[-1] * last) / abs(values[0])
+    residual = np.linalg.norm(products.of(last) - values[-1] * last) / abs(values[0])
     return Spectrum(values, vectors, float(residual))
+
+
+class _Remembered(LinearOperator):
+    """An operator that remembers its products as long as they fit in `REMEMBERED_BYTES`.
+
+    What Lanczos returns is a combination of the vectors that it multiplied, so its product is one of theirs.
+    """
+
+    def __init__(self, operator: LinearOperator) -> None:
+        super().__init__(operator.dtype, operator.shape)
+        self._operator = operator
+        self._most = REMEMBERED_BYTES // (2 * operator.shape[0] * operator.dtype.itemsize)
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def _matvec(self, v: np.ndarray) -> np.ndarray:
+        product = self._operator @ v
+        if len(self._pairs) <= self._most:
+            self._pairs.append((v.ravel().copy(), product.ravel()))
+        return product
+
+    def of(self, v: np.ndarray) -> np.ndarray:
+        """The product with a vector in the span of those seen; computed anew if not all are remembered."""
+        if len(self._pairs) > self._most:
+            return (self._operator @ v).astype(np.float64)
+        seen, products = (np.stack(found, axis=1).astype(np.float64) for found in zip(*self._pairs, strict=True))
+        return products @ np.linalg.lstsq(seen, v, rcond=None)[0]
 
 
 def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:

@@ -1,8 +1,9 @@
 """How long runs will take, from the measured step times of earlier ones. Standard library only."""
 
+import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,26 +39,48 @@ def work(spec: Spec) -> int:
     """Examples that pass forward and backward in each process of a run: SAM and mSAM look at each twice."""
     if spec.kind == "curvature":
         return spec.measured_examples * PASSES
+    if spec.kind == "cost":
+        return spec.batch_size * spec.epochs * 6 * spec.micro_batches.bit_length()
     passes = 1 if spec.rho == 0 else 2
     return spec.examples // spec.batch_size * spec.batch_size * spec.epochs * passes // spec.ranks
 
 
 def measured(root: Path) -> Estimate:
-    """What the finished runs below a results root tell; unreadable ones are left out."""
+    """What the finished runs below a results root tell, and where they say nothing what the committed ones tell."""
+    here, committed = _medians(_finished(root)), _medians(_committed(root))
+    return Estimate(committed.exact | here.exact, committed.by_model | here.by_model)
+
+
+def _medians(times: Iterable[tuple[Spec, float]]) -> Estimate:
     exact, by_model = defaultdict(list), defaultdict(list)
-    for record in _records(root):
-        try:
-            if not record.done:
-                continue
-            spec, seconds = record.spec(), float(record.summary()["wall_seconds"])
-        except (OSError, RecordError, KeyError, TypeError, ValueError):
-            continue
+    for spec, seconds in times:
         exact[_exactly(spec)].append(seconds / work(spec))
         by_model[_roughly(spec)].append(seconds / work(spec))
     return Estimate(
         {key: statistics.median(values) for key, values in exact.items()},
         {key: statistics.median(values) for key, values in by_model.items()},
     )
+
+
+def _finished(root: Path) -> Iterator[tuple[Spec, float]]:
+    """Finished runs and their seconds; unreadable ones are left out."""
+    for record in _records(root):
+        try:
+            if record.done:
+                yield record.spec(), float(record.summary()["wall_seconds"])
+        except (OSError, RecordError, KeyError, TypeError, ValueError):
+            continue
+
+
+def _committed(root: Path) -> Iterator[tuple[Spec, float]]:
+    """The same of every `runs.csv` below the root, made on another machine perhaps."""
+    for path in sorted(root.glob("*/runs.csv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                try:
+                    yield Spec.from_text(row), float(row["wall_seconds"])
+                except (KeyError, TypeError, ValueError):
+                    continue
 
 
 def _records(root: Path) -> Iterable[Record]:

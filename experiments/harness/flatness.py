@@ -5,8 +5,9 @@ Everything is measured in float32 and eval mode: BatchNorm with the running stat
 is the training loss, label smoothing included, without weight decay; the examples are the first of the training set
 and of the test set, without augmentation. The random draws are the same for all networks.
 
-Where there is BatchNorm, the test accuracy is also taken with its running statistics estimated anew: they average the
-last micro-batches of training, m of them a step, so those of methods with another m have seen other numbers of images.
+The network is also scored on the whole test set; where there is BatchNorm, once more with its running statistics
+estimated anew: they average the last micro-batches of training, m of them a step, so those of methods with another m
+have seen other numbers of images.
 """
 
 import copy
@@ -72,7 +73,7 @@ def measure(
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
     since = time.monotonic()
-    measurements = {part: measured_on(part, spec.seed, task) for part in ("train", "test")}
+    measurements = {part: measured_on(part, spec.seed) for part in ("train", "test")}
     count = sum(map(len, measurements.values()))
 
     def check() -> None:
@@ -122,11 +123,10 @@ def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Tas
     return task, {"network": source.run_id, "network_commit": "+".join(dict.fromkeys(commits))}
 
 
-def measured_on(part: str, seed: int, task: Task) -> list[str]:
+def measured_on(part: str, seed: int) -> list[str]:
     """Which measurements a part of the data has, in their order."""
     names = [name for name in MEASUREMENTS if name not in PICTURES or (part == "train" and seed == 0)]
-    batchnorm = any(isinstance(m, BatchNorm) for m in task.model.modules())
-    return [name for name in names if name != "reestimated" or (part == "test" and batchnorm)]
+    return [name for name in names if name != "scores" or part == "test"]
 
 
 class _Look:
@@ -209,15 +209,19 @@ def _slices(look: _Look) -> dict[str, Any]:
     return {"slice_positions": list(SLICE), "slice_losses": line, "plane_losses": plane}
 
 
-def _reestimated(look: _Look) -> dict[str, Any]:
-    """The test score with BatchNorm's statistics averaged over an epoch more of mini-batches, at the final weights."""
+def _scores(look: _Look) -> dict[str, Any]:
+    """Of the whole test set; and once more with BatchNorm's statistics averaged over one epoch more of mini-batches."""
     trained, model = look.spec.trained, look.model
     assert trained is not None
-    before = copy.deepcopy(model.state_dict())
-    update_bn((inputs for inputs, _ in look.task.batches(trained.epochs, 0)), model)
-    score = look.task.evaluate()[score_name(trained)]
-    model.load_state_dict(before)
-    return {f"reestimated_{score_name(trained).partition('_')[2]}": score}
+    score = score_name(replace(trained, curvature_every=0))
+    name = score.partition("_")[2]
+    found = {name: look.task.evaluate()[score]}
+    if any(isinstance(module, BatchNorm) for module in model.modules()):
+        before = copy.deepcopy(model.state_dict())
+        update_bn((inputs for inputs, _ in look.task.batches(trained.epochs, 0)), model)
+        found[f"reestimated_{name}"] = look.task.evaluate()[score]
+        model.load_state_dict(before)
+    return found
 
 
 MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
@@ -228,7 +232,7 @@ MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
     "sharpness": _sharpness,
     "micro-batches": _micro_batches,
     "slices": _slices,
-    "reestimated": _reestimated,  # the last one: it writes to the model, if only to put it back
+    "scores": _scores,  # the last one: it writes to the model, if only to put it back
 }
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from experiments.harness.estimate import Estimate
 from experiments.harness.record import RecordError, RunLocked, duration, record_of
-from experiments.harness.spec import KINDS, TEXTS, Spec, score_name
+from experiments.harness.spec import KINDS, TEXTS, Spec, in_percent, score_name
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def run(
     display = _Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs):
         while workers or (waiting and not stopping.is_set()):
-            while waiting and len(workers) < jobs and not stopping.is_set():
+            while waiting and len(workers) < _together(waiting[0], workers, jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
                 workers.append(_start(context, waiting.pop(0), root, slot, environment, data_root, redo))
@@ -122,6 +122,11 @@ def run(
         outcome.interrupted = stopping.is_set()
     display.close()
     return outcome
+
+
+def _together(spec: Spec, workers: Sequence[_Worker], jobs: int) -> int:
+    """How many workers there may be with this run among them: what is timed has the machine for itself."""
+    return 1 if any(s.kind == "cost" for s in (spec, *(w.spec for w in workers))) else jobs
 
 
 def default_jobs(device: str) -> int:
@@ -275,19 +280,22 @@ def _stop_on_signals() -> Iterator[Flag]:
             signal.signal(number, handler)
 
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+"""Environment in which glibc keeps large blocks instead of returning them to the system after each batch, which took
+about a sixth off a step of the `cpu` ResNet at batch 128."""
+
+
 def library_settings(specs: Sequence[Spec]) -> dict[str, str]:
     """Environment variables for whoever trains these runs, which libraries read when they are loaded.
 
-    Threads: no more than a run is allowed. Memory: glibc is to keep large blocks instead of returning them to the
-    system after each batch, which took about a sixth off a step of the `cpu` ResNet at batch 128.
+    Threads: no more than a run is allowed. Memory: see `ALLOCATOR`.
     """
     threads = str(max((s.threads for s in specs), default=1))
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_MMAP_THRESHOLD_": str(2**32),
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+        **ALLOCATOR,
     }
 
 
@@ -336,7 +344,7 @@ class _Display:
         elif record.done:
             summary = record.summary()
             name = score_name(spec)
-            found = f"{100 * summary[name]:.1f} %" if spec.kind == "train" else f"{summary[name]:.4g}"
+            found = f"{100 * summary[name]:.1f} %" if in_percent(name) else f"{summary[name]:.4g}"
             words = f"{name.replace('_', ' ')} {found} in {summary['wall_seconds']:.0f} s"
         else:
             words = "stopped, its checkpoint is written"

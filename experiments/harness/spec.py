@@ -73,7 +73,7 @@ TEXT_MODELS = ("minilm", "bert-base-uncased", "roberta-base")
 """And any folder with a checkpoint of transformers, whose path holds a slash."""
 SIMULATED_MODELS = ("regression", "two-layer")
 
-KINDS = {"train": "train", "curvature": "flatness", "theory": "theory"}
+KINDS = {"train": "train", "curvature": "flatness", "theory": "theory", "cost": "cost"}
 """What a run is, and the module of the harness that carries it out."""
 
 CHOICES = {
@@ -118,7 +118,8 @@ class Spec:
     """m, the number of micro-batches a mini-batch is split into (not the examples in one)."""
     seed: int = 0
     kind: str = "train"
-    """`curvature` measures the network that the same spec of kind `train` ends with; `theory` simulates."""
+    """`curvature` measures the network that the same spec of kind `train` ends with; `theory` simulates; `cost` times
+    the steps of all methods, `epochs` times each, with m up to `micro_batches`."""
     train_examples: int | None = None
     """Size of the training subset, drawn once per data set whatever the seed; None takes all."""
     test_examples: int | None = None
@@ -158,6 +159,8 @@ class Spec:
     """Of a curvature run: how many training examples, and how many test examples, it looks at."""
     measured_rho: float = 0.0
     """Of a curvature run: the radius at which sharpness is measured, the same for every method."""
+    workers: int = 1
+    """Of a cost run: data-parallel processes that are timed after one alone."""
     normalised: bool = True
     """Whether perturbations have the length rho; if not, they are rho times the gradient, as in some theory runs."""
     recipe: int = RECIPE
@@ -173,7 +176,7 @@ class Spec:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), f"one of {', '.join(allowed)}")
-        counts = ("epochs", "batch_size", "micro_batches", "threads", "ranks", "recipe", "max_length")
+        counts = ("epochs", "batch_size", "micro_batches", "threads", "ranks", "workers", "recipe", "max_length")
         for name in ("learning_rate", *counts):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0")
@@ -246,6 +249,21 @@ class Spec:
             _refuse("measured_examples", self.measured_examples, f"at most {fewest}, the training and test examples")
         if self.kind == "curvature" and self.holdout_examples:
             _refuse("holdout_examples", self.holdout_examples, "0 for a curvature run")
+        if self.kind == "cost":
+            self._check_timed()
+        elif self.workers > 1:
+            _refuse("workers", self.workers, "1 but for cost runs")
+
+    def _check_timed(self) -> None:
+        if not self.rho:
+            _refuse("rho", self.rho, "greater than 0 for a cost run")
+        m = self.micro_batches
+        if m < 2 or m & (m - 1) or self.batch_size % m:
+            _refuse("micro_batches", m, f"a power of 2 that divides the batch size, {self.batch_size}, for a cost run")
+        if m % self.workers:
+            _refuse("workers", self.workers, f"a divisor of micro_batches, {m} here")
+        if self.workers > 1 and self.device != "cpu":
+            _refuse("workers", self.workers, "1 on GPUs: several are timed on CPUs only")
 
     @property
     def method(self) -> str:
@@ -283,11 +301,14 @@ class Spec:
         }[self.method]
         scored = " (held-out)" if self.holdout_examples else ""
         together = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        if self.kind == "cost":
+            return f"cost of {self.model} batch {self.batch_size} m to {self.micro_batches} seed {self.seed}"
         if self.kind == "theory":
             kind = "" if self.normalised else "unnormalised "
             batches = f" batches of {self.batch_size}" if self.batch_size < self.examples else ""
             return f"stability of {kind}{how} on {self.model}{batches} lr={self.learning_rate:g} seed {self.seed}"
         what = "" if self.kind == "train" else f"{self.kind} of "
+        how += f" wrong labels {self.label_noise:g}" if self.label_noise else ""
         return f"{what}{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{together}{scored}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,6 +330,21 @@ class Spec:
             raise SpecError(f"A spec lacks the field {missing[0]!r}; it needs {', '.join(required)}.")
         return cls(**fields)
 
+    @classmethod
+    def from_text(cls, fields: Mapping[str, str]) -> "Spec":
+        """A spec from a row of `runs.csv`: columns that are no fields are left alone, and empty ones are the default.
+
+        Raises:
+            SpecError: as `from_dict` does.
+            ValueError: for a text that is no value of its field.
+        """
+        found: dict[str, Any] = {}
+        for name, annotation in typing.get_type_hints(cls).items():
+            if text := fields.get(name):
+                kind = next(t for t in (bool, int, float, str) if t in (annotation, *typing.get_args(annotation)))
+                found[name] = text == "True" if kind is bool else kind(text)
+        return cls.from_dict(found)
+
     def _told(self) -> dict[str, Any]:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return {k: v for k, v in self.to_dict().items() if k == "recipe" or v != defaults[k]}
@@ -318,12 +354,19 @@ def score_name(spec: Spec) -> str:
     """Which number of a run's summary its table shows: what it is compared by."""
     if spec.kind == "curvature":
         return "train_lambda_1"
+    if spec.kind == "cost":
+        return f"msam_m{spec.micro_batches}_w1_ratio"
     if spec.curvature_every:
         return "lambda_1"
     if spec.kind == "theory":
         return "stable_sharpness"
     part = "holdout" if spec.holdout_examples else "test"
     return f"{part}_accuracy" if spec.dataset in IMAGES else f"{part}_score"
+
+
+def in_percent(score: str) -> bool:
+    """Whether a number of a run's summary is shown times 100."""
+    return score.endswith(("_accuracy", "_score"))
 
 
 def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Spec]:
@@ -339,6 +382,17 @@ def four_methods(base: Spec, *, micro_batches: int, sam_rho: float, msam_rho: fl
 def curvature_of(cells: Iterable[Spec], *, examples: int, rho: float) -> list[Spec]:
     """Curvature runs of the networks that these cells end with, on so many training and so many test examples."""
     return [replace(cell, kind="curvature", measured_examples=examples, measured_rho=rho) for cell in cells]
+
+
+def timed_steps(spec: Spec, workers: int = 1) -> list[Spec]:
+    """Whose steps a cost run times on so many workers: those of the four methods, with m = 2, 4, ... up to its own.
+
+    Several workers perturb their own micro-batches, so an m that they do not divide is left out.
+    """
+    counts = [2**k for k in range(1, spec.micro_batches.bit_length()) if not 2**k % workers]
+    base = replace(spec, kind="train", workers=1, micro_batches=1, rho=0.0)
+    plain = [base, *(replace(base, micro_batches=m) for m in counts)]
+    return plain + [replace(base, micro_batches=m, rho=spec.rho) for m in (1, *counts)]
 
 
 def with_networks(specs: Iterable[Spec]) -> list[Spec]:

@@ -24,6 +24,8 @@ TABLE = {
     "tables/published.md",
     "figures/curves.pdf",
     "figures/curves.png",
+    *(f"tables/claims.{form}" for form in ("md", "csv", "tex")),
+    "report.html",
 }
 
 
@@ -212,7 +214,7 @@ def test_all_reasons_are_told_at_once(tmp_path):
 
 def test_experiment_is_shown_but_not_published(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
-    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2, table3, theory, "):
+    with pytest.raises(Refused, match=r"one is an experiment.*\(table1, table2, table3, table4, theory, "):
         published(tmp_path, "one")
 
 

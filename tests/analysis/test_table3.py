@@ -24,6 +24,7 @@ def curvature(spec, shift=0.0):
     """A run whose lambda 1 is its method's, and one more for each seed."""
     value = LAMBDA[spec.method] + spec.seed + shift
     summary = {"train_lambda_1": value, "test_lambda_1": 2 * value, "train_lambda_ratio": 3.0, "train_trace": 5 * value}
+    summary |= {"test_accuracy": 0.5 - value / 1000}
     summary |= {"train_ascent_sharpness": value / 1e4, "train_average_sharpness": 1e-4, "train_residual": 1e-4}
     for m in (2**k for k in range(9)):  # so many columns that adding them one by one would warn
         summary |= {f"train_penalty_m{m}": m**0.5, f"train_squared_m{m}": float(m), f"train_sharpness_m{m}": 0.05 * m}

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
 
@@ -91,6 +92,23 @@ def test_eigenvalues_are_those_of_the_dense_hessian(case):
         np.testing.assert_allclose(found.values, exact, rtol=1e-8)
         assert found.residual < 1e-8
         np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(5), atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", [curvature.REMEMBERED_BYTES, 0])
+def test_the_residual_is_that_of_the_dense_hessian_and_costs_a_product_only_without_memory(case, memory, monkeypatch):
+    monkeypatch.setattr(curvature, "REMEMBERED_BYTES", memory)
+    model, loss_fn, batch = case
+    H, again = (curvature.Hessian(loss_fn, list(model.parameters()), chunks(batch)) for _ in range(2))
+    found = curvature.largest_eigenvalues(H, 5, tolerance=1e-3)
+    last = found.vectors[:, -1]
+    exact = np.linalg.norm(dense(model, batch) @ last - found.values[-1] * last) / found.values[0]
+    assert found.residual == pytest.approx(exact, rel=1e-6, abs=1e-12)
+    eigsh(again.to_scipy(np.float64), k=5, which="LA", tol=1e-3, v0=start_of(again), ncv=min(again.shape[0], 11))
+    assert H.products == again.products + (0 if memory else 1)
+
+
+def start_of(H):
+    return np.random.default_rng(0).standard_normal(H.shape[0])
 
 
 def test_the_tolerance_bounds_the_residual_and_the_products(case):

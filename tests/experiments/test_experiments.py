@@ -36,6 +36,13 @@ def test_cells_are_of_their_profile_and_at_seed_0(profile):
             assert cell.seed == 0
 
 
+def test_all_is_every_table_without_the_grids():
+    tables = {experiment.table for experiment in catalogue.catalogue().values()}
+    union = {spec for table in tables for spec in catalogue.runs(table, "cpu")}
+    assert set(catalogue.runs("all", "cpu")) == union
+    assert not any(spec.holdout_examples for spec in union)
+
+
 def test_docstrings_name_the_table_and_the_command():
     for name, experiment in catalogue.catalogue().items():
         text = importlib.import_module(f"experiments.{name}").__doc__

@@ -1,5 +1,6 @@
 """Many runs at once, in real processes: same numbers whatever the workers, and nothing lost when one goes wrong."""
 
+import csv
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness import pool
+from experiments.harness import catalogue, pool
 from experiments.harness.estimate import measured, work
 from experiments.harness.record import record_of
 from experiments.harness.spec import Spec, four_methods, with_seeds
@@ -161,3 +162,19 @@ def test_estimates_come_from_measured_runs(tmp_path):
     assert estimate.seconds(FOUR[2]) == pytest.approx(2 * seconds)  # SAM: each example twice
     assert work(with_seeds([BASE], 2)[1]) == 128
     assert estimate.seconds(replace(BASE, model="wrn-10-1")) is None
+
+
+def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):
+    spec, other = catalogue.cells("resnet_cifar", "cpu")[:2]
+    row = {**{k: "" if v is None else v for k, v in spec.to_dict().items()}, "wall_seconds": 40.0}
+    (tmp_path / "cpu").mkdir()
+    with open(tmp_path / "cpu" / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*row])
+        writer.writeheader()
+        writer.writerows([row, {**row, "epochs": "many"}])
+    assert measured(tmp_path).seconds(spec) == pytest.approx(40)
+    assert measured(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
+    record = record_of(spec, tmp_path)
+    record.create(spec)
+    record.finish({"wall_seconds": 10.0})
+    assert measured(tmp_path).seconds(spec) == pytest.approx(10)

@@ -86,8 +86,10 @@ def test_every_field_is_part_of_the_name():
     theory = replace(BASE, kind="theory", dataset="interpolation", model="regression", base_optimizer="sgd")
     assert len({BASE.run_id, measured.run_id, theory.run_id}) == 3
     assert replace(theory, normalised=False).run_id != theory.run_id
+    timed = replace(BASE, kind="cost", rho=0.1, micro_batches=2)
+    assert replace(timed, workers=2).run_id != timed.run_id
     for field in dataclasses.fields(Spec):
-        if field.name in ("kind", "normalised"):
+        if field.name in ("kind", "normalised", "workers"):
             continue
         value = others[field.name] if field.name in others else getattr(BASE, field.name) + 1
         base = TEXT if field.name in ("dropout", "attention", "max_length") else BASE
@@ -175,3 +177,12 @@ def test_seeds_go_round_the_cells_and_nothing_is_run_twice():
         replace(BASE, seed=1),
         replace(BASE, rho=0.1, seed=1),
     ]
+
+
+def test_a_row_of_runs_csv_is_the_spec_again():
+    (measured,) = curvature_of([replace(BASE, nesterov=True, clip_norm=0.5)], examples=16, rho=0.1)
+    for spec in (BASE, TEXT, measured, replace(BASE, train_examples=64)):
+        row = {name: "" if value is None else str(value) for name, value in spec.to_dict().items()}
+        assert Spec.from_text({**row, "test_accuracy": "0.5", "method": spec.method}) == spec
+    with pytest.raises(ValueError, match="many"):
+        Spec.from_text({**row, "epochs": "many"})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import msam
+from msam import perturbation
 from msam.atomic import Gradients
 from tests.msam.small import convnet, data, gradients, loss_of
 
@@ -70,6 +71,23 @@ def test_an_exception_in_any_pass(fails_at, where):
 
 def test_an_exception_while_the_weights_are_half_moved(monkeypatch):
     model, batch, before, grads = with_gradients()
+    add, calls = torch.addcmul, iter(range(100))
+
+    def fails(*arguments, **options):
+        if next(calls) == 3:
+            raise RuntimeError("out of memory, say")
+        return add(*arguments, **options)
+
+    monkeypatch.setattr(torch, "addcmul", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        msam.backward(loss_of(model), batch, model, rho=3.0)
+    assert next(calls) == 4
+    assert_unchanged(model, before, grads)
+
+
+def test_an_exception_while_the_weights_are_half_moved_in_their_place(monkeypatch):
+    model, batch, before, grads = with_gradients()
+    monkeypatch.setattr(perturbation, "LENT_ON", ())
     add = torch._foreach_addcmul_
 
     def half(w, *others):
@@ -155,18 +173,21 @@ def test_works_outside_the_main_thread():
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
 
 
-def test_a_second_ctrl_c_while_the_weights_are_put_back_waits(monkeypatch):
+@pytest.mark.parametrize("lent_on", [("cpu",), ()], ids=["lent", "in place"])
+def test_a_second_ctrl_c_while_the_weights_are_put_back_waits(monkeypatch, lent_on):
     model, batch, before, grads = with_gradients()
-    copy_back = torch._foreach_copy_
+    monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
+    owner, name = (perturbation, "increment_version") if lent_on else (torch, "_foreach_copy_")
+    put_back = getattr(owner, name)
 
     def pressed(*tensors):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             for _ in range(100):
                 pass
-        copy_back(*tensors)
+        put_back(*tensors)
 
-    monkeypatch.setattr(torch, "_foreach_copy_", pressed)
+    monkeypatch.setattr(owner, name, pressed)
     with pytest.raises(KeyboardInterrupt):
         msam.backward(loss_of(model), batch, model, rho=3.0)
     assert_unchanged(model, before, grads)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import msam
+from msam import perturbation
 from msam.reference import msam_gradient
 from tests.msam.small import convnet, data, gradients, loss_of, mlp, pure_loss, reference
 
@@ -250,6 +251,48 @@ def test_parameters_keep_their_storage():
     pointers = [p.data_ptr() for p in model.parameters()]
     msam.backward(loss_of(model), batch, model, rho=0.5, micro_batches=2)
     assert [p.data_ptr() for p in model.parameters()] == pointers
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("make", [mlp, convnet])
+def test_moved_in_their_place_as_on_a_gpu_the_weights_give_the_same(monkeypatch, make, adaptive):
+    batch = data(8, 5) if make is mlp else data(8, 3, 8, 8)
+    lent, in_place = make(), make()
+    seen = {}
+
+    def step(model):
+        addresses = [p.data_ptr() for p in model.parameters()]
+        calls = []
+
+        def loss_fn(part):
+            calls.append([p.data_ptr() for p in model.parameters()] == addresses)
+            return loss_of(model)(part)
+
+        msam.backward(loss_fn, batch, model, rho=0.5, micro_batches=2, adaptive=adaptive)
+        seen[model] = calls
+
+    step(lent)
+    monkeypatch.setattr(perturbation, "LENT_ON", ())
+    step(in_place)
+    assert seen[lent] == [True, False, True, False]
+    assert seen[in_place] == [True] * 4
+    torch.testing.assert_close(gradients(lent), gradients(in_place), rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(p, q) for p, q in zip(lent.parameters(), in_place.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lent_on", [("cpu",), ()], ids=["lent", "in place"])
+def test_a_graph_kept_from_the_perturbed_pass_does_not_read_other_weights(monkeypatch, lent_on):
+    monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
+    model, batch = mlp(), data(4, 5)
+    kept = []
+
+    def loss_fn(part):
+        kept.append(model(part[0]).square().mean())  # a graph of its own, which no backward pass has used up
+        return loss_of(model)(part)
+
+    msam.backward(loss_fn, batch, model, rho=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept[1].backward()
 
 
 def test_the_record_of_a_step():

@@ -1,0 +1,154 @@
+"""One self-contained page of everything: claims, tables, figures, hyper-parameters, and every run behind a number."""
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from analysis import tables
+from analysis.collect import Results
+from analysis.render import Document, WideDocument
+from experiments.harness.catalogue import catalogue
+from experiments.harness.spec import Spec
+
+CAPTIONS = {
+    "theory": "Stability boundaries, penalty P(m), and largest eigenvalues of trained networks.",
+    "curves": "Training loss, and its rise at the perturbed weights, by epoch; bands are 95 % intervals over seeds.",
+    "cost": "Time of a step over the base optimizer's, and its memory, against m.",
+    "trajectories": "Largest Hessian eigenvalue along training; bands are 95 % intervals over seeds.",
+    "micro_batches": "Accuracy and flatness against m.",
+    "rho": "Accuracy against rho.",
+    "batch_size": "Accuracy against the batch size.",
+    "label_noise": "Accuracy with wrong training labels.",
+    "flatness": "Test accuracy against the largest Hessian eigenvalue, a point a network.",
+    "spectra": "Spectral density of the Hessian at seed 0.",
+    "slices": "Slices of the training loss along filter-normalised directions at seed 0.",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text, and the runs that it comes from."""
+
+    text: str
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the page."""
+
+    name: str
+    title: str
+    origin: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    claims: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def report(
+    profile: str, documents: Sequence[Document], figures: Mapping[str, bytes], cells: Sequence[Spec], results: Results
+) -> str:
+    """The page as HTML; the same contents give the same bytes.
+
+    Args:
+        profile: whose results these are.
+        documents: the tables, and the claims.
+        figures: pages by path; those in PNG are shown.
+        cells: the specs behind the tables, for the hyper-parameters.
+        results: the runs, with their provenance.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    sections = [section(document, results.runs) for document in documents]
+    pictures = [
+        {"name": name, "caption": CAPTIONS[name], "data": base64.b64encode(figures[path]).decode()}
+        for path in figures
+        if path.endswith(".png") and (name := Path(path).stem)
+    ]
+    choices = [line for d in documents if d.name.endswith("-tuning") for line in d.claims]
+    return environment.get_template("report.html.j2").render(
+        profile=profile,
+        claims=next((s for s in sections if s.name == "claims"), None),
+        sections=[s for s in sections if s.name != "claims"],
+        figures=pictures,
+        hyper_parameters=_hyper_parameters(cells),
+        choices=choices,
+        runs=_runs(results),
+    )
+
+
+def section(document: Document, runs: pd.DataFrame) -> Section:
+    """A document's table, with the finished runs behind each of its rows or scores."""
+    known = set(runs["run_id"])
+    wide = isinstance(document, WideDocument)
+    by_row = [] if wide else [_known(ids, known) for ids in document.numbers["run_ids"]]
+    by_score = {}
+    if wide:
+        for row in document.numbers.itertuples():
+            by_score[row.model, row.label, row.dataset] = _known(row.run_ids, known)
+    rows = []
+    for number, values in enumerate(document.cells.to_dict("records")):
+        line = [
+            Cell(str(text), by_score.get((values.get("model"), values.get("method"), column), ()))
+            for column, text in values.items()
+        ]
+        rows.append((*line, *([] if wide else [Cell("", by_row[number])])))
+    columns = (*document.cells.columns, *([] if wide else ["runs"]))
+    about = (document.name, document.title, document.origin)
+    return Section(*about, tuple(map(str, columns)), tuple(rows), document.claims, document.notes)
+
+
+def _known(ids: Any, known: set[str]) -> tuple[str, ...]:
+    return tuple(run_id for run_id in ("" if pd.isna(ids) else str(ids)).split() if run_id in known)
+
+
+def _hyper_parameters(cells: Sequence[Spec]) -> Section:
+    """A row for each distinct training of the tables, in their order."""
+    trained = [c for c in dict.fromkeys(cells) if c.kind == "train" and not (c.holdout_examples or c.curvature_every)]
+    varied = [f.name for f in dataclasses.fields(Spec) if len({getattr(c, f.name) for c in trained}) > 1]
+    listed = {cell: name for name, e in catalogue().items() for cell in e.runs.get(_profile(trained), ())}
+    rows = tuple(
+        (
+            Cell(tables.method_name(cell)),
+            *(Cell(_plain(getattr(cell, name))) for name in varied),
+            Cell(f"experiments/{listed[cell]}.py" if cell in listed else ""),
+        )
+        for cell in trained
+    )
+    columns = ("method", *(name.replace("_", " ") for name in varied), "listed, with sources, in")
+    origin = "The fields in which the trainings of these tables differ; all others are in each run below."
+    return Section("hyper-parameters", "Hyper-parameters", origin, columns, rows, (), ())
+
+
+def _profile(cells: Sequence[Spec]) -> str:
+    return cells[0].profile if cells else ""
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _runs(results: Results) -> list[dict[str, Any]]:
+    """Every run: what it is, its numbers and its sessions."""
+    found = []
+    for row in results.runs.to_dict("records"):
+        told = {str(k): _plain(v) for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
+        title = f"{row['model']} {row['dataset']} {row['method']} m={row['micro_batches']} rho={_plain(row['rho'])}"
+        title += f" batch {row['batch_size']}"
+        if row.get("label_noise", 0) > 0:  # which files of earlier versions do not have
+            title += f" wrong labels {_plain(row['label_noise'])}"
+        what = "" if row["kind"] == "train" else f"{row['kind']}: "
+        sessions = json.dumps(results.provenance.get(row["run_id"], []), indent=1, sort_keys=True)
+        found.append(
+            {"id": row["run_id"], "title": f"{what}{title}", "seed": row["seed"], "told": told, "sessions": sessions}
+        )
+    return found

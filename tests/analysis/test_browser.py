@@ -1,0 +1,111 @@
+"""The report in a real browser: Debian's chromium, headless, with axe-core from npm for accessibility."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+
+from analysis.collect import Results
+from analysis.publish import everything, target
+from experiments.harness.spec import with_seeds
+from tests.analysis import test_studies, test_table3, test_table4
+
+AXE = "axe-core@4.14.1"
+
+SCRIPT = """
+<script>{axe}</script>
+<script>
+addEventListener("load", async () => {{
+  const told = {{}}, table = document.querySelector("#table-rho"), rows = () => [...table.tBodies[0].rows];
+  const column = n => rows().map(row => row.cells[n].textContent.trim());
+  const heads = [...table.querySelectorAll("th")], place = heads.findIndex(h => h.textContent.trim() === "rho");
+  told.width = [document.documentElement.scrollWidth, innerWidth];
+  heads[place].querySelector("button").click();
+  told.ascending = column(place);
+  heads[place].querySelector("button").click();
+  told.descending = column(place);
+  told.sorted = heads[place].getAttribute("aria-sort");
+  const field = document.querySelector("input[data-for=table-rho]");
+  field.value = "msam"; field.dispatchEvent(new Event("input"));
+  told.found = rows().filter(row => !row.hidden).map(row => row.textContent.includes("mSAM"));
+  field.value = ""; field.dispatchEvent(new Event("input"));
+  const runs = document.querySelector("input[data-for=list-of-runs]"), link = table.querySelector("a.run");
+  runs.value = "no such run"; runs.dispatchEvent(new Event("input"));
+  link.click();
+  await new Promise(done => setTimeout(done, 50));
+  const run = document.getElementById(link.hash.slice(1));
+  told.opened = [run.tagName, run.open, run.hidden];
+  const found = await axe.run();
+  const bad = found.violations.filter(v => ["serious", "critical"].includes(v.impact));
+  told.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
+  told.passed = found.passes.length;
+  document.documentElement.dataset.told = JSON.stringify(told);
+}});
+</script>
+"""
+
+
+def unavailable(why):
+    if os.environ.get("MSAM_BROWSER_TESTS") == "required":
+        pytest.fail(f"No browser: {why}")
+    pytest.skip(f"no browser: {why}")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    found = shutil.which("chromium")
+    return found or unavailable("install Debian's chromium")
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("axe")
+    if not shutil.which("npm"):
+        unavailable("npm is not installed")
+    done = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        unavailable(f"npm could not fetch {AXE}: {done.stderr.strip()[-200:]}")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
+@pytest.fixture(scope="module")
+def page():
+    """A report of everything that the smoke profile has, from made-up runs."""
+    targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *test_studies.STUDIES)]
+    makers = {"curvature": test_table3.curvature, "cost": test_table4.made_up, "theory": test_table3.stability}
+    specs = dict.fromkeys(run for t in targets for run in with_seeds(t.cells, t.seeds))
+    runs = [makers.get(spec.kind, test_studies.made_up)(spec) for spec in specs]
+    return everything("smoke", targets, Results.of(runs))["report.html"]
+
+
+def told(chromium, axe, page, folder, width):
+    path = folder / "report.html"
+    path.write_text(page.replace("</body>", SCRIPT.format(axe=axe) + "</body>"), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    options += [f"--window-size={width},900", "--virtual-time-budget=30000", "--dump-dom"]
+    done = subprocess.run([chromium, *options, path.as_uri()], capture_output=True, text=True, timeout=180)
+    found = re.search(r'data-told="([^"]*)"', done.stdout)
+    assert found, done.stderr[-2000:]
+    return json.loads(html.unescape(found.group(1)))
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_sorts_searches_leads_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
+    found = told(chromium, axe, page, tmp_path, width)
+    rhos = [float(text or "nan") for text in found["ascending"]]
+    numbers = [rho for rho in rhos if rho == rho]
+    assert len(numbers) >= 2
+    assert numbers == sorted(numbers)
+    assert found["descending"] == found["ascending"][::-1] or found["sorted"] == "descending"
+    assert found["found"]
+    assert all(found["found"])
+    assert found["opened"] == ["DETAILS", True, False]
+    assert found["width"][0] <= found["width"][1], "nothing sticks out at the side"
+    assert found["passed"] > 10
+    assert found["axe"] == []
