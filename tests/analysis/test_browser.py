@@ -44,10 +44,17 @@ addEventListener("load", async () => {{
   const bad = found.violations.filter(v => ["serious", "critical"].includes(v.impact));
   told.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
   told.passed = found.passes.length;
-  document.documentElement.dataset.told = JSON.stringify(told);
+  parent.postMessage(JSON.stringify(told), "*");
 }});
 </script>
 """
+
+
+FRAME = """<!doctype html><html lang="en"><title>frame</title>
+<script>addEventListener("message", event => document.documentElement.dataset.told = event.data);</script>
+<iframe title="report" src="report.html" style="width: {width}px; height: 900px; border: 0"></iframe></html>
+"""
+"""A window narrower than 500 pixels is not to be had; a frame in it is."""
 
 
 def unavailable(why):
@@ -85,10 +92,12 @@ def page():
 
 
 def told(chromium, axe, page, folder, width):
-    path = folder / "report.html"
-    path.write_text(page.replace("</body>", SCRIPT.format(axe=axe) + "</body>"), encoding="utf-8")
+    script = SCRIPT.format(axe=axe)
+    (folder / "report.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
+    path = folder / "frame.html"
+    path.write_text(FRAME.format(width=width), encoding="utf-8")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    options += [f"--window-size={width},900", "--virtual-time-budget=30000", "--dump-dom"]
+    options += ["--window-size=1400,1000", "--virtual-time-budget=30000", "--dump-dom"]
     done = subprocess.run([chromium, *options, path.as_uri()], capture_output=True, text=True, timeout=180)
     found = re.search(r'data-told="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
@@ -102,10 +111,11 @@ def test_the_page_sorts_searches_leads_to_runs_fits_and_is_accessible(chromium, 
     numbers = [rho for rho in rhos if rho == rho]
     assert len(numbers) >= 2
     assert numbers == sorted(numbers)
-    assert found["descending"] == found["ascending"][::-1] or found["sorted"] == "descending"
+    assert found["descending"] == found["ascending"][::-1]
+    assert found["sorted"] == "descending"
     assert found["found"]
     assert all(found["found"])
     assert found["opened"] == ["DETAILS", True, False]
-    assert found["width"][0] <= found["width"][1], "nothing sticks out at the side"
+    assert found["width"][0] <= found["width"][1] == width, "nothing sticks out at the side"
     assert found["passed"] > 10
     assert found["axe"] == []
