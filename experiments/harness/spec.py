@@ -4,6 +4,7 @@ Standard library only, so that listing, planning and analysing never wait for to
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -284,7 +285,7 @@ class Spec:
             return None
         return replace(self, kind="train", measured_examples=0, measured_rho=0.0)
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str:
         """Twelve hexadecimal digits of a SHA-256 over the fields that differ from their defaults."""
         text = json.dumps(self._told(), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -313,7 +314,7 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Spec":
