@@ -1,6 +1,7 @@
 """python -m analysis: the tables of the runs that are there, and the committed ones."""
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,12 +59,12 @@ def run(arguments: Arguments) -> str:
     if arguments.from_committed:
         return _from_committed(arguments, root)
 
-    from analysis.collect import Results, collect, write_files
+    from analysis.collect import Results, collect, finished_runs, write_files
     from analysis.publish import documents, everything, publish
 
-    found = collect(root)
+    targets = _targets(arguments, finished_runs(root))
+    found = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
     results = Results.of(run for run in found.finished if run.spec.profile == arguments.profile)
-    targets = _targets(arguments, results)
     told = documents(arguments.profile, targets, results, found.failures)
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     if arguments.publish:
@@ -86,8 +87,9 @@ def _from_committed(arguments: Arguments, root: Path) -> str:
     return "\n".join(f"Written: {path}" for path in redraw(root / arguments.profile, arguments.profile))
 
 
-def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
-    from analysis.publish import TABLES, missing, target
+def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
+    """What the command line names; without names, what has finished runs of its own among `done`."""
+    from analysis.publish import TABLES, target
 
     where = (arguments.profile, arguments.results.absolute())
     if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
@@ -102,7 +104,7 @@ def _targets(arguments: Arguments, results: "Results") -> "list[Target]":
         if name in known and catalogue.cells(name, arguments.profile):
             found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
             own = set(found.runs) - shared
-            if name == "table1" or own - set(missing(found, results)):
+            if name == "table1" or any(run.run_id in done for run in own):
                 chosen.append(found)
             shared |= own
     return chosen

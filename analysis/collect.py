@@ -110,8 +110,21 @@ class Collected:
         return {u.spec.run_id: u.failure for u in self.unfinished if u.failure is not None}
 
 
-def collect(root: Path) -> Collected:
+def finished_runs(root: Path) -> set[str]:
+    """The names of the folders of `root/runs` that have a summary; nothing in them is read.
+
+    Raises:
+        RecordError: if `root` is not a folder that can be listed.
+    """
+    return {folder.name for folder in _folders(root) if (folder / "summary.json").exists()}
+
+
+def collect(root: Path, curves_of: Collection[str] | None = None) -> Collected:
     """Read every folder of `root/runs`; what cannot be read becomes a sentence and is left alone.
+
+    Args:
+        root: The results root.
+        curves_of: The runs whose metrics are wanted, most of what there is to read; None for all.
 
     Raises:
         RecordError: if `root` is not a folder that can be listed.
@@ -120,7 +133,7 @@ def collect(root: Path) -> Collected:
     for folder in _folders(root):
         record = Record(folder.parent.parent, folder.name)
         try:
-            run = _read(record)
+            run = _read(record, curves_of is None or record.run_id in curves_of)
         except RecordError as error:
             problems.append(plain(str(error)))
             continue
@@ -266,7 +279,7 @@ def _empty(folder: Path) -> bool:
         return False
 
 
-def _read(record: Record) -> Run | Unfinished:
+def _read(record: Record, with_curves: bool) -> Run | Unfinished:
     if not record.folder.is_dir():
         raise RecordError(f"{record.folder} is not a run's folder: move it out of the results.")
     spec = record.spec()
@@ -277,7 +290,7 @@ def _read(record: Record) -> Run | Unfinished:
         sessions = record.environments()
     except RecordError:
         sessions = []
-    return Run(spec, record.summary(), Lines(record.metrics()), sessions)
+    return Run(spec, record.summary(), Lines(record.metrics() if with_curves else ()), sessions)
 
 
 def _row(run: Run) -> dict[str, Any]:

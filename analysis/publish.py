@@ -149,7 +149,8 @@ def everything(
 
     told = documents(profile, targets, results) if told is None else told
     pictures = figures.pages(results, _shown(targets))
-    page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], results)
+    shown = results.only({run.run_id for t in targets for run in t.runs})
+    page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], shown)
     return {**render.table_files(told), **pictures, "report.html": page}
 
 

@@ -172,7 +172,7 @@ class Spec:
         Raises:
             SpecError: with a sentence that names the field, its value and what is allowed.
         """
-        for name, annotation in typing.get_type_hints(type(self)).items():
+        for name, annotation in _hints().items():
             object.__setattr__(self, name, _typed(name, getattr(self, name), annotation))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -340,7 +340,7 @@ class Spec:
             ValueError: for a text that is no value of its field.
         """
         found: dict[str, Any] = {}
-        for name, annotation in typing.get_type_hints(cls).items():
+        for name, annotation in _hints().items():
             if text := fields.get(name):
                 kind = next(t for t in (bool, int, float, str) if t in (annotation, *typing.get_args(annotation)))
                 found[name] = text == "True" if kind is bool else kind(text)
@@ -440,6 +440,12 @@ def with_ranks(specs: Iterable[Spec], ranks: int) -> list[Spec]:
 
 def _shareable(spec: Spec, ranks: int) -> bool:
     return spec.kind == "train" and spec.micro_batches % ranks == 0 and spec.batch_size % spec.micro_batches == 0
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The fields' types; asking for them takes longer than all the rest of a spec's checks."""
+    return typing.get_type_hints(Spec)
 
 
 def _typed(name: str, value: Any, annotation: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.collect import Results, collect, csv_text, curves, frame, parse, write_files
+from analysis.collect import Results, collect, csv_text, curves, finished_runs, frame, parse, write_files
 from experiments.harness.record import RecordError, write_json
 from tests.fixtures import make_runs
 from tests.fixtures.make_runs import LINEAR, MSAM, ROOT, SAM, SGD, write_run
@@ -232,3 +232,13 @@ def test_damaged_committed_files_are_told_by_their_folder(tmp_path, name, text):
     (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
     with pytest.raises(RecordError, match="restore them with git"):
         Results.read(tmp_path)
+
+
+def test_curves_are_read_of_the_runs_that_are_wanted_alone():
+    everything, some = collect(ROOT), collect(ROOT, curves_of={SGD.run_id})
+    assert Results.of(some.finished).runs.equals(Results.of(everything.finished).runs)
+    lines = Results.of(some.finished).curves
+    assert set(lines["run_id"]) == {SGD.run_id}
+    whole = Results.of(everything.finished).curves
+    assert len(lines) == (whole["run_id"] == SGD.run_id).sum() < len(whole)
+    assert {run.spec.run_id for run in everything.finished} == finished_runs(ROOT)
