@@ -261,7 +261,12 @@ def document_2(
         numbers,
         wide(numbers, marks),
         title=f"{name}: GLUE",
-        claims=(*radii, *tables.over_majority(numbers), *tables.claims(numbers)),
+        claims=(
+            *radii,
+            *tables.further_metrics(frame, cells, seeds),
+            *tables.over_majority(numbers),
+            *tables.claims(numbers),
+        ),
         notes=(*notes, *(note.format(metrics=metrics) for note in NOTES_2)),
         kind=WideDocument,
     )

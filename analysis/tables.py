@@ -117,6 +117,28 @@ def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFr
     return numbers
 
 
+FURTHER = {
+    "mrpc": ("test_f1", "F1"),
+    "qqp": ("test_f1", "F1"),
+    "stsb": ("test_spearman", "Spearman correlation"),
+    "mnli": ("test_mismatched_score", "accuracy on the mismatched part"),
+}
+"""The second official metric of a GLUE task that has one."""
+
+
+def further_metrics(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> list[str]:
+    """A line for each model and task with a second official metric: what each method has of it, times 100."""
+    runs, found = frame.set_index("run_id"), defaultdict(list)
+    for cell in cells:
+        column, words = FURTHER.get(cell.dataset, ("", ""))
+        known = mean_interval(100 * values(runs, cell, seeds, column))
+        if known.n:
+            half = f" ± {known.half_width:.2f}" if known.n > 1 else ""
+            told = f"{method_name(cell)} {known.mean:.2f}{half} ({known.n})"
+            found[f"{cell.model}, {cell.dataset}, {words}"].append(told)
+    return [f"{name}: {', '.join(told)}." for name, told in found.items()]
+
+
 FLATNESS = (
     *("train_lambda_1", "test_lambda_1", "train_lambda_ratio", "train_trace", "test_trace", "train_loss"),
     *("train_ascent_sharpness", "test_ascent_sharpness", "train_average_sharpness", "test_average_sharpness"),

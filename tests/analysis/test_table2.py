@@ -87,6 +87,18 @@ def test_radii_metrics_and_missing_runs_are_told(document):
     assert all(form in document.files() for form in ("table2.md", "table2.csv", "table2.tex"))
 
 
+def test_a_second_official_metric_is_told(root):
+    mrpc = replace(SST2, dataset="mrpc")
+    for seed, f1 in enumerate((0.80, 0.84)):
+        record = record_of(replace(mrpc, seed=seed), root)
+        record.create(replace(mrpc, seed=seed))
+        record.add_environment(SESSION)
+        record.finish({"test_score": 0.7, "test_f1": f1, "wall_seconds": 3.0})
+    document = document_2("table2", Results.of(collect(root).finished).runs, [*CELLS, mrpc], 2)
+    assert "minilm, mrpc, F1: AdamW 82.00 ± 25.41 (2)." in document.claims
+    assert not any("sst2, F1" in line for line in document.claims)
+
+
 def test_the_committed_table_stands_below_ours(document):
     shown = document.terminal(document.numbers)
     assert shown.count("\nminilm   majority class  ") == 2
