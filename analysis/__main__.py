@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
+from analysis.unchanged import fingerprint, remember, remembered
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import PROFILES, Spec, SpecError, with_seeds
@@ -59,6 +60,11 @@ def run(arguments: Arguments) -> str:
     if arguments.from_committed:
         return _from_committed(arguments, root)
 
+    local = root / "local" / arguments.profile
+    stamp = fingerprint(root, arguments)
+    if not arguments.publish and (printed := remembered(local, stamp)) is not None:
+        return printed
+
     from analysis.collect import Results, collect, finished_runs, write_files
     from analysis.publish import documents, everything, publish
 
@@ -71,11 +77,14 @@ def run(arguments: Arguments) -> str:
         publish(root / arguments.profile, arguments.profile, targets, results)
         folder = root / arguments.profile
     else:
-        folder = root / "local" / arguments.profile
-        files = everything(arguments.profile, targets, results, told)
-        write_files(folder, {**results.texts(), **files})
+        folder = local
+        files = {**results.texts(), **everything(arguments.profile, targets, results, told)}
+        write_files(folder, files)
     parts = [document.terminal(committed.get(document.name)) for document in told]
-    return "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
+    printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
+    if not arguments.publish:
+        remember(local, stamp, files, printed)
+    return printed
 
 
 def _from_committed(arguments: Arguments, root: Path) -> str:

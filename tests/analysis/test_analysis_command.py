@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.__main__ import Arguments, run
 from experiments.harness import catalogue
 from experiments.harness.spec import with_ranks
 from tests.fixtures.make_runs import write_run
@@ -36,8 +37,8 @@ def written(folder):
 @pytest.fixture
 def finished(tmp_path):
     """A results root where every run of Table 1's smoke profile is done, with invented numbers."""
-    for run in catalogue.runs("table1", PROFILE):
-        write_run(tmp_path, run, 0.5)
+    for spec in catalogue.runs("table1", PROFILE):
+        write_run(tmp_path, spec, 0.5)
     return tmp_path
 
 
@@ -91,3 +92,21 @@ def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):
     refused = analysis(*told, "--gpus", "2", "--publish")
     assert refused.returncode == 2
     assert "--gpus" in refused.stderr
+
+
+def test_a_second_call_reads_nothing_until_something_changes(finished, monkeypatch):
+    arguments = Arguments(profile=PROFILE, results=finished)
+    first = run(arguments)
+    table = finished / "local" / PROFILE / "tables" / "table1.md"
+    text = table.read_text()
+    monkeypatch.setattr("analysis.collect.collect", lambda *_, **__: pytest.fail("read again"))
+    assert run(arguments) == first
+    monkeypatch.undo()
+    table.unlink()
+    assert run(arguments) == first
+    assert table.read_text() == text
+    write_run(finished, catalogue.runs("table1", PROFILE)[0], 0.9)
+    assert run(arguments) != first
+    assert table.read_text() != text
+    shown = run(Arguments(("resnet_cifar",), profile=PROFILE, results=finished))
+    assert "wrn-10-1" not in shown, "another call"

@@ -239,7 +239,7 @@ def test_command_line_from_runs_to_committed_table(tmp_path, monkeypatch, capsys
     common = ("--results", tmp_path, "--profile", "smoke")
     status, out, _ = command(monkeypatch, capsys, *common)
     assert status == 0
-    assert set(files(tmp_path / "local/smoke")) == FILES | TABLE
+    assert set(files(tmp_path / "local/smoke")) == FILES | TABLE | {"unchanged.json"}
     assert not (tmp_path / "smoke").exists()
     assert "committed" not in out.split("Published elsewhere")[0]
     assert "grid" not in out  # none of its runs exist
