@@ -247,6 +247,7 @@ def rows(name: str, rounds: list[dict[str, float]], sizes: Sequence[int]) -> lis
     text, peer = name == "bert", fastest(rounds, 1)
     found = [
         (f"m=1 over the fastest peer's SAM ({peer})", ratio(rounds, "msam m=1", peer), 1.0),
+        ("the floor at m=1 over that SAM: no less can be had", ratio(rounds, "floor m=1", peer), None),
         ("m=1 over the floor", ratio(rounds, "msam m=1", "floor m=1"), 1.05),
         ("SAM (m=1) over the base optimizer", ratio(rounds, "msam m=1", "plain"), None),
     ]

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_HELD = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-"""Ctrl-C, and the signals whose handlers write checkpoints where jobs are preempted."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGHUP", "SIGXCPU", "SIGQUIT")
+_HELD = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+"""Ctrl-C, the signals whose handlers write checkpoints where jobs are preempted, and those of timers and limits."""
 
 
 @contextmanager

@@ -109,9 +109,11 @@ def backward(
             `parametrize.cached()`.
 
     Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were. Signals
-    with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler) wait until the weights are no
-    longer perturbed, but a second Ctrl-C does not; one that arrives at the very end finds the call finished. A
-    gradient or norm that is not finite leaves values that are not finite in `.grad`, and the weights as they were.
+    with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler; timers and hang-ups) wait until the
+    weights are no longer perturbed, but a second Ctrl-C does not; one that arrives at the very end finds the call
+    finished. A gradient or norm that is not finite leaves values that are not finite in `.grad`, and the weights as
+    they were. A graph that the caller kept from before the call, or from one of its passes, raises when it is used: the
+    weights have moved since. What `loss_fn` keeps of the weights in a perturbed pass without copying may stay w + e.
     """
     check_rho(rho)
     parts, sizes = _parts(batch, micro_batches)
@@ -150,7 +152,7 @@ def backward(
                         gradients.include(leaf)
                 share = mean.share(weight, last)
                 loss = _nothing_if(weight, loss, perturbed, ddp is not None)
-                losses.append(loss.detach())
+                losses.append(loss.detach().clone())  # of a loss that is a view of a parameter too
                 if not rho:
                     accumulate(loss, share, reduced=last)
                     continue
@@ -165,7 +167,7 @@ def backward(
                     # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
                     # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
                     accumulate(loss * (1 + (norm - norm)).to(loss.device), share, reduced=last)
-                perturbed_losses.append(loss.detach())
+                    perturbed_losses.append(loss.detach().clone())
                 norms.append(norm)
     except BaseException:
         with signals_held(to_the_end=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from msam.atomic import Gradients
 from msam.parallel import Replicas
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Mean:
@@ -86,7 +86,7 @@ def mean_and_weight(returned: Any) -> tuple[Tensor, float | Tensor | None]:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn must return the micro-batch's mean loss, a scalar tensor; it returned {found}.")
-    loss = loss.reshape(()).float() if loss.dtype in _HALF else loss.reshape(())
+    loss = loss.reshape(()).float() if loss.dtype in HALF else loss.reshape(())
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise ValueError(f"loss_fn returned a weight of shape {tuple(weight.shape)}; it must be one number.")

@@ -12,8 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from msam.atomic import signals_held
-
-_HALF = (torch.float16, torch.bfloat16)
+from msam.mean import HALF
 
 LENT_ON = ("cpu",)
 """Types of devices whose parameters are lent other memory instead of being moved in their place."""
@@ -36,18 +35,25 @@ class _Reached:
     lent: Tensor | None = None
     """Memory that stands in for the parameter's own while it is perturbed."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is moved by itself, in float32 or better: rows, or a parameter of half precision."""
+        return self.rows is not None or self.w.dtype in HALF
+
 
 class Weights:
-    """The perturbed parameters. Memory is taken once, at the first move, and serves all micro-batches of a step.
+    """The perturbed parameters. Memory for whole ones is taken once and serves all micro-batches of a step.
 
-    On the CPU w + e is written to other memory, which the parameter points to for the length of a perturbed pass: what
-    was not touched needs neither a copy nor a way back, and at m = 16 that is half of what the method takes beside its
-    passes. On a GPU, where memory is fast and compiled graphs hold addresses, weights are moved in their place.
+    On the CPU a parameter of float32 or better is lent memory that holds w + e, and points to it for the length of a
+    perturbed pass: what was not touched needs neither a copy nor a way back. Not if anything else holds the parameter's
+    memory, a view that a layer has kept, say, which would go on reading w; nor on a GPU, where memory is fast and
+    compiled graphs hold addresses: such weights are moved in their place, and copied back.
     """
 
     def __init__(self, params: Sequence[Tensor], rho: float, adaptive: bool) -> None:
         self._params, self._rho, self._adaptive = params, rho, adaptive
         self._memory: dict[Tensor, Tensor] = {}
+        self._lent: dict[Tensor, bool] = {}
 
     @contextmanager
     def moved(self, gradient: list[Tensor | None]) -> Iterator[Tensor]:
@@ -79,57 +85,61 @@ class Weights:
             g = g.coalesce()
             rows = g.indices()[0]
             return _Reached(p, rows, p.detach().index_select(0, rows), g.values())
-        if p.device.type in LENT_ON and p.dtype not in _HALF:
-            if p not in self._memory:
-                self._memory[p] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
-            return _Reached(p, None, p.detach(), g, self._memory[p])
         if p not in self._memory:
-            self._memory[p] = p.detach().clone()
+            self._lent[p] = p.device.type in LENT_ON and p.dtype not in HALF and _nobody_else_holds(p)
+            self._memory[p] = torch.empty_like(p) if self._lent[p] else p.detach().clone()
+        if self._lent[p]:
+            return _Reached(p, None, p.detach(), g, self._memory[p])
         return _Reached(p, None, self._memory[p], g)
 
     @torch.no_grad()
     def _move(self, reached: Sequence[_Reached]) -> Tensor:
-        lent = [part for part in reached if part.lent is not None]
-        others = [part for part in reached if part.rows is not None or part.w.dtype in _HALF]
-        whole = [part for part in reached if part.lent is None and part.rows is None and part.w.dtype not in _HALF]
-        p, w, g = ([getattr(part, name) for part in whole] for name in ("parameter", "w", "g"))
-        if self._adaptive:  # w g, in the place where w + e will be: no further copy of the parameters
-            for part in lent:
-                torch.mul(part.w, part.g, out=part.lent)
-            if whole:
-                torch._foreach_mul_(p, g)
-        scaled = [
-            *(part.lent if self._adaptive else part.g for part in lent),
-            *(p if self._adaptive else g),
-            *(t.g * t.w.abs() if self._adaptive else t.g for t in others),
-        ]
+        scaled = [self._scaled(part) for part in reached]
         dtype = reduce(torch.promote_types, (t.dtype for t in scaled), torch.float32)
         norms = torch._foreach_norm(scaled, 2, dtype=dtype)
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
         scale = self._rho / norm.clamp_min(1e-12)
         scales = {device: scale.to(device) for device in {part.w.device for part in reached}}
-
-        for part in lent:
-            along = part.lent.mul_(part.w) if self._adaptive else part.g
-            torch.addcmul(part.w, along, scales[part.w.device].to(part.w.dtype), out=part.lent)
-            part.parameter.data = part.lent
-        factors = [scales[t.device].to(t.dtype) for t in w]
-        if self._adaptive and whole:
-            torch._foreach_mul_(p, w)
-            for t, factor in zip(p, factors, strict=True):
-                t.mul_(factor)
-            torch._foreach_add_(p, w)
-        elif whole:
-            torch._foreach_addcmul_(p, g, factors)
-        for part in others:
-            self._move_one(part, scales[part.w.device])
+        for part in reached:
+            if part.alone:
+                self._move_alone(part, scales[part.w.device])
+            elif part.lent is not None:
+                self._move_lent(part, scales[part.w.device])
+        self._move_in_place([part for part in reached if part.lent is None and not part.alone], scales)
         self._warn_of_rounding(reached)
         return norm
 
-    def _move_one(self, part: _Reached, scale: Tensor) -> None:
-        """Rows, or a parameter of half precision, in float32 or better."""
-        w, g = (part.w.float(), part.g.float()) if part.w.dtype in _HALF else (part.w, part.g)
-        moved = (w + g * scale.to(g.dtype) * (w.square() if self._adaptive else 1)).to(part.w.dtype)
+    def _scaled(self, part: _Reached) -> Tensor:
+        """T g, or what has its norm; ASAM's in the place where w + e will be: no further copy of the parameters."""
+        assert part.g is not None
+        if not self._adaptive:
+            return part.g
+        if part.alone:
+            return part.g * part.w.abs()
+        return torch.mul(part.w, part.g, out=part.lent) if part.lent is not None else part.parameter.mul_(part.g)
+
+    def _move_lent(self, part: _Reached, scale: Tensor) -> None:
+        along = part.lent.mul_(part.w.conj()) if self._adaptive else part.g
+        torch.addcmul(part.w, along, scale.to(part.w.dtype), out=part.lent)
+        part.parameter.data = part.lent
+        increment_version(part.parameter)  # a graph that was kept from elsewhere must not read w + e for w
+
+    def _move_in_place(self, parts: Sequence[_Reached], scales: dict[torch.device, Tensor]) -> None:
+        if not parts:
+            return
+        p, w, g = ([getattr(part, name) for part in parts] for name in ("parameter", "w", "g"))
+        factors = [scales[t.device].to(t.dtype) for t in w]
+        if not self._adaptive:
+            torch._foreach_addcmul_(p, g, factors)
+            return
+        torch._foreach_mul_(p, [t.conj() for t in w])
+        for t, factor in zip(p, factors, strict=True):
+            t.mul_(factor)
+        torch._foreach_add_(p, w)
+
+    def _move_alone(self, part: _Reached, scale: Tensor) -> None:
+        w, g = (part.w.float(), part.g.float()) if part.w.dtype in HALF else (part.w, part.g)
+        moved = (w + g * scale.to(g.dtype) * (w.abs().square() if self._adaptive else 1)).to(part.w.dtype)
         if part.rows is None:
             part.parameter.copy_(moved)
         else:
@@ -140,17 +150,16 @@ class Weights:
         for part in reached:
             if part.lent is not None:
                 part.parameter.data = part.w
-                increment_version(part.parameter)  # a graph that is kept from the pass must not read w for w + e
-        whole = [part for part in reached if part.rows is None and part.lent is None]
+                increment_version(part.parameter)  # nor w for w + e
+            elif part.rows is not None:
+                part.parameter.index_copy_(0, part.rows, part.w)
+        whole = [part for part in reached if part.lent is None and part.rows is None]
         if whole:
             torch._foreach_copy_([part.parameter for part in whole], [part.w for part in whole])
-        for part in reached:
-            if part.rows is not None:
-                part.parameter.index_copy_(0, part.rows, part.w)
 
     def _warn_of_rounding(self, reached: Sequence[_Reached]) -> None:
         """Say once for each model how much of the perturbation weights of half precision take on."""
-        if not any(part.w.dtype in _HALF for part in reached) or reached[0].parameter in _warned:
+        if not any(part.w.dtype in HALF for part in reached) or reached[0].parameter in _warned:
             return
         _warned[reached[0].parameter] = True
         steps = [
@@ -160,7 +169,19 @@ class Weights:
         moved = torch.linalg.vector_norm(torch.stack([s.to(steps[0].device) for s in steps])).item()
         told = "is rounded" if self._adaptive else f"moves them by {moved / self._rho:.0%} of rho"  # ASAM's is not rho
         warn(
-            f"Weights of {next(part.w.dtype for part in reached if part.w.dtype in _HALF)} lose the perturbation to "
+            f"Weights of {next(part.w.dtype for part in reached if part.w.dtype in HALF)} lose the perturbation to "
             f"rounding: it {told}. Keep the weights in float32 and run the forward pass under torch.autocast.",
             stacklevel=8,
         )
+
+
+def _nobody_else_holds(p: Tensor) -> bool:
+    """Whether no other tensor, of the caller's or of a layer's, lies on the parameter's memory.
+
+    torch counts the holders of a storage, but tells it in private only; where it does not, somebody might.
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return False
+    mine, fresh = p.untyped_storage(), torch.empty(1).untyped_storage()
+    return bool(count(mine._cdata) <= count(fresh._cdata) + 1)

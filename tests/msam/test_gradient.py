@@ -260,7 +260,8 @@ def test_moved_in_their_place_as_on_a_gpu_the_weights_give_the_same(monkeypatch,
     lent, in_place = make(), make()
     seen = {}
 
-    def step(model):
+    def step(model, lent_on):
+        monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
         addresses = [p.data_ptr() for p in model.parameters()]
         calls = []
 
@@ -271,28 +272,89 @@ def test_moved_in_their_place_as_on_a_gpu_the_weights_give_the_same(monkeypatch,
         msam.backward(loss_fn, batch, model, rho=0.5, micro_batches=2, adaptive=adaptive)
         seen[model] = calls
 
-    step(lent)
-    monkeypatch.setattr(perturbation, "LENT_ON", ())
-    step(in_place)
+    step(lent, ("cpu",))
+    step(in_place, ())
     assert seen[lent] == [True, False, True, False]
     assert seen[in_place] == [True] * 4
     torch.testing.assert_close(gradients(lent), gradients(in_place), rtol=1e-12, atol=1e-14)
     assert all(torch.equal(p, q) for p, q in zip(lent.parameters(), in_place.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("lent_on", [("cpu",), ()], ids=["lent", "in place"])
-def test_a_graph_kept_from_the_perturbed_pass_does_not_read_other_weights(monkeypatch, lent_on):
-    monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
+@pytest.mark.parametrize("cached", ["before", "in the clean pass"])
+def test_a_view_that_a_layer_keeps_is_perturbed_too(cached):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat = nn.Parameter(torch.randn(15, dtype=torch.float64))
+            self.w = self.flat.view(5, 3) if cached == "before" else None
+
+        def forward(self, x):
+            if self.w is None:
+                self.w = self.flat.view(5, 3)
+            return x @ self.w
+
+    torch.manual_seed(0)
+    model, x = Flat(), data(4, 5)[0]
+    start = model.flat.detach().clone()
+    step = msam.backward(lambda part: model(part).square().mean(), x, model, rho=0.5)
+
+    def loss(flat):
+        return (x @ flat.view(5, 3)).square().mean()
+
+    w = start.clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(w), w)
+    moved = (start + 0.5 * g / g.norm()).requires_grad_()
+    (expected,) = torch.autograd.grad(loss(moved), moved)
+    torch.testing.assert_close(model.flat.grad, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(step.perturbed_loss, loss(moved).detach())
+    assert torch.equal(model.flat.detach(), start)
+
+
+@pytest.mark.parametrize("used_in", [1, None], ids=["the perturbed pass", "later"])
+@pytest.mark.parametrize("kept_from", [0, 1], ids=["clean", "perturbed"])
+def test_a_kept_graph_does_not_read_other_weights(kept_from, used_in):
+    if kept_from == used_in:
+        pytest.skip("its own pass")
     model, batch = mlp(), data(4, 5)
-    kept = []
+    kept, calls = {}, iter(range(2))
 
     def loss_fn(part):
-        kept.append(model(part[0]).square().mean())  # a graph of its own, which no backward pass has used up
+        call = next(calls)
+        if call == used_in:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(kept[kept_from], list(model.parameters()), allow_unused=True)
+        kept[call] = model(part[0]).square().mean()  # a graph of its own, which no backward pass has used up
         return loss_of(model)(part)
 
     msam.backward(loss_fn, batch, model, rho=0.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kept[1].backward()
+    if used_in is None:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            kept[kept_from].backward()
+
+
+def test_the_losses_of_a_step_may_be_views_of_a_parameter():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    step = msam.backward(lambda part: model.w[int(part)], torch.tensor([0, 1]), model, rho=0.5, micro_batches=2)
+    assert (step.loss.item(), step.perturbed_loss.item()) == (1.5, 2.0)
+
+
+def test_complex_parameters_take_asams_perturbation():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+    start, x = model.w.detach().clone(), torch.randn(2, 3, dtype=torch.complex128)
+    seen = []
+
+    def loss_fn(part):
+        seen.append(model.w.detach().clone())
+        return (part @ model.w).abs().square().mean()
+
+    msam.backward(loss_fn, x, model, rho=0.5, adaptive=True)
+    w = start.clone().requires_grad_()
+    (g,) = torch.autograd.grad((x @ w).abs().square().mean(), w)
+    expected = start + 0.5 * start.abs().square() * g / (start.abs() * g).norm()
+    torch.testing.assert_close(seen[1], expected)
 
 
 def test_the_record_of_a_step():
