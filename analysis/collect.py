@@ -174,7 +174,7 @@ class Results:
             runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
             if lost := sorted(set(FIRST) - set(runs.columns)):
                 raise ValueError(f"runs.csv has no column {lost[0]!r}")
-            return cls(runs, curves, provenance)
+            return cls(_as_before(runs), curves, provenance)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(
                 f"The published files of {folder} cannot be read ({plain(str(error))}): restore them with git."
@@ -207,6 +207,17 @@ class Results:
             "curves.csv": csv_text(self.curves),
             "provenance.jsonl": "".join(lines),
         }
+
+
+def _as_before(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows with the defaults of fields that specs did not have when they were written: these mean "as before"."""
+    known, rows = _known_dtypes(), _rows(runs)
+    new = {
+        field.name: field.default
+        for field in dataclasses.fields(Spec)
+        if field.default not in (dataclasses.MISSING, None) and (field.name not in runs or runs[field.name].hasnans)
+    }
+    return runs.assign(**{n: pd.array([r.get(n, d) for r in rows], dtype=known[n]) for n, d in new.items()})
 
 
 def frame(runs: Iterable[Run]) -> pd.DataFrame:

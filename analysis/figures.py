@@ -262,7 +262,7 @@ def flatness(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                     axes.plot(eigenvalues[both], scores[both], MARKS[cell.method], **look)
             ranks = mean_interval(stats.spearmanr(found).statistic for found in points.values() if len(found) > 2)
             half = f" ± {ranks.half_width:.2f}" if ranks.n > 1 else ""
-            seen = f"\nrank correlation of a seed's methods {ranks.mean:+.2f}{half} ({ranks.n})" if ranks.n else ""
+            seen = f"\nrank correlation within a seed {ranks.mean:+.2f}{half} ({ranks.n})" if ranks.n else ""
             axes.set(title=f"{title}{seen}", xlabel="lambda 1, training data", ylabel="test accuracy %")
             _legend(axes)
     return figure
@@ -420,7 +420,8 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
         if points:
             axes.plot(*zip(*points, strict=True), "-k", marker=".", lw=0.5, ms=4)
     base, msam = (next((v for c, v in zip(cells, found, strict=True) if c.method == m), None) for m in ("base", "msam"))
-    axes.set_xticks(range(len(cells)), [tables.method_name(cell) for cell in cells], rotation=15)
+    names = [tables.method_name(cell).replace(", m=", "\nm=").replace(" micro-batches", "") for cell in cells]
+    axes.set_xticks(range(len(cells)), names)
     note = ""
     if base is not None and msam is not None and len(base) and len(msam):
         note = f"\nmSAM - base: {tables.verdict(tables.paired_difference(msam, base)).split(':')[0]}"

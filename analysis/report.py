@@ -144,7 +144,7 @@ def _runs(results: Results) -> list[dict[str, Any]]:
         told = {str(k): _plain(v) for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
         title = f"{row['model']} {row['dataset']} {row['method']} m={row['micro_batches']} rho={_plain(row['rho'])}"
         title += f" batch {row['batch_size']}"
-        if row.get("label_noise", 0) > 0:  # which files of earlier versions do not have
+        if row["label_noise"]:
             title += f" wrong labels {_plain(row['label_noise'])}"
         what = "" if row["kind"] == "train" else f"{row['kind']}: "
         sessions = json.dumps(results.provenance.get(row["run_id"], []), indent=1, sort_keys=True)

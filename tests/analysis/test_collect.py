@@ -242,3 +242,18 @@ def test_curves_are_read_of_the_runs_that_are_wanted_alone():
     whole = Results.of(everything.finished).curves
     assert len(lines) == (whole["run_id"] == SGD.run_id).sum() < len(whole)
     assert {run.spec.run_id for run in everything.finished} == finished_runs(ROOT)
+
+
+def test_rows_of_a_version_without_a_field_have_its_default(tmp_path):
+    results = Results.of(collect(ROOT).finished)
+    write_files(tmp_path, results.texts())
+    path = tmp_path / "runs.csv"
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    place = lines[0].index("label_noise")
+    path.write_text("\n".join(",".join(line[:place] + line[place + 1 :]) for line in lines) + "\n")
+    assert "label_noise" not in path.read_text()
+    read = Results.read(tmp_path)
+    assert (read.runs["label_noise"] == 0).all()
+    assert read.runs[results.runs.columns].equals(results.runs)
+    newer = read.joined(Results.of([]))
+    assert newer.texts()["runs.csv"] == results.texts()["runs.csv"]
