@@ -90,10 +90,11 @@ def curves(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             for cell in rows:
                 if cell.rho:
                     _band(bottom, results.curves, cell, seeds, "sharpness")
-            top.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="training loss", yscale="log")
-            bottom.set(xlabel="epoch", ylabel="rise of the loss under e", yscale="log")
-            _legend(top)
-            _legend(bottom)
+            top.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="training loss")
+            bottom.set(xlabel="epoch", ylabel="rise of the loss under e")
+            for axes in (top, bottom):
+                _logarithmic(axes)
+                _legend(axes)
     return figure
 
 
@@ -104,7 +105,8 @@ def trajectories(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
         figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
         for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
             last = {tables.method_name(c): _band(axes, results.curves, c, seeds, "lambda_1") for c in rows}
-            axes.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="lambda 1", yscale="log")
+            axes.set(title=f"{title}{_ends(last)}", xlabel="epoch", ylabel="lambda 1")
+            _logarithmic(axes)
             _legend(axes)
     return figure
 
@@ -435,7 +437,7 @@ def _ends(last: Mapping[str, Interval]) -> str:
         return ""
     low, high = (choose(known, key=lambda name: known[name].mean) for choose in (min, max))
     counts = "-".join(map(str, sorted({interval.n for interval in known.values()})))
-    return f"\nends at {known[low].mean:.3g} ({low}) to {known[high].mean:.3g} ({high}), n = {counts}"
+    return f"\nends at {known[low].mean:.3g} ({low})\nto {known[high].mean:.3g} ({high}), n = {counts}"
 
 
 def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str) -> Interval:
@@ -458,8 +460,16 @@ def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str)
     style = {"base": "-", "control": ":", "sam": "--", "msam": "-."}[cell.method]
     axes.plot(list(found), means, f"{mark}{style}", ms=3, lw=1, color=colour, label=tables.method_name(cell))
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
-    axes.fill_between(list(found), np.maximum(low, means / 100), high, color=colour, alpha=0.2, lw=0)
+    axes.fill_between(list(found), np.maximum(low, means / 10), high, color=colour, alpha=0.2, lw=0)
     return found[max(found)]
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis down to half of the least mean: bands that reach below 0 would fill it else."""
+    means = [y for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float)]
+    if means:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(means) / 2)
 
 
 def _points(

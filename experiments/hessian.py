@@ -7,6 +7,9 @@ with is measured on its first 256 (smoke: 16, paper: 512) training and test exam
 there. Encoders, of 22 million weights and more, are for GPUs: the smaller profiles have none. The radius at which
 sharpness is measured was fixed before looking, one for all methods of a data set: that of SAM on CIFAR-10 in Foret et
 al. 2021, 0.05, and for texts the middle of the published range for encoders, 0.001.
+
+Expected of ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 over micro-batches, 129 +- 22 with SAM,
+85 +- 10 with mSAM; a minute a run on one core of an AMD EPYC with AVX512, half of it more at seed 0 with its pictures.
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar

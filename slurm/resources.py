@@ -25,6 +25,8 @@ class Resources:
     memory_gb: float
     minutes: int
     """Where nothing comparable was measured. A run that needs longer is queued again and goes on."""
+    exclusive: bool = False
+    """Whether nothing else may run on the node: for runs that time something."""
     examples_per_second: float | None = None
     """Forward and backward on one GPU, a guess for the plan (an A100-class GPU, bfloat16). Not measured: no GPU has
     run these yet."""
@@ -55,6 +57,7 @@ def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None 
         family = ENCODER
     else:
         family = next((r for start, r in (("wrn", WIDE_RESNET), ("vit", VIT)) if spec.model.startswith(start)), RESNET)
+    family = replace(family, exclusive=spec.kind == "cost")
     seconds = estimate.seconds(spec) if estimate and not minutes else None
     if seconds is not None:
         needed = LEAST_MINUTES + seconds / 30

@@ -313,7 +313,8 @@ def _executor(
         # One dead rank ends its job, and none is ended for finishing before the first. Since 22.05 srun does not take
         # --cpus-per-task over from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={size.cpus}"],
-        additional_parameters={"chdir": str(code), "requeue": True, "signal": f"USR2@{SIGNAL_SECONDS}"},
+        additional_parameters={"chdir": str(code), "requeue": True, "signal": f"USR2@{SIGNAL_SECONDS}"}
+        | ({"exclusive": True} if size.exclusive else {}),
         wckey=None,
         **site.gpus(size.gpus * on_node),
         **site.flags,

@@ -153,6 +153,14 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "GPU-hours" in done.stdout
     assert not list(tmp_path.iterdir())
+    assert "#SBATCH --exclusive" not in done.stdout
+
+
+def test_what_is_timed_asks_for_a_node_of_its_own(tmp_path):
+    done = call("submit", "table4", "--profile", "cpu", "--dry-run", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#SBATCH --exclusive") == done.stdout.count("#SBATCH --array") > 0
+    assert "#SBATCH --cpus-per-task=2" in done.stdout
 
 
 @pytest.mark.parametrize(
