@@ -64,7 +64,7 @@ def main() -> None:
             found = curvature.largest_eigenvalues(H, EIGENVALUES, tolerance=TOLERANCE)
             ours = time.perf_counter() - begun
         print(
-            f"{spec.title}: {H.products - before} products and a check of the residual in {ours:.1f} s; bare Lanczos "
+            f"{spec.title}: {H.products - before} products in {ours:.1f} s; bare Lanczos "
             f"{products} in {seconds:.1f} s; ratio {ours / seconds:.3f} (lambda 1 {found.values[0]:.1f})",
             flush=True,
         )

@@ -1,6 +1,7 @@
 """The Hessian of a mean loss: products with vectors, its largest eigenvalues, trace and spectral density.
 
-The operator's interface and the quadrature are curvlinops', the eigenvalues scipy's (ARPACK's restarted Lanczos).
+The operator's interface and the quadrature are curvlinops'; eigenvalues are scipy's, of Lanczos' tridiagonal matrix or,
+for networks whose vectors would fill the memory, by ARPACK.
 Batches are measured as they are given: put the model in eval mode, or BatchNorm couples the examples of a batch.
 """
 
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,8 +27,8 @@ with warnings.catch_warnings():
     from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
 
-REMEMBERED_BYTES = 2**29
-"""Of vectors and their products in one search for eigenvalues: those of small networks."""
+KEPT_BYTES = 2**30
+"""Of vectors and their products in one search for eigenvalues."""
 
 
 class Hessian(PyTorchLinearOperator):
@@ -124,53 +126,66 @@ def twice_differentiable() -> AbstractContextManager[None]:
 def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: float, seed: int = 0) -> Spectrum:
     """The `count` algebraically largest eigenvalues and their vectors.
 
+    By Lanczos' iteration, which looks after each product and so takes no more than it needs; where its vectors would
+    not fit in `KEPT_BYTES`, by ARPACK's, which restarts and looks only when its basis is full.
+
     Args:
         H: A symmetric operator of P > count rows.
         count: How many.
-        tolerance: Relative accuracy asked of ARPACK.
+        tolerance: Relative accuracy asked of each eigenvalue.
         seed: Of the first vector.
 
     Raises:
-        scipy.sparse.linalg.ArpackNoConvergence: after 10 P products.
+        scipy.sparse.linalg.ArpackNoConvergence: after 10 P products of ARPACK's.
     """
     size = H.shape[0]
-    start = np.random.default_rng(seed).standard_normal(size)
-    # The least basis that ARPACK takes: it fills a larger one before it looks. `python -m benchmarks.curvature` counts.
-    basis = min(size, 2 * count + 1)
     dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
-    products = _Remembered(H.to_scipy(dtype))
-    values, vectors = eigsh(products, k=count, which="LA", tol=tolerance, v0=start.astype(dtype), ncv=basis)
+    draws = np.random.default_rng(seed)
+    start, operator = draws.standard_normal(size), H.to_scipy(dtype)
+    most = min(size, KEPT_BYTES // (2 * 8 * size))
+    found = _lanczos(operator, start, count, tolerance, most, draws)
+    if found is not None:
+        return found
+    values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start.astype(dtype))
     order = np.argsort(-values)
     values, vectors = values[order].astype(np.float64), vectors[:, order]
     last = vectors[:, -1]
-    residual = np.linalg.norm(products.of(last) - values[-1] * last) / abs(values[0])
+    residual = np.linalg.norm(_times(H, last) - values[-1] * last) / abs(values[0])
     return Spectrum(values, vectors, float(residual))
 
 
-class _Remembered(LinearOperator):
-    """An operator that remembers its products as long as they fit in `REMEMBERED_BYTES`.
-
-    What Lanczos returns is a combination of the vectors that it multiplied, so its product is one of theirs.
-    """
-
-    def __init__(self, operator: LinearOperator) -> None:
-        super().__init__(operator.dtype, operator.shape)
-        self._operator = operator
-        self._most = REMEMBERED_BYTES // (2 * operator.shape[0] * operator.dtype.itemsize)
-        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def _matvec(self, v: np.ndarray) -> np.ndarray:
-        product = self._operator @ v
-        if len(self._pairs) <= self._most:
-            self._pairs.append((v.ravel().copy(), product.ravel()))
-        return product
-
-    def of(self, v: np.ndarray) -> np.ndarray:
-        """The product with a vector in the span of those seen; computed anew if not all are remembered."""
-        if len(self._pairs) > self._most:
-            return (self._operator @ v).astype(np.float64)
-        seen, products = (np.stack(found, axis=1).astype(np.float64) for found in zip(*self._pairs, strict=True))
-        return products @ np.linalg.lstsq(seen, v, rcond=None)[0]
+def _lanczos(
+    operator: LinearOperator, start: np.ndarray, count: int, tolerance: float, most: int, draws: np.random.Generator
+) -> Spectrum | None:
+    """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products do not do."""
+    size = len(start)
+    basis, products, w = np.empty((size, 0)), np.empty((size, 0)), start
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for number in range(1, most + 1):
+        length = np.linalg.norm(w)
+        if number > 1:
+            beside.append(float(length))
+            if length < 1e-13 * max(map(abs, diagonal)):  # the vectors so far span all that the start reaches
+                beside[-1], w = 0.0, draws.standard_normal(size)
+                w -= basis @ (basis.T @ w)
+                length = np.linalg.norm(w)
+        q = w / length
+        basis = np.column_stack([basis, q])
+        w = operator.matvec(q.astype(operator.dtype)).astype(np.float64)
+        products = np.column_stack([products, w])
+        diagonal.append(float(q @ w))
+        for _ in range(2):
+            w = w - basis @ (basis.T @ w)
+        if number < count:
+            continue
+        values, parts = eigh_tridiagonal(diagonal, beside, select="i", select_range=(number - count, number - 1))
+        values, parts = values[::-1], parts[:, ::-1]
+        if number == size or (np.linalg.norm(w) * np.abs(parts[-1]) <= tolerance * np.abs(values)).all():
+            vectors = basis @ parts
+            residual = np.linalg.norm(products @ parts[:, -1] - values[-1] * vectors[:, -1]) / abs(values[0])
+            return Spectrum(values, vectors, float(residual))
+    return None
 
 
 def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:
