@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import msam
+from experiments.harness.cost import peak_bytes
 from msam.reference import msam_gradient
 from tests.msam.small import convnet, data, gradients, loss_of, mlp, pure_loss, reference
 
@@ -367,14 +368,7 @@ SIZE = 1200
 
 def peak_copies(step) -> float:
     """The most that a step has allocated at once, in copies of the one large parameter."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    alive = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            peak = max(peak, alive)
-    return peak / (4 * SIZE * SIZE)
+    return peak_bytes(step) / (4 * SIZE * SIZE)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
