@@ -149,7 +149,7 @@ def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
 def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
     """Accuracy, accuracy with BatchNorm estimated anew, and the largest eigenvalue, against m: a row a network.
 
-    Full lines have one rho, that of SAM; dashed ones a rho tuned for each m.
+    Full lines have one rho, that of SAM; dashed ones join the m that have a rho of their own.
     """
     measured = {cell.trained: cell for cell in cells if cell.trained}
     panels, frame = _models(cell for cell in cells if not cell.trained), results.runs.set_index("run_id")
@@ -159,10 +159,10 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             plain = [cell for cell in rows if not cell.rho]
             rho = next((cell.rho for cell in rows if cell.method == "sam"), 0.0)
             fixed = [cell for cell in rows if cell.rho and cell.rho == rho]
-            tuned = [_tuned(rows, m, rho) for m in dict.fromkeys(cell.micro_batches for cell in fixed)]
+            own = [cell for cell in rows if cell.rho and cell.rho != rho]
             series = [(plain, "-", f"{tables.base_name(rows[0])} over m micro-batches")]
             series += [(fixed, "-", f"mSAM, rho {rho:g} (SAM at m = 1)")]
-            series += [(tuned, "--", "mSAM, rho tuned for each m")] if tuned != fixed else []
+            series += [(own, "--", "mSAM, a rho of its own")]
             score, anew, curvature = line
             for found, style, label in series:
                 _points(score, frame, found, seeds, "micro_batches", label=label, style=style)
@@ -534,12 +534,6 @@ def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, words: str, fi
     half = f" ± {found[best].half_width:.1f}" if found[best].n > 1 else ""
     name = tables.method_name(best)
     return f"\nhighest mean {found[best].mean:.1f}{half} %: {name}{rho}{place} (n = {found[best].n})"
-
-
-def _tuned(cells: Sequence[Spec], m: int, rho: float) -> Spec:
-    """The perturbed cell of m that has a rho of its own; the one of the common rho if there is no other."""
-    found = [cell for cell in cells if cell.rho and cell.micro_batches == m]
-    return next((cell for cell in found if cell.rho != rho), found[0])
 
 
 def _legend(axes: Axes, **options: Any) -> None:

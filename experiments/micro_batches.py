@@ -1,12 +1,13 @@
 """Accuracy and flatness against m, the number of micro-batches.
 
     python -m experiments run micro_batches --profile cpu
-    python -m experiments run micro_batches-tuning --profile cpu     # the grid that chose rho for each m
+    python -m experiments run micro_batches-tuning --profile cpu     # the grid that chooses rho for each m
 
 The ResNet of Table 1 on CIFAR-10 at its own batch size, with m = 1 (SAM), 2, 4, ... (the table micro_batches, drawn as
-curves): mSAM at SAM's rho and at a rho tuned for each m, and at each m the control, plain gradients over the same
-micro-batches, which tells the part of micro-batch BatchNorm from mSAM's. So does the same network with GroupNorm,
-whose mini-batch has no part that depends on m. Each network is measured as those of Table 3 are: the largest Hessian
+curves): mSAM at SAM's rho, and at a rho of its own where `TUNED` has one (so far at m = 8, from Table 1's grid: this
+one has not been run), and at each m the control, plain gradients over the same micro-batches, which tells the part of
+micro-batch BatchNorm from mSAM's. So does the same network with GroupNorm, whose mini-batch has no part that depends on
+m. Each network is measured as those of Table 3 are: the largest Hessian
 eigenvalue, and the accuracy with BatchNorm's statistics estimated anew.
 """
 
