@@ -62,7 +62,7 @@ _DTYPES = {str: "string", int: "Int64", float: "Float64", bool: "boolean"}
 
 
 class Lines:
-    """The lines of a metrics.jsonl by column: a hundredth of what as many dicts take."""
+    """The lines of a metrics.jsonl by column, numbers as arrays: dicts of as many lines would fill the memory."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Take the lines; a column that some of them lack has None there."""

@@ -115,7 +115,7 @@ class Spectrum(NamedTuple):
     vectors: np.ndarray
     """(P, k), orthonormal."""
     residual: float
-    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; measured, not ARPACK's estimate of it."""
+    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; from products, not estimated."""
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
