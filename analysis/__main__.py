@@ -61,8 +61,8 @@ def run(arguments: Arguments) -> str:
         return _from_committed(arguments, root)
 
     local = root / "local" / arguments.profile
-    stamp = fingerprint(root, arguments)
-    if not arguments.publish and (printed := remembered(local, stamp)) is not None:
+    stamp = "" if arguments.publish else fingerprint(root, arguments)
+    if stamp and (printed := remembered(local, stamp)) is not None:
         return printed
 
     from analysis.collect import Results, collect, finished_runs, write_files
@@ -82,7 +82,7 @@ def run(arguments: Arguments) -> str:
         write_files(folder, files)
     parts = [document.terminal(committed.get(document.name)) for document in told]
     printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
-    if not arguments.publish:
+    if stamp:
         remember(local, stamp, files, printed)
     return printed
 
