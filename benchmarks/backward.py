@@ -317,7 +317,7 @@ def main() -> None:
     print(text)
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "backward.md").write_text(f"# `python -m benchmarks.backward`\n\n{text}\n")
+        (RESULTS / "backward.md").write_text(f"# `python -m benchmarks.backward {' '.join(sys.argv[1:])}`\n\n{text}\n")
 
 
 if __name__ == "__main__":
