@@ -20,7 +20,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report plan submit status test test-fast bench lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast bench soak lint format lock clean
 
 help: ## Show this map
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -65,6 +65,9 @@ figures: tables ## The same: each figure is drawn with its table
 
 report: tables ## The same: report.html is written with them
 
+check: setup ## Prove each distinct cell of every table at full size before it costs a GPU: PROFILE=paper (half an hour)
+	@$(python) -m experiments check all --profile "$(PROFILE)"
+
 plan: setup ## List the runs of Table 1: which are done, which would train
 	$(python) -m experiments plan table1 $(how)
 
@@ -88,9 +91,13 @@ bench: setup ## Time msam.backward beside its peers and beside the passes alone,
 	$(python) -m benchmarks.backward
 	$(python) -m benchmarks.loop
 
-lint: setup ## Check the style, the format, and who imports whom
+soak: setup ## Kill trainings, pools and analyses at random instants, feed readers anything; prints figures (half an hour)
+	$(python) -m tests.faults.soak
+
+lint: setup ## Check the style, the format, the types, and who imports whom
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
+	$(python) -m mypy
 	.venv/bin/lint-imports
 
 format: setup ## Mend the style and the format

@@ -1,20 +1,28 @@
-"""python -m experiments list | plan | fetch | run | status: the only command line that trains."""
+"""python -m experiments list | plan | check | fetch | run | status | show | verify: what trains."""
 
+import contextlib
 import logging
+import math
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from experiments.harness import catalogue
-from experiments.harness.estimate import measured
-from experiments.harness.record import DEFAULT_ROOT, RecordError, duration, record_of, state_of
+from experiments.harness.estimate import Estimate, disk_bytes, gpu_hours, measured
+from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, duration, record_of, state_of
 from experiments.harness.spec import PROFILES, Spec, SpecError, with_networks
+
+if TYPE_CHECKING:
+    from experiments.harness.check import Report
+
+NIGHT_HOURS = 12
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def plan(
     """Print the runs of a target, which are done, and the time still needed.
 
     Args:
-        jobs: Workers at a time; left out: one for each core, or a single GPU.
+        jobs: Workers at a time, so GPUs where these are needed; left out: one for each core, or a single GPU.
     """
     from experiments.harness.pool import default_jobs
 
@@ -94,7 +102,31 @@ def plan(
         )
         more = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{more}.")
+    if any(spec.device == "cuda" for spec in waiting):
+        _print_gpu_plan(runs, waiting, estimate, jobs or 1)
     return 0
+
+
+def _print_gpu_plan(runs: Runs, waiting: list[Spec], estimate: Estimate, gpus: int) -> None:
+    """GPU-hours of each table and in all, nights and disk."""
+    print("\nGPU-hours by measured times where there are any, else guessed for an A100-class GPU:")
+    tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
+    tables += [f"{name}-tuning" for name in tables if f"{name}-tuning" in catalogue.targets()]
+    for name in tables if runs.target == "all" else [runs.target]:
+        with contextlib.suppress(SpecError):  # a table without runs in this profile
+            specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
+            left = specs & set(waiting) if not name.endswith("-tuning") or runs.target != "all" else specs
+            alone = " (not among all: its choices are made before)" if left - set(waiting) else ""
+            print(f"  {name:<21} {len(left):>5} runs {sum(gpu_hours(s, estimate) for s in left):>8.0f} h{alone}")
+    hours = sum(gpu_hours(spec, estimate) for spec in waiting)
+    print(f"  {'in all':<21} {len(waiting):>5} runs {hours:>8.0f} h, shared ones once")
+    nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))
+    print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
+    kept = sum(disk_bytes(spec)[0] for spec in waiting)
+    working = sorted((disk_bytes(spec)[1] for spec in waiting), reverse=True)[:gpus]
+    print(
+        f"Disk: {kept / 1e9:.0f} GB for the final weights, and {sum(working) / 1e9:.1f} GB more for {gpus} at a time."
+    )
 
 
 def run(
@@ -165,6 +197,51 @@ def fetch(runs: OmitArgPrefixes[Runs], data_root: Path | None = None) -> int:
     return 0 if len(found) == len(specs) else 1
 
 
+def check(
+    runs: OmitArgPrefixes[Runs],
+    jobs: int = 1,
+    gpu: str = "a100",
+) -> int:
+    """Prove every distinct cell of a target at full size: built, two steps on a small batch, resumed, scored.
+
+    Inputs are made up. What is told of a GPU is an estimate from counted FLOP, not measured.
+
+    Args:
+        jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
+        gpu: Whose peak the times are estimated from: a100 or h100.
+    """
+    from experiments.harness import check as checks
+
+    _check_jobs(jobs)
+    cells = checks.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
+    low, high = checks.UTILISATION
+    print(
+        f"{len(cells)} distinct cells of {runs}. Of a GPU: {low:.0%} to {high:.0%} of an {gpu}'s peak, not measured.",
+        flush=True,
+    )
+    failed, begun = 0, time.monotonic()
+    for number, (cell, report) in enumerate(checks.check(cells, jobs, gpu), start=1):
+        spent = time.monotonic() - begun
+        left = duration(spent * (len(cells) - number) / number)
+        print(f"[{number}/{len(cells)}] {_checked(cell.spec, report)}; {left} left", flush=True)
+        failed += report.failure is not None
+    print(f"{len(cells) - failed} of {len(cells)} passed in {duration(time.monotonic() - begun)}.")
+    return 1 if failed else 0
+
+
+def _checked(spec: Spec, report: "Report") -> str:
+    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.kind == 'curvature' else ''}"
+    if report.failure:
+        return f"{what}: FAILED: {report.failure}"
+    least, most = (duration(seconds) for seconds in report.run_seconds)
+    low, high = (bytes_ / 1e9 for bytes_ in report.gpu_memory)
+    return (
+        f"{what}: {report.parameters / 1e6:.1f} M parameters, passed in {report.seconds:.0f} s with "
+        f"{report.memory / 1e9:.1f} GB here; {report.step_flops / 1e12:.3g} TFLOP a step of {spec.batch_size}, a run "
+        f"{least} to {most}, {low:.1f} to {high:.1f} GB"
+    )
+
+
 def status(runs: OmitArgPrefixes[Runs]) -> int:
     """Say of each run of a target whether it is done, running, begun, failed or not begun."""
     counts: Counter[str] = Counter()
@@ -174,6 +251,92 @@ def status(runs: OmitArgPrefixes[Runs]) -> int:
         print(f"{spec.run_id}  {state:<9} {spec.title}{words}")
     print("\n" + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".")
     return 0
+
+
+def show(run: Positional[Annotated[str, arg(metavar="RUN")]], results: Path = DEFAULT_ROOT) -> int:
+    """Print all that is known of one run: its spec, every session that worked on it, and what it found.
+
+    Args:
+        run: The name of its folder, or the beginning of it.
+        results: The results root.
+    """
+    record = _record(run, results)
+    spec = record.spec()
+    state, words = state_of(spec, record.root)
+    print(f"{record.run_id}  {spec.title}\n{state}{words}\n\nspec")
+    _print_fields(spec.to_dict())
+    sessions = record.environments() if (record.folder / "env.json").exists() else []
+    for number, session in enumerate(sessions, start=1):
+        print(f"\nsession {number} of {len(sessions)}")
+        _print_fields(session)
+    if record.done:
+        print("\nsummary")
+        _print_fields(record.summary())
+    return 0
+
+
+def verify(
+    run: Positional[Annotated[str, arg(metavar="RUN")]],
+    epochs: int | None = None,
+    results: Path = DEFAULT_ROOT,
+    data_root: Path | None = None,
+) -> int:
+    """Make a finished run anew, in a temporary folder, and say whether it is the same bit for bit, or what differs.
+
+    Args:
+        run: The name of its folder, or the beginning of it.
+        epochs: Train only so many and compare those; left out: the whole run, its scores and its final weights.
+        results: The results root.
+        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
+    """
+    from tqdm import tqdm
+
+    from experiments.harness import verify as verification
+    from experiments.harness.provenance import command_line, environment
+
+    record = _record(run, results)
+    _check_device([record.spec()])
+    with tqdm(desc=record.spec().title, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def report(step: int, steps: int) -> None:
+            bar.total = steps
+            bar.update(step - bar.n)
+
+        found = verification.verify(
+            record,
+            epochs=epochs,
+            data_root=str(data_root) if data_root else None,
+            environment=environment(command_line()),
+            report=report,
+        )
+    compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
+    if not found:
+        print(f"{record.run_id} is the same bit for bit: {compared}, times apart.")
+        return 0
+    print(f"{record.run_id} is not the same.", *found, sep="\n")
+    return 1
+
+
+def _record(run: str, results: Path) -> Record:
+    """The run whose folder's name begins so.
+
+    Raises:
+        SpecError: if there is none, or there are several.
+    """
+    folder = results.absolute() / "runs"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if name.startswith(run)]
+    if len(found) != 1:
+        several = f"{len(found)} runs, {', '.join(found[:3])}, ...: write more of its name"
+        raise SpecError(f"{run!r} is {several if found else f'no run in {folder}: status names the runs of a target'}.")
+    return Record(results.absolute(), found[0])
+
+
+def _print_fields(fields: Mapping[str, Any]) -> None:
+    width = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        print(f"  {name:<{width}}  {text.replace(chr(10), chr(10) + ' ' * (width + 4))}")
 
 
 def _check_jobs(jobs: int | None) -> None:
@@ -230,6 +393,9 @@ def main() -> None:
         "fetch": fetch,
         "run": run,
         "status": status,
+        "check": check,
+        "show": show,
+        "verify": verify,
     }
     from experiments.harness.data import DataError
 

@@ -15,12 +15,12 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 import experiments.__main__ as experiments_cli
-from experiments.harness.estimate import Estimate, measured
+from experiments.harness.estimate import Estimate, gpu_hours, measured
 from experiments.harness.provenance import checkout
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import Spec, SpecError, with_ranks
 from slurm import scheduler, site
-from slurm.resources import LEAST_MINUTES, gpu_hours
+from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
 from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, snapshot, standings
 from slurm.submission import submit as hand_over

@@ -6,7 +6,7 @@ Nothing here belongs to one site: partition, account and the like stand in the s
 import math
 from dataclasses import dataclass, replace
 
-from experiments.harness.estimate import Estimate, work
+from experiments.harness.estimate import Estimate
 from experiments.harness.spec import TEXTS, Spec
 
 SIGNAL_SECONDS = 120
@@ -27,19 +27,16 @@ class Resources:
     """Where nothing comparable was measured. A run that needs longer is queued again and goes on."""
     exclusive: bool = False
     """Whether nothing else may run on the node: for runs that time something."""
-    examples_per_second: float | None = None
-    """Forward and backward on one GPU, a guess for the plan (an A100-class GPU, bfloat16). Not measured: no GPU has
-    run these yet."""
 
 
 SMALL = Resources(gpus=0, cpus=1, memory_gb=2, minutes=60)
 """The smoke and cpu profiles, whatever the model."""
-RESNET = Resources(gpus=1, cpus=4, memory_gb=16, minutes=360, examples_per_second=2500)
+RESNET = Resources(gpus=1, cpus=4, memory_gb=16, minutes=360)
 """ResNet-50 and smaller at 32 x 32."""
-WIDE_RESNET = Resources(gpus=1, cpus=4, memory_gb=16, minutes=720, examples_per_second=1200)
+WIDE_RESNET = Resources(gpus=1, cpus=4, memory_gb=16, minutes=720)
 """WRN-28-10."""
-VIT = Resources(gpus=1, cpus=4, memory_gb=16, minutes=360, examples_per_second=4000)
-ENCODER = Resources(gpus=1, cpus=4, memory_gb=32, minutes=240, examples_per_second=400)
+VIT = Resources(gpus=1, cpus=4, memory_gb=16, minutes=360)
+ENCODER = Resources(gpus=1, cpus=4, memory_gb=32, minutes=240)
 """BERT-base and RoBERTa-base at up to 128 tokens."""
 
 
@@ -63,12 +60,3 @@ def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None 
         needed = LEAST_MINUTES + seconds / 30
         minutes = math.ceil(needed if needed < 30 else 30 * math.ceil(needed / 30))
     return replace(family, minutes=minutes or family.minutes)
-
-
-def gpu_hours(spec: Spec, estimate: Estimate) -> float:
-    """GPU-hours of a run: from measured times where there are any, else from the family's guess."""
-    family = resources(spec)
-    seconds = estimate.seconds(spec)
-    if seconds is None and family.examples_per_second:
-        seconds = work(spec) / family.examples_per_second
-    return family.gpus * spec.ranks * (seconds or 0.0) / 3600

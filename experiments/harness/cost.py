@@ -32,7 +32,7 @@ import msam
 from experiments.harness.pool import default_jobs
 from experiments.harness.record import Record
 from experiments.harness.spec import Spec, timed_steps
-from experiments.harness.task import Task, build_task
+from experiments.harness.task import Task, build_task, here, set_torch
 from experiments.harness.train import Interrupted, build_optimizer
 from msam.batchnorm import Statistics
 from msam.perturbation import Weights
@@ -71,9 +71,9 @@ def measure(
         raise RuntimeError(
             f"{spec.workers} workers of {spec.threads} threads need more than the {cores} cores there are."
         )
-    torch.set_num_threads(spec.threads)
+    set_torch(spec)
     task = _task(spec, data_root)
-    record.add_environment({**environment, **task.data, "threads": torch.get_num_threads()})
+    record.add_environment({**environment, **task.data, **here(spec)})
     lines = timed(spec, task, task.model, 1, 0, each)
     if spec.workers > 1:
         lines += data_parallel(spec, data_root, stop)
@@ -248,7 +248,7 @@ def main() -> None:
     """One of the data-parallel processes."""
     told, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     spec = Spec.from_dict(told["spec"])
-    torch.set_num_threads(spec.threads)
+    set_torch(spec)
     where = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=spec.workers)
     task = _task(spec, told["data_root"])

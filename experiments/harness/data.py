@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 Arrays = dict[str, np.ndarray]
 """The four arrays of `_ORDER`, all uint8."""
 
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+"""Of CIFAR-10's training pixels in [0, 1], by channel; CIFAR-100 is scaled alike."""
+
 _ORDER = ("train_images", "train_labels", "test_images", "test_labels")
 
 

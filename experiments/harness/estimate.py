@@ -35,6 +35,39 @@ PASSES = 1500
 products on two sets, the penalties of ever smaller micro-batches, and slices."""
 
 
+GUESSED = {"resnet50": 2500, "wrn-28-10": 1200, "vit-small": 4000, "bert-base-uncased": 400, "roberta-base": 400}
+"""Examples a second forward and backward on an A100-class GPU in bfloat16, guesses for plans. Not measured: no GPU has
+run these yet. What a guess lacks is taken for an encoder's."""
+
+PARAMETERS = {
+    "resnet50": 23.7e6,
+    "wrn-28-10": 36.6e6,
+    "vit-small": 6.3e6,
+    "bert-base-uncased": 109.5e6,
+    "roberta-base": 124.7e6,
+}
+"""Of the models of the `paper` profile, for the disk that their weights take."""
+
+
+def gpu_hours(spec: Spec, estimate: Estimate) -> float:
+    """GPU-hours of a run: from measured times where there are any, else guessed; 0 for one that needs no GPU."""
+    if spec.device != "cuda":
+        return 0.0
+    seconds = estimate.seconds(spec)
+    if seconds is None:
+        seconds = work(spec) / GUESSED.get(spec.model, GUESSED["bert-base-uncased"])
+    return spec.ranks * seconds / 3600
+
+
+def disk_bytes(spec: Spec) -> tuple[float, float]:
+    """Bytes that a run of a model of `PARAMETERS` keeps for good, and those it needs while it trains."""
+    weights = 4.0 * PARAMETERS.get(spec.model, 0.0)
+    if spec.kind != "train":
+        return 1e6, 1e6
+    states = 2 if spec.base_optimizer == "adamw" else 1
+    return weights + 1e5, 3 * weights * (1 + states + (spec.ema > 0))  # two checkpoints, and one being written
+
+
 def work(spec: Spec) -> int:
     """Examples that pass forward and backward in each process of a run: SAM and mSAM look at each twice."""
     if spec.kind == "curvature":

@@ -55,7 +55,8 @@ def execute(
         if not record.begin(spec, redo=redo):
             return None
         try:
-            import_module(f"experiments.harness.{KINDS[spec.kind]}").measure(spec, record, **settings)
+            with record.session():
+                import_module(f"experiments.harness.{KINDS[spec.kind]}").measure(spec, record, **settings)
         except Interrupted:
             raise
         except Exception as error:

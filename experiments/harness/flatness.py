@@ -11,7 +11,6 @@ have seen other numbers of images.
 """
 
 import copy
-import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,8 +26,8 @@ import msam
 from experiments.harness import curvature, sharpness
 from experiments.harness.record import Record, RecordError, record_of
 from experiments.harness.spec import Spec, score_name
-from experiments.harness.task import Task, build_task
-from experiments.harness.train import Interrupted
+from experiments.harness.task import Task, build_task, here, set_torch
+from experiments.harness.train import Interrupted, load_weights
 from msam.microbatch import examples
 
 CHUNK = 32
@@ -64,11 +63,10 @@ def measure(
         Interrupted: if `stop` said so; the measurement it was at begins anew the next time.
         RecordError: if the network's weights are not there.
     """
-    torch.set_num_threads(spec.threads)
-    torch.backends.cudnn.allow_tf32 = False
+    set_torch(replace(spec, tf32=False))
     torch.manual_seed(spec.seed)
     task, origin = trained_task(spec, record, data_root)
-    record.add_environment({**environment, **task.data, **origin, "threads": torch.get_num_threads()})
+    record.add_environment({**environment, **task.data, **origin, **here(spec)})
     lines = record.metrics()
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
@@ -112,9 +110,8 @@ def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Tas
     source = record_of(spec.trained, record.root)
     task = build_task(replace(spec.trained, precision="float32"), data_root)
     try:
-        content = torch.load(source.checkpoint, map_location="cpu", weights_only=True)
-        task.model.load_state_dict(content["model"])
-    except (EOFError, OSError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        task.model.load_state_dict(load_weights(source))
+    except (RecordError, RuntimeError) as error:
         raise RecordError(
             f"{source.checkpoint} does not hold the final weights of {spec.trained.title} ({type(error).__name__}): "
             f"delete {source.folder}, and it is trained again."

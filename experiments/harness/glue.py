@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
 from experiments.harness import texts
+from experiments.harness.augment import sent
 from experiments.harness.data import DataError
 from experiments.harness.spec import TEXT_MODELS, Spec
 from experiments.harness.task import Task, generator, subsets
@@ -39,8 +40,6 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
     data = texts.load_texts(spec.dataset, Path(data_root) if data_root else None)
     tokenizer, model, origin = encoder(spec, task)
     weights = checksum(model)
-    device = torch.device(spec.device)
-    model = model.to(device)
 
     train, holdout = subsets(spec, len(data.train.labels))
     trained = _Encoded(data.train.taken(train), tokenizer, spec.max_length)
@@ -51,6 +50,23 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         first = range(spec.test_examples) if spec.test_examples else None
         parts = {names[s]: v.taken(first[: len(v.labels)]) if first else v for s, v in data.validation.items()}
         scored = {part: _Encoded(v, tokenizer, spec.max_length) for part, v in parts.items()}
+    provenance = {
+        "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
+        "data_source": data.source,
+        "texts_checksum": data.checksum,
+        "weights_checksum": weights,
+        "weights_source": origin,
+    }
+    return task_of(spec, model, trained, scored, provenance)
+
+
+def task_of(
+    spec: Spec, model: nn.Module, trained: "_Encoded", scored: Mapping[str, "_Encoded"], data: dict[str, str]
+) -> Task:
+    """The task of a spec with this model, on these tokens; `data` is for the record."""
+    task = TASKS[spec.dataset]
+    device = torch.device(spec.device)
+    model = model.to(device)
 
     def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -83,7 +99,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         return found
 
     def sample(part: str, count: int) -> dict[str, Tensor]:
-        return (scored | {"train": trained})[part].batch(range(count), device)
+        return ({**scored, "train": trained})[part].batch(range(count), device)
 
     steps_per_epoch = len(trained) // spec.batch_size  # an incomplete last batch is left out
     return Task(
@@ -93,13 +109,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
         sample=sample,
-        data={
-            "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
-            "data_source": data.source,
-            "texts_checksum": data.checksum,
-            "weights_checksum": weights,
-            "weights_source": origin,
-        },
+        data=data,
     )
 
 
@@ -115,9 +125,7 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, nn.Module, str]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         config = transformers.AutoConfig.from_pretrained(place, num_labels=max(1, len(task.labels)), **options)
-        if spec.dropout is not None:
-            for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-                setattr(config, name, spec.dropout)
+        config = with_dropout(config, spec)
         _fit(spec, config, tokenizer)
         kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
         pretrained, told = transformers.AutoModel.from_pretrained(
@@ -141,6 +149,14 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, nn.Module, str]:
             "otherwise: leave dropout out, and set it in config.json."
         )
     return tokenizer, model, origin
+
+
+def with_dropout(config: Any, spec: Spec) -> Any:
+    """The configuration of a model of transformers with the spec's dropout."""
+    if spec.dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            setattr(config, name, spec.dropout)
+    return config
 
 
 def check(spec: Spec, data_root: str | None = None) -> None:
@@ -206,7 +222,7 @@ class _Encoded:
         rows = {name: [values[i] for i in chosen] for name, values in self._tokens.items()}
         padded = self._tokenizer.pad(rows, return_tensors="pt")
         labels = torch.from_numpy(self.targets[list(chosen)])
-        return {name: tensor.to(device) for name, tensor in {**padded, "labels": labels}.items()}
+        return {name: sent(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
 
 
 def checksum(model: nn.Module) -> str:

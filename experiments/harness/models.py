@@ -7,9 +7,12 @@ libraries' ResNet-50 and ViT at CIFAR's resolution.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from experiments.harness.data import MEAN, STD, DataError
 
 Norm = Callable[[int], nn.Module]
 """A normalisation of so many channels."""
@@ -20,9 +23,49 @@ def groupnorm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // 8, channels)
 
 
-def build(name: str, classes: int) -> nn.Module:
-    """The model of that name, freshly initialised from torch's global generator."""
-    return MODELS[name](classes)
+def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
+    """The model of that name, freshly initialised from torch's global generator.
+
+    Args:
+        name: One of `MODELS`, or `hf-hub:OWNER/NAME`, or the path of a folder with a model of timm (as its
+            `save_for_hf` writes it): these come with their weights and get a new last layer.
+        classes: Outputs.
+        image_size: Side of the images in pixels, for timm's models.
+
+    Raises:
+        DataError: if timm's model cannot be had, with what to do.
+    """
+    return pretrained(name, classes, image_size) if "/" in name else MODELS[name](classes)
+
+
+def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
+    """timm's model of that place with its weights; position embeddings are resampled for the image size.
+
+    Raises:
+        DataError: if it cannot be had, with what to do.
+    """
+    import timm
+
+    folder = Path(name).expanduser()
+    if not name.startswith("hf-hub:") and not (folder / "config.json").is_file():
+        raise DataError(
+            f"{folder} holds no model of timm (no config.json): name a folder that timm's save_for_hf wrote, or "
+            "hf-hub:OWNER/NAME."
+        )
+    place = name if name.startswith("hf-hub:") else f"local-dir:{folder}"
+    try:
+        return timm.create_model(place, pretrained=True, num_classes=classes, img_size=image_size)
+    except Exception as error:  # timm and the hub's client raise whatever they meet
+        raise DataError(
+            f"{name} could not be loaded by timm ({str(error).strip().splitlines()[0][:200]}): name a Vision "
+            "Transformer's folder, or run once with a network."
+        ) from error
+
+
+def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, by channel, of the pixels that a model was trained on; CIFAR's for one that is new."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(config.get("mean", MEAN)), tuple(config.get("std", STD))
 
 
 class BasicBlock(nn.Module):

@@ -4,7 +4,6 @@ A run has its process for itself, so that one that fails, runs out of memory or 
 Processes are forked from a server that has imported torch once and never computed anything.
 """
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -21,10 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.harness.estimate import Estimate
-from experiments.harness.record import RecordError, RunLocked, duration, record_of
+from experiments.harness.record import RunLocked, duration, record_of
 from experiments.harness.spec import KINDS, TEXTS, Spec, in_percent, score_name
-
-log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.5
 """Least time between a worker's reports of where it is."""
@@ -101,7 +98,7 @@ def run(
     context.set_forkserver_preload(["experiments.harness.worker", *domains])
     waiting, workers, outcome = list(specs), [], Outcome()
     display = _Display(specs, estimate)
-    with _stop_on_signals() as stopping, _worker_environment(specs):
+    with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
             while waiting and len(workers) < _together(waiting[0], workers, jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
@@ -148,8 +145,8 @@ def _start(
     redo: bool,
 ) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_work, args=(sender, spec, str(root), slot, dict(environment), data_root, redo), daemon=True
+    process = context.Process(  # no daemon: those may not have loader processes of their own
+        target=_work, args=(sender, spec, str(root), slot, dict(environment), data_root, redo)
     )
     process.start()
     sender.close()
@@ -247,10 +244,7 @@ def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> Non
             f"The worker process died ({name}) without a word, for want of memory perhaps. "
             "Run the same command again to resume it from its last checkpoint."
         )
-        try:
-            record_of(worker.spec, root).fail(worker.failure)
-        except (OSError, RecordError) as error:
-            log.warning("The failure of run %s could not be written down: %s", worker.spec.run_id, error)
+        record_of(worker.spec, root).fail(worker.failure)
     outcome.failed[worker.spec] = worker.failure
 
 
@@ -278,6 +272,16 @@ def _stop_on_signals() -> Iterator[Flag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _killed_at_the_end(workers: Sequence[_Worker]) -> Iterator[None]:
+    """No worker outlives the block, even one that a second Ctrl-C ends."""
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.process.kill()
 
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}

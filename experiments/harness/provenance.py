@@ -3,8 +3,10 @@
 import hashlib
 import os
 import platform
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -22,6 +24,10 @@ PACKAGES = (
 )
 
 
+DIFF_CHARACTERS = 100_000
+"""Of a dirty checkout's changes that a record keeps."""
+
+
 def environment(command: str) -> dict[str, Any]:
     """Provenance of this session, as it is when called: call it before the work starts.
 
@@ -35,12 +41,17 @@ def checkout(command: str) -> dict[str, Any]:
     """Which commit a command was given at.
 
     Returns:
-        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `command`.
+        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `changes` (of a dirty
+        checkout: its files by `git status`, then the diff, cut off where it is very long), `command`.
     """
     status = _git("status", "--porcelain", "--", ".", ":!results")
+    changes = f"{status}\n\n{_git('diff', 'HEAD', '--', '.', ':!results') or ''}" if status else None
+    if changes and len(changes) > DIFF_CHARACTERS:
+        changes = f"{changes[:DIFF_CHARACTERS]}\n[{len(changes) - DIFF_CHARACTERS} more characters]"
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
+        "changes": changes,
         "command": command,
     }
 
@@ -49,16 +60,18 @@ def machine() -> dict[str, Any]:
     """What a run is trained by, and when it begins.
 
     Returns:
-        `code` (a hash of the training code as it lies on the disk), `python`, `packages`, `cpu`, `cores`, `system`,
-        `started`.
+        `code` (a hash of the training code as it lies on the disk), `lock` (one of requirements.lock, if it is there),
+        `python`, `packages`, `cpu`, `cores`, `system`, `driver` (of NVIDIA's GPUs), `started`.
     """
     return {
         "code": code_hash(),
+        "lock": _lock_hash(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": cpu(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
+        "driver": _driver(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -72,6 +85,23 @@ def code_hash(root: Path = ROOT, folders: Sequence[str] = TRAINING_CODE) -> str:
     return digest.hexdigest()[:16]
 
 
+def used() -> dict[str, Any]:
+    """What this process has used so far.
+
+    Returns:
+        `cpu_seconds`, `peak_memory_bytes` (resident) and, where torch has used a GPU, `peak_gpu_bytes` (allocated).
+    """
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {
+        "cpu_seconds": round(time.process_time(), 3),
+        "peak_memory_bytes": resident if sys.platform == "darwin" else resident * 1024,
+    }
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
 def command_line() -> str:
     """The command this process was started with, as a person would type it."""
     return " ".join(["python -m experiments", *sys.argv[1:]])
@@ -83,6 +113,21 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _lock_hash() -> str | None:
+    try:
+        return hashlib.sha256((ROOT / "requirements.lock").read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
+
+
+def _driver() -> str | None:
+    """The first line of what NVIDIA's driver says of itself."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def _version(package: str) -> str | None:

@@ -5,27 +5,43 @@
         env.json          one entry for each session that worked on the run: commit, command, versions, machine
         metrics.jsonl     one line an epoch, flushed
         checkpoint.pt     the state to resume from, replaced by rename; after the finish only the weights
+        checkpoint.previous.pt, checkpoint.sha256     the one before, until the finish, and what both must sum to
         summary.json      flat numbers and strings, written last: no summary, not done
         failure.json      why the last attempt ended, if it failed; removed by the next attempt
 
 The folder is the only state. Standard library only: whoever reads records never waits for torch.
+
+Records may come from anywhere: they are data, never code, and what is no plain file of a modest size below its own
+folder, or not JSON to the letter, is refused by name.
 """
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
+import logging
 import math
 import os
 import shutil
+import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from experiments.harness import provenance
 from experiments.harness.spec import Spec, SpecError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the files below. A reader refuses a record of a newer format by name."""
+
+LARGEST_TEXT = 64 * 2**20
+"""Bytes that a reader takes from a JSON file or from metrics.jsonl; real ones have some thousands."""
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "results"
 
@@ -44,6 +60,15 @@ class Record:
 
     root: Path
     run_id: str
+
+    def __post_init__(self) -> None:
+        """Refuse what is no name of a folder.
+
+        Raises:
+            RecordError: for a path, or nothing.
+        """
+        if self.run_id in ("", ".", "..") or "/" in self.run_id or "\0" in self.run_id:
+            raise RecordError(f"{self.run_id!r} is no name of a run: a folder in {self.root / 'runs'} has one.")
 
     @property
     def folder(self) -> Path:
@@ -66,6 +91,8 @@ class Record:
         Raises:
             RecordError: if the folder cannot be written, or holds another spec or a newer format.
         """
+        if self.folder.is_symlink():
+            raise RecordError(f"{self.folder} is a link, and a run's folder must not be one: move it away.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,6 +116,8 @@ class Record:
         if redo:
             self.remove()
             self.create(spec)
+        for path in self.folder.glob(".*"):  # of writers that were killed; this process alone writes now
+            path.unlink()
         if not self.done:
             self.clear_failure()
         return not self.done
@@ -124,7 +153,8 @@ class Record:
         """Append one session's provenance to env.json."""
         path = self.folder / "env.json"
         sessions = self.environments() if path.exists() else []
-        write_json(path, {"sessions": [*sessions, dict(environment)]})
+        with _written(path):
+            write_json(path, {"sessions": [*sessions, dict(environment)]})
 
     def environments(self) -> list[dict[str, Any]]:
         """The provenance of each session that worked on the run, oldest first."""
@@ -133,9 +163,86 @@ class Record:
             raise RecordError(f"{self.folder / 'env.json'} has no list of sessions: it was edited.")
         return sessions
 
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Note in env.json, beside what `add_environment` adds in the block, when the session ended and what it used.
+
+        However the block ends; a process that is killed leaves no note.
+        """
+        begun, before = time.monotonic(), provenance.used()["cpu_seconds"]
+        path = self.folder / "env.json"
+        count = len(self.environments()) if path.exists() else 0
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, RecordError):  # the result is worth more than this note
+                sessions = self.environments()
+                if len(sessions) > count:
+                    used = provenance.used()
+                    sessions[-1] |= {
+                        **used,
+                        "cpu_seconds": round(used["cpu_seconds"] - before, 3),
+                        "wall_seconds": round(time.monotonic() - begun, 3),
+                        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                    }
+                    write_json(path, {"sessions": sessions})
+
+    def write_checkpoint(self, content: bytes | memoryview) -> None:
+        """Replace the checkpoint; the one before is kept until the run is finished.
+
+        Whenever this process dies, one of the two is whole, and its sum is written down.
+
+        Raises:
+            RecordError: if it cannot be written, for want of space say. Both old ones are as they were then.
+        """
+        with _written(self.checkpoint), replacing(self.checkpoint) as temporary:
+            temporary.write_bytes(content)
+            sums = [hashlib.sha256(content).hexdigest(), *self._sums()[:2]]
+            _write(self.folder / "checkpoint.sha256", "".join(f"{digest}\n" for digest in sums))
+            if self.checkpoint.exists():
+                os.replace(self.checkpoint, self._previous)
+
+    def read_checkpoints(self) -> Iterator[tuple[Path, bytes]]:
+        """The intact ones of the last two checkpoints, the last one first; nothing if none was written.
+
+        Raises:
+            RecordError: at the end, if there were checkpoints and all were damaged.
+        """
+        sums, damaged, intact = self._sums(), [], 0
+        for path in (self.checkpoint, self._previous):
+            try:
+                content = _bytes(path)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                damaged.append(f"{path} cannot be read ({error.strerror})")
+                continue
+            if sums and hashlib.sha256(content).hexdigest() not in sums:  # records of old have no sums
+                damaged.append(f"{path} cannot be read (its contents are not those that were written)")
+                continue
+            if damaged:
+                log.warning("%s: run %s goes on from the one before.", damaged[0], self.run_id)
+            intact += 1
+            yield path, content
+        if damaged and not intact:
+            raise RecordError(f"{'; '.join(damaged)}: delete it, and the run begins anew.")
+
+    @property
+    def _previous(self) -> Path:
+        return self.folder / "checkpoint.previous.pt"
+
+    def _sums(self) -> list[str]:
+        path = self.folder / "checkpoint.sha256"
+        return _read(path).split() if path.exists() else []
+
     def append(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and flush it to the disk."""
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        """Append one line to metrics.jsonl and flush it to the disk.
+
+        Raises:
+            RecordError: if it cannot be written, for want of space say.
+        """
+        path = self.folder / "metrics.jsonl"
+        with _written(path), open(path, "a", encoding="utf-8", opener=_no_link) as file:
             file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -170,15 +277,20 @@ class Record:
     def finish(self, summary: Mapping[str, float | int | str | None]) -> None:
         """Write summary.json: from here on the run is done."""
         (self.folder / "failure.json").unlink(missing_ok=True)
-        write_json(self.folder / "summary.json", dict(summary))
+        with _written(self.folder / "summary.json"):
+            write_json(self.folder / "summary.json", dict(summary))
+        self._previous.unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
         """The finished run's flat summary."""
         return read_json(self.folder / "summary.json")
 
     def fail(self, message: str, traceback: str = "") -> None:
-        """Say in the record why this attempt ended."""
-        write_json(self.folder / "failure.json", {"message": message, "traceback": traceback})
+        """Say in the record why this attempt ended; where that cannot be written, only in the log."""
+        try:
+            write_json(self.folder / "failure.json", {"message": message, "traceback": traceback})
+        except OSError as error:
+            log.warning("The failure of run %s could not be written down: %s", self.run_id, error)
 
     def failure(self) -> str | None:
         """Why the last attempt failed, in one sentence, or None."""
@@ -204,7 +316,7 @@ class Record:
             RunLocked: if another process holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as file:
+        with open(self.folder / "lock", "a", opener=_no_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -215,7 +327,7 @@ class Record:
     def busy(self) -> bool:
         """Whether a process is at work on the run."""
         try:
-            with open(self.folder / "lock") as file:
+            with open(self.folder / "lock", opener=_no_link) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -254,7 +366,7 @@ def state_of(spec: Spec, root: Path) -> tuple[str, str]:
         if failure := record.failure():
             return "failed", f": {' '.join(failure.split())}"
         return ("begun", progress if lines else "") if lines or record.checkpoint.exists() else ("not begun", "")
-    except (KeyError, OSError, RecordError) as error:
+    except (KeyError, OSError, RecordError, TypeError, ValueError, ZeroDivisionError) as error:
         return "damaged", f": {error}"
 
 
@@ -283,6 +395,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -292,6 +405,18 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Around the writing of a run's file: what goes wrong is told with the mend in it."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{path} cannot be written ({error.strerror or error}): make room there, and the same command goes on from "
+            "the last checkpoint."
+        ) from error
+
+
 def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -299,19 +424,52 @@ def _write(path: Path, text: str) -> None:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _bytes(path, LARGEST_TEXT).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} cannot be read ({error}): mend it or move its folder away.") from error
 
 
+def _bytes(path: Path, most: int | None = None) -> bytes:
+    """The contents of a plain file in a folder that is no link.
+
+    Raises:
+        OSError: if it is missing, or anything else, or larger than `most`.
+    """
+    if path.parent.is_symlink():
+        raise OSError(errno.ELOOP, "its folder is a link", str(path))
+    with open(path, "rb", opener=_no_link) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        if most is not None and status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than any record", str(path))
+        return file.read()
+
+
+def _no_link(path: str, flags: int) -> int:
+    """An opener that follows no link and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def _object(text: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not JSON ({error}): mend it or move its folder away.") from error
     if not isinstance(content, dict):
         raise RecordError(f"{path} does not hold a JSON object: mend it or move its folder away.")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return content
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _finite(content: Any) -> Any:

@@ -81,9 +81,9 @@ CHOICES = {
     "profile": PROFILES,
     "kind": tuple(KINDS),
     "dataset": (*IMAGES, *TEXTS, *SIMULATED),
-    "augmentation": ("none", "crop-flip"),
+    "augmentation": ("none", "crop-flip", "crop-flip-autoaugment", "crop-flip-randaugment"),
     "base_optimizer": ("sgd", "adamw"),
-    "schedule": ("cosine", "linear"),
+    "schedule": ("cosine", "linear", "step"),
     "attention": ("eager", "sdpa"),
     "decay": ("all", "matrices"),
     "precision": ("float32", "bfloat16"),
@@ -128,6 +128,11 @@ class Spec:
     holdout_examples: int = 0
     """If positive: the run is scored on this many training images it never trains on, not on the test set."""
     augmentation: str = "none"
+    """Of images; see `augment.py`."""
+    cutout: int = 0
+    """Side, in pixels, of the square that is cut out of each training image; 0 cuts none."""
+    image_size: int = 32
+    """Side, in pixels, that images are enlarged to: for pretrained models, which were made for larger ones."""
     label_smoothing: float = 0.0
     label_noise: float = 0.0
     """Share of the training images whose label is replaced by a wrong one, drawn once for every run and method."""
@@ -136,9 +141,14 @@ class Spec:
     nesterov: bool = False
     weight_decay: float = 0.0
     schedule: str = "cosine"
+    """Of the learning rate: half a cosine or a line down to 0, or a fifth after 30, 60 and 80 % of the epochs, as Wide
+    ResNets were published with (`step`)."""
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     """Largest norm of the gradient that the base optimizer is given, so after micro-batches were averaged."""
+    ema: float = 0.0
+    """If positive: the run is scored by an exponential moving average of its weights and buffers, which keeps this
+    share of itself at each step; 0.999 say. Gradients are taken at the plain weights."""
     decay: str = "all"
     """Which parameters `weight_decay` is for: all, or matrices alone, without biases and norms."""
     dropout: float | None = None
@@ -149,6 +159,16 @@ class Spec:
     """Tokens of a text after which it is cut off, special ones included."""
     precision: str = "float32"
     device: str = "cpu"
+    channels_last: bool = True
+    """Memory layout of images and convolutions."""
+    fused: bool = False
+    """Whether the base optimizer updates all parameters in one kernel."""
+    compile: bool = False
+    """Whether the model goes through `torch.compile`."""
+    tf32: bool = False
+    """Whether float32 products on a GPU may round their factors to TensorFloat-32."""
+    deterministic: bool = False
+    """Of a GPU: whether only kernels are used that give the same bits each time. On the CPU all are."""
     threads: int = 1
     """Of one worker process: bit-for-bit equality holds for equal threads only."""
     ranks: int = 1
@@ -178,12 +198,12 @@ class Spec:
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), f"one of {', '.join(allowed)}")
         counts = ("epochs", "batch_size", "micro_batches", "threads", "ranks", "workers", "recipe", "max_length")
-        for name in ("learning_rate", *counts):
+        for name in ("learning_rate", "image_size", *counts):
             if not getattr(self, name) > 0:
                 _refuse(name, getattr(self, name), "greater than 0")
         for name in (
             *("rho", "seed", "holdout_examples", "momentum", "weight_decay", "warmup_epochs"),
-            *("curvature_every", "measured_examples", "measured_rho"),
+            *("curvature_every", "measured_examples", "measured_rho", "cutout"),
         ):
             if not getattr(self, name) >= 0:
                 _refuse(name, getattr(self, name), "0 or greater")
@@ -194,10 +214,19 @@ class Spec:
             _refuse("seed", self.seed, "below 2**32")
         if not 0 <= self.label_smoothing < 1:
             _refuse("label_smoothing", self.label_smoothing, "at least 0 and below 1")
-        if not 0 <= self.label_noise < 1:
-            _refuse("label_noise", self.label_noise, "at least 0 and below 1")
-        if self.label_noise and self.dataset not in IMAGES:
-            _refuse("label_noise", self.label_noise, f"0 but for {', '.join(IMAGES)}")
+        for name in ("label_noise", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                _refuse(name, getattr(self, name), "at least 0 and below 1")
+        if self.ema and self.kind not in ("train", "curvature"):
+            _refuse("ema", self.ema, "0 but for trainings")
+        for name, default in (("label_noise", 0.0), ("cutout", 0), ("image_size", 32), ("channels_last", True)):
+            if self.dataset not in IMAGES and getattr(self, name) != default:
+                _refuse(name, getattr(self, name), f"left out but for {', '.join(IMAGES)}")
+        if self.cutout > 32:
+            _refuse("cutout", self.cutout, "at most 32, the side of the images")
+        for name in ("tf32", "deterministic"):
+            if self.device != "cuda" and getattr(self, name):
+                _refuse(name, True, "left out on CPUs: it is for GPUs")
         if self.micro_batches > self.batch_size:
             _refuse(
                 "micro_batches",
@@ -213,9 +242,11 @@ class Spec:
             )
         models = SIMULATED_MODELS if self.dataset in SIMULATED else TEXT_MODELS
         models = IMAGE_MODELS if self.dataset in IMAGES else models
-        if self.model not in models and not (self.dataset in TEXTS and "/" in self.model):
-            folder = ", or the path of a checkpoint's folder" if self.dataset in TEXTS else ""
+        if self.model not in models and not (self.dataset not in SIMULATED and "/" in self.model):
+            folder = ", or the path of a checkpoint's folder" if self.dataset not in SIMULATED else ""
             _refuse("model", self.model, f"one of {', '.join(models)} for {self.dataset}{folder}")
+        if self.image_size != 32 and "/" not in self.model:
+            _refuse("image_size", self.image_size, "32, but for pretrained models of timm")
         if self.dataset in TEXTS and self.augmentation != "none":
             _refuse("augmentation", self.augmentation, "none for texts")
         for name, default in (("dropout", None), ("attention", "eager"), ("max_length", 128)):

@@ -1,5 +1,6 @@
 """The one seam between the domains: what the training loop needs to know of a task."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,35 @@ def build_task(spec: Spec, data_root: str | None = None) -> Task:
     return glue.text_task(spec, data_root)
 
 
+def set_torch(spec: Spec) -> None:
+    """Make this process compute as the spec says; call it before anything is computed."""
+    torch.set_num_threads(spec.threads)
+    torch.set_float32_matmul_precision("high" if spec.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = spec.tf32
+    if spec.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(spec.deterministic)
+
+
+def here(spec: Spec) -> dict[str, Any]:
+    """What this process computes with, for the record; call it after `set_torch`."""
+    on_gpu = spec.device == "cuda"
+    return {
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "torch_flags": {
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "mkldnn": torch.backends.mkldnn.enabled,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "cuda": torch.version.cuda if on_gpu else None,
+            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        },
+    }
+
+
 def check(spec: Spec, data_root: str | None = None) -> None:
     """Fetch and verify what a spec's task is made from, before any run starts.
 
@@ -69,6 +99,10 @@ def check(spec: Spec, data_root: str | None = None) -> None:
         from experiments.harness.data import load_cifar
 
         load_cifar(spec.dataset, Path(data_root) if data_root else None)
+        if "/" in spec.model:
+            from experiments.harness.models import pretrained
+
+            pretrained(spec.model, 10, spec.image_size)
     else:
         from experiments.harness import glue
 

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 import msam
 from experiments.harness.record import Record
 from experiments.harness.spec import Spec, SpecError
-from experiments.harness.task import generator
+from experiments.harness.task import generator, here, set_torch
 from experiments.harness.train import Interrupted
 
 INPUTS = {"regression": 16, "two-layer": 6}
@@ -90,9 +90,9 @@ def measure(
         SpecError: for what the simulation does not have.
     """
     check(spec)
-    torch.set_num_threads(spec.threads)
+    set_torch(spec)
     begun = time.monotonic()
-    record.add_environment({**environment, "threads": torch.get_num_threads()})
+    record.add_environment({**environment, **here(spec)})
     minimum = interpolating_minimum(spec)
     sharpness = _largest(minimum.hessians(1)[0])
     ends = low, high = tuple(factor * 2 / spec.learning_rate / sharpness for factor in WIDEST)

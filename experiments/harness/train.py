@@ -1,8 +1,8 @@
 """The one training loop."""
 
 import contextlib
+import io
 import math
-import pickle
 import statistics
 import time
 import traceback
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import msam
 from experiments.harness.ranks import Ranks
-from experiments.harness.record import Record, RecordError, record_of, replacing
+from experiments.harness.record import Record, RecordError, record_of
 from experiments.harness.spec import Spec
-from experiments.harness.task import Task, build_task
+from experiments.harness.task import Task, build_task, here, set_torch
 
 CHECK_EVERY = 50
 """Steps between looks at the losses, each of which waits for the device."""
@@ -56,6 +57,7 @@ def train(
     checkpoint_seconds: float = 20.0,
     report: Callable[[int, int], None] = lambda step, steps: None,
     stop: Callable[[], bool] = lambda: False,
+    build: Callable[[Spec, str | None], Task] = build_task,
 ) -> None:
     """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left alone.
 
@@ -65,9 +67,11 @@ def train(
         data_root: A folder to look for data in first.
         environment: Provenance of this session, for the record.
         redo: Delete what there is of this run first, and train it anew.
-        checkpoint_seconds: Least time between checkpoints. It does not change the run's numbers.
+        checkpoint_seconds: Least time between checkpoints; longer where one takes more than a second to write, so that
+            they take a twentieth of the time at most. It does not change the run's numbers.
         report: Called with (steps done, steps in all) as the run goes on.
         stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
+        build: Makes the task from spec and data root.
 
     A run of several ranks is trained by as many processes (see `ranks.py`), each of which calls this.
 
@@ -82,7 +86,8 @@ def train(
         if ranks.any(ranks.first and not record.begin(spec, redo=redo)) == [True]:
             return
         try:
-            _train(spec, record, ranks, data_root, environment or {}, checkpoint_seconds, report, stop)
+            with record.session() if ranks.first else contextlib.nullcontext():
+                _train(spec, record, ranks, build, data_root, environment or {}, checkpoint_seconds, report, stop)
         except Interrupted:
             raise
         except Exception as error:
@@ -95,36 +100,40 @@ def _train(
     spec: Spec,
     record: Record,
     ranks: Ranks,
+    build: Callable[[Spec, str | None], Task],
     data_root: str | None,
     environment: Mapping[str, Any],
     checkpoint_seconds: float,
     report: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> None:
-    torch.set_num_threads(spec.threads)
+    set_torch(spec)
     ranks.seed()
-    task = build_task(spec, data_root)
+    task = build(spec, data_root)
     model = ranks.wrapped(task.model)
-    loss_fn = partial(task.loss_fn, model)
+    loss_fn = partial(task.loss_fn, torch.compile(model) if spec.compile else model)
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
-    state = (task.model, optimizer, scheduler)
+    average = moving_average(spec, task.model)
+    state = (task.model, optimizer, scheduler, average)
     progress = load_checkpoint(record, ranks, *state)
     ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
     if ranks.first:
         record.add_environment({**environment, **task.data, **_here(spec), "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
-    clock, saved = _Clock(progress), time.monotonic()
+    clock, next_checkpoint = _Clock(progress), time.monotonic() + checkpoint_seconds
     seen: list[msam.Step] = []
 
     model.train()
     for batch in _batches_from(task, progress.step, steps):
-        stopping, checkpoint_due = ranks.any(stop(), time.monotonic() - saved > checkpoint_seconds)
+        stopping, checkpoint_due = ranks.any(stop(), time.monotonic() > next_checkpoint)
         if stopping or checkpoint_due:
             _look(seen, progress, ranks, clock)
+            begun = time.monotonic()
             save_checkpoint(record, ranks, progress, *state)
-            saved = time.monotonic()
+            took = time.monotonic() - begun
+            next_checkpoint = time.monotonic() + checkpoint_seconds * max(1.0, took)
         if stopping:
             raise Interrupted(f"Stopped before step {progress.step + 1} of {steps}.")
 
@@ -135,6 +144,8 @@ def _train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         optimizer.step()
         scheduler.step()
+        if average is not None:
+            average.update_parameters(task.model)
         progress.step += 1
 
         end_of_epoch = progress.step % task.steps_per_epoch == 0
@@ -147,7 +158,7 @@ def _train(
                 record.append(line | _curvature(spec, task, epoch))
         report(progress.step, steps)
 
-    stopping, checkpoint_due = ranks.any(stop(), time.monotonic() - saved > checkpoint_seconds)
+    stopping, checkpoint_due = ranks.any(stop(), time.monotonic() > next_checkpoint)
     if stopping or checkpoint_due:
         save_checkpoint(record, ranks, progress, *state)
     if stopping:
@@ -155,6 +166,8 @@ def _train(
     if not ranks.first:
         return
     last = record.metrics()[-1]
+    if average is not None:
+        task.model.load_state_dict(average.module.state_dict())
     scores = task.evaluate()
     if lost := sorted(name for name, value in scores.items() if not math.isfinite(value)):
         raise Diverged(f"failed after step {steps}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho.")
@@ -194,24 +207,33 @@ def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer
     if spec.decay == "matrices":  # biases and the weights of norms are vectors
         vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
         params = [{"params": [p for p in params if p.ndim > 1]}, vectors]
+    fused = spec.fused or None  # None leaves the choice to torch, False would rule out its own
     if spec.base_optimizer == "adamw":
-        return torch.optim.AdamW(params, spec.learning_rate, weight_decay=spec.weight_decay)
+        return torch.optim.AdamW(params, spec.learning_rate, weight_decay=spec.weight_decay, fused=fused)
     return torch.optim.SGD(
         params,
         spec.learning_rate,
         momentum=spec.momentum,
         weight_decay=spec.weight_decay,
         nesterov=spec.nesterov,
+        fused=fused,
     )
 
 
+def moving_average(spec: Spec, model: torch.nn.Module) -> AveragedModel | None:
+    """The average of weights and buffers that the run is scored by; None if that is the model itself."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True) if spec.ema else None
+
+
 def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor at a step (from 0): linear warm-up, then half a cosine or a line down to 0."""
+    """The learning rate's factor at a step (from 0): linear warm-up, then the spec's schedule."""
     steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
+        if spec.schedule == "step":
+            return 0.2 ** sum(step / steps >= share for share in (0.3, 0.6, 0.8))
         done = (step - warmup) / (steps - warmup)
         return 1 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
@@ -221,8 +243,7 @@ def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
 def _here(spec: Spec) -> dict[str, Any]:
     """What this process knows of itself, for the record."""
     return {
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if spec.device == "cuda" else None,
+        **here(spec),
         "ranks": spec.ranks,
         "micro_batches_per_rank": spec.micro_batches // spec.ranks,
     }
@@ -235,6 +256,7 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: AveragedModel | None = None,
 ) -> None:
     """Write all that the rest of the run depends on, in one rename; every rank comes here, and the first one writes."""
     generators = ranks.gathered(torch.get_rng_state())
@@ -246,11 +268,11 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
+        "average": average.state_dict() if average else None,
         "generators": generators,
         "cuda_generators": cuda_generators,
     }
-    with replacing(record.checkpoint) as temporary:
-        torch.save(content, temporary)
+    record.write_checkpoint(_serialised(content))
     ranks.wait()
 
 
@@ -260,32 +282,71 @@ def load_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    average: AveragedModel | None = None,
 ) -> Progress:
-    """Take everything back to the last checkpoint; without one, progress is at its start."""
-    if not record.checkpoint.exists():
-        return Progress()
-    try:
-        content = torch.load(record.checkpoint, map_location="cpu", weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RecordError(
-            f"{record.checkpoint} cannot be read ({error}): delete it, and the run begins anew."
-        ) from error
-    if "progress" not in content:  # killed between the final weights and the summary: train again
-        return Progress()
-    model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
-    torch.set_rng_state(generators[ranks.rank])
-    if content["cuda_generators"]:
-        torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
-    return Progress(**content["progress"])
+    """Take everything back to the last checkpoint that is intact; without one, progress is at its start.
+
+    Raises:
+        RecordError: if there are checkpoints but none is intact, or one is another run's.
+    """
+    for path, read in record.read_checkpoints():
+        content = _deserialised(read, path)
+        if "progress" not in content:  # the final weights: this run was killed before its summary
+            continue
+        try:
+            model.load_state_dict(content["model"])
+            optimizer.load_state_dict(content["optimizer"])
+            scheduler.load_state_dict(content["scheduler"])
+            if average is not None:
+                average.load_state_dict(content["average"])
+            torch.set_rng_state(content["generators"][ranks.rank])
+            if content["cuda_generators"]:
+                torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
+            return Progress(**content["progress"])
+        except (AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise _foreign(path, error) from error
+    return Progress()
 
 
 def save_weights(record: Record, model: torch.nn.Module) -> None:
     """Replace the checkpoint by the final weights alone."""
-    with replacing(record.checkpoint) as temporary:
-        torch.save({"model": model.state_dict()}, temporary)
+    record.write_checkpoint(_serialised({"model": model.state_dict()}))
+
+
+def load_weights(record: Record) -> dict[str, torch.Tensor]:
+    """The final weights of a finished run, or those of its last checkpoint.
+
+    Raises:
+        RecordError: if there are none that are intact.
+    """
+    for path, read in record.read_checkpoints():
+        content = _deserialised(read, path)
+        if not isinstance(content.get("model"), dict):
+            raise _foreign(path, "it holds no model")
+        return content["model"]
+    raise RecordError(f"{record.checkpoint} is not there: train run {record.run_id} again with --redo.")
+
+
+def _serialised(content: Mapping[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
+
+
+def _deserialised(read: bytes, path: Path) -> dict[str, Any]:
+    """What a checkpoint holds: tensors, numbers, strings and their collections. Nothing in it is executed."""
+    try:
+        content = torch.load(io.BytesIO(read), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch and pickle make of bytes that are no checkpoint
+        raise _foreign(path, error) from error
+    if not isinstance(content, dict):
+        raise _foreign(path, "it is no checkpoint")
+    return content
+
+
+def _foreign(path: Path, why: object) -> RecordError:
+    words = str(why).strip().splitlines() or [type(why).__name__]
+    return RecordError(f"{path} cannot be read ({words[0][:200]}): delete it, and the run begins anew.")
 
 
 class _Clock:

@@ -1,7 +1,8 @@
 """Image classification: from a spec to a Task."""
 
+import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.harness.data import load_cifar
-from experiments.harness.models import build
+from experiments.harness.augment import augmented, has_policy, loaded, sent
+from experiments.harness.data import MEAN, STD, Cifar, load_cifar
+from experiments.harness.models import build, pixel_statistics
 from experiments.harness.spec import Spec
 from experiments.harness.task import Task, generator, subsets
-
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-"""Of CIFAR-10's training pixels, by channel; CIFAR-100 is scaled alike."""
 
 EVALUATION_BATCH = 250
 
@@ -24,9 +22,23 @@ NOISE_SEED = 1
 """Of the labels that are made wrong: the same for every run."""
 
 
-def image_task(spec: Spec, data_root: str | None = None) -> Task:
-    """CIFAR-10 or CIFAR-100 with one of the models of `models.py`."""
-    cifar = load_cifar(spec.dataset, Path(data_root) if data_root else None)
+def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = None) -> Task:
+    """CIFAR-10 or CIFAR-100 with one of the models of `models.py`.
+
+    Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
+    done ahead of the training.
+
+    Args:
+        spec: The run.
+        data_root: A folder to look for data in first.
+        loaders: Processes that do so, which changes no number; None: one for each core but one if there is a GPU to
+            keep busy, and none on a CPU, which has nothing else to do.
+    """
+    return task_of(spec, load_cifar(spec.dataset, Path(data_root) if data_root else None), loaders)
+
+
+def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
+    """The task of a spec on these images."""
     train, holdout = subsets(spec, len(cifar.train_labels))
     device = torch.device(spec.device)
 
@@ -35,7 +47,8 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
 
     classes = 100 if spec.dataset == "cifar100" else 10
     noisy = with_wrong_labels(cifar.train_labels[train], spec.label_noise, classes)
-    images, labels = on_device(cifar.train_images[train], noisy)
+    on_host = cifar.train_images[train]
+    images, labels = on_device(on_host, noisy)
     if spec.holdout_examples:
         scored = "holdout", on_device(cifar.train_images[holdout], cifar.train_labels[holdout])
     else:
@@ -44,7 +57,13 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
             on_device(cifar.test_images[: spec.test_examples], cifar.test_labels[: spec.test_examples]),
         )
 
-    model = build(spec.model, classes).to(device, memory_format=torch.channels_last)
+    model = build(spec.model, classes, spec.image_size)
+    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+    mean, std = pixel_statistics(model)
+    model = model.to(device, memory_format=layout)
+    seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
+    if loaders is None:
+        loaders = len(os.sched_getaffinity(0)) - 1 if device.type == "cuda" else 0
 
     def forward(model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
@@ -55,25 +74,29 @@ def image_task(spec: Spec, data_root: str | None = None) -> Task:
         return F.cross_entropy(forward(model, x).float(), y, label_smoothing=spec.label_smoothing)
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(labels), generator=generator(spec.seed, epoch)).to(device)
+        order = torch.randperm(len(labels), generator=generator(spec.seed, epoch))
+        places = sent(order, device)
+        made = (
+            loaded(spec, torch.from_numpy(on_host), order, epoch, first, loaders, device.type == "cuda")
+            if has_policy(spec)
+            else None
+        )
         for index in range(first, steps_per_epoch):
-            chosen = order[index * spec.batch_size : (index + 1) * spec.batch_size]
-            x = images[chosen]
-            if spec.augmentation == "crop-flip":
-                x = crop_and_flip(x, generator(spec.seed, epoch, index, 1))  # (seed, epoch, 0) is (seed, epoch)
-            yield normalised(x), labels[chosen]
+            chosen = places[index * spec.batch_size : (index + 1) * spec.batch_size]
+            x = augmented(spec, images[chosen], epoch, index) if made is None else sent(next(made), device)
+            yield seen(x), labels[chosen]
 
     def evaluate() -> dict[str, float]:
         model.eval()
         scores = {}
         for part, (x, y) in (scored, ("train", (images, labels))):
-            accuracy, loss = _score(partial(forward, model), x, y)
+            accuracy, loss = _score(lambda images: forward(model, seen(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 
     def sample(part: str, count: int) -> tuple[Tensor, Tensor]:
         x, y = dict([scored, ("train", (images, labels))])[part]
-        return normalised(x[:count]), y[:count]
+        return seen(x[:count]), y[:count]
 
     steps_per_epoch = len(labels) // spec.batch_size  # an incomplete last batch is left out
     return Task(
@@ -100,24 +123,24 @@ def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndar
     return noisy
 
 
-def normalised(images: Tensor) -> Tensor:
-    """(N, 32, 32, 3) uint8 to (N, 3, 32, 32) float32 of mean 0 and deviation 1, in channels-last memory."""
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
-    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+def normalised(
+    images: Tensor,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+    size: int = 32,
+    layout: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """(N, 32, 32, 3) uint8 to (N, 3, size, size) float32 with pixels in [0, 1] taken to (pixel - mean) / std."""
+    centre, scale = _statistics(mean, std, images.device)
+    x = ((images.float() / 255 - centre) / scale).permute(0, 3, 1, 2)
+    if size != x.shape[-1]:
+        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return x.contiguous(memory_format=layout)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad (N, 32, 32, 3) images by 4 black pixels, cut 32 x 32 at a random place, mirror every other one."""
-    count, size = images.shape[0], images.shape[1]
-    top, left = torch.randint(0, 9, (2, count), generator=generator).to(images.device)
-    mirrored = torch.randint(0, 2, (count,), generator=generator).bool().to(images.device)
-    line = torch.arange(size, device=images.device)
-    rows = top[:, None] + line
-    columns = left[:, None] + torch.where(mirrored[:, None], line.flip(0), line)
-    padded = F.pad(images, (0, 0, 4, 4, 4, 4))
-    example = torch.arange(count, device=images.device)
-    return padded[example[:, None, None], rows[:, :, None], columns[:, None, :]]
+@cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
 @torch.no_grad()
@@ -125,7 +148,7 @@ def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) 
     """Accuracy in [0, 1] and mean cross-entropy."""
     correct = loss = 0.0
     for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        logits = forward(normalised(x)).float()
+        logits = forward(x).float()
         correct += (logits.argmax(1) == y).sum().item()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
     return correct / len(labels), loss / len(labels)

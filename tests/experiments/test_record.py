@@ -50,7 +50,7 @@ def test_no_summary_not_done(record):
 def test_an_interrupted_write_leaves_the_old_file(record, monkeypatch):
     record.finish({"test_accuracy": 0.5})
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RecordError, match=r"summary\.json cannot be written \(disk full\)"):
         record.finish({"test_accuracy": 0.9})
     monkeypatch.undo()
     assert record.summary() == {"test_accuracy": 0.5}

@@ -69,6 +69,14 @@ def test_every_field_is_part_of_the_name():
         "base_optimizer": "adamw",
         "augmentation": "crop-flip",
         "precision": "bfloat16",
+        "cutout": 8,
+        "image_size": 64,
+        "ema": 0.9,
+        "channels_last": False,
+        "fused": True,
+        "compile": True,
+        "tf32": True,
+        "deterministic": True,
         "device": "cuda",
         "nesterov": True,
         "label_smoothing": 0.1,
@@ -94,6 +102,8 @@ def test_every_field_is_part_of_the_name():
         value = others[field.name] if field.name in others else getattr(BASE, field.name) + 1
         base = TEXT if field.name in ("dropout", "attention", "max_length") else BASE
         base = replace(base, micro_batches=2) if field.name == "ranks" else base
+        base = replace(BASE, device="cuda") if field.name in ("tf32", "deterministic") else base
+        base = replace(BASE, model="hf-hub:timm/a") if field.name == "image_size" else base
         base = measured if field.name in ("measured_examples", "measured_rho") else base
         changed = replace(base, **{field.name: value})
         assert changed.run_id != base.run_id, field.name
@@ -135,6 +145,12 @@ def test_a_field_at_its_default_is_not_in_the_name():
         ("warmup_epochs", 2.0),
         ("label_smoothing", 1.0),
         ("label_noise", 1.0),
+        ("ema", 1.0),
+        ("cutout", 33),
+        ("image_size", 64),  # of a model that is no pretrained one
+        ("tf32", True),  # on a CPU
+        ("deterministic", True),
+        ("schedule", "steps"),
         ("nesterov", 1),
         ("threads", 0),
     ],

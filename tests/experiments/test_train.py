@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msam
+from experiments.harness import train as loop
 from experiments.harness.data import load_cifar
 from experiments.harness.models import build
 from experiments.harness.record import RecordError, record_of
@@ -67,7 +69,10 @@ def start(spec: Spec, root: Path) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
-@pytest.mark.parametrize("spec", [RESNET, VIT], ids=["resnet", "vit"])
+AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout=8, schedule="step", fused=True)
+
+
+@pytest.mark.parametrize("spec", [RESNET, VIT, AVERAGED], ids=["resnet", "vit", "averaged"])
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
     train(spec, tmp_path / "undisturbed")
     first_steps = []
@@ -249,6 +254,83 @@ def test_the_schedule_warms_up_and_ends_at_zero():
     assert values[50] == pytest.approx(0.0)
 
 
+def test_the_step_schedule_is_a_fifth_after_30_60_and_80_percent():
+    factor = schedule(replace(RESNET, schedule="step", epochs=10, warmup_epochs=1.0), steps_per_epoch=4)
+    values = [factor(step) for step in range(40)]
+    assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    expected = [1.0] * 8 + [0.2] * 12 + [0.04] * 8 + [0.008] * 8
+    assert values[4:] == pytest.approx(expected)
+
+
+def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
+    """Against a loop that averages by hand, with the float32 rounding of torch's own average."""
+    spec = replace(RESNET, ema=0.5, epochs=1, clip_norm=None)
+    train(spec, tmp_path)
+    torch.manual_seed(spec.seed)
+    task = build_task(spec)
+    optimizer = build_optimizer(spec, task.model)
+    factor, average = schedule(spec, task.steps_per_epoch), None
+    for index, batch in enumerate(task.batches(0, 0)):
+        optimizer.param_groups[0]["lr"] = spec.learning_rate * factor(index)
+        optimizer.zero_grad()
+        loss_fn = lambda batch: task.loss_fn(task.model, batch)  # noqa: E731
+        msam.backward(loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
+        optimizer.step()
+        now = {name: value.double() for name, value in task.model.state_dict().items()}
+        average = now if average is None else {name: (average[name] + now[name]) / 2 for name in now}
+    saved = torch.load(record_of(spec, tmp_path).checkpoint, weights_only=True)["model"]
+    assert any(not torch.equal(saved[name].double(), now[name]) for name in saved)
+    for name, value in saved.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), average[name], rtol=1e-4, atol=1e-6)
+    task.model.load_state_dict(saved)
+    assert record_of(spec, tmp_path).summary()["test_accuracy"] == task.evaluate()["test_accuracy"]
+
+
+class Waits(TorchDispatchMode):
+    """Operations that have to know a tensor's value, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "masked_select"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [replace(RESNET, cutout=8), replace(VIT, fused=True)], ids=["resnet", "vit"])
+def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
+    """Seen on the CPU by counting; the looks at the losses, 50 steps or an epoch apart, are the exception.
+
+    AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these, as torch's
+    moving average does.
+    """
+    looks, counts = [], []
+    look = loop._look
+    monkeypatch.setattr(loop, "_look", lambda *arguments: (looks.append(1), look(*arguments)))
+    with Waits() as waits:
+        train(replace(spec, epochs=2, warmup_epochs=0.0), tmp_path, report=lambda *_: counts.append(len(waits.found)))
+        assert waits.found[counts[-1] :], "scoring does look at values: the count works"
+    assert counts == [counts[0]] * 8, "more than when the model was built"
+    assert len(looks) == 2, "once an epoch"
+
+
+def test_no_step_waits_for_the_gpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):  # the first look, at the end of the epoch
+            train(spec, tmp_path)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert "_look" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
+
+
 def test_optimizers_are_torchs_own():
     model = torch.nn.Linear(2, 2)
     sgd = build_optimizer(RESNET, model)
@@ -258,6 +340,8 @@ def test_optimizers_are_torchs_own():
     adamw = build_optimizer(VIT, model)
     assert type(adamw) is torch.optim.AdamW
     assert adamw.defaults["weight_decay"] == 5e-4
+    assert build_optimizer(replace(RESNET, fused=True), model).defaults["fused"]
+    assert build_optimizer(replace(VIT, fused=True), model).defaults["fused"]
 
 
 def test_what_a_finished_run_reports(tmp_path):

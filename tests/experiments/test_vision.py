@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import chisquare
 
-from experiments.harness.models import MODELS, build
+from experiments.harness.augment import by_policy, crop_and_flip, cut_out
+from experiments.harness.data import DataError
+from experiments.harness.models import MODELS, build, pixel_statistics
 from experiments.harness.spec import IMAGE_MODELS, Spec
-from experiments.harness.task import subsets
-from experiments.harness.vision import crop_and_flip, image_task, normalised, with_wrong_labels
+from experiments.harness.task import check, subsets
+from experiments.harness.vision import image_task, normalised, with_wrong_labels
 
 SPEC = Spec(
     profile="smoke",
@@ -60,12 +62,73 @@ def test_every_crop_is_a_window_of_the_padded_image_or_of_its_mirror_image():
     assert len({left for _, _, left in found}) > 5
 
 
-def test_augmentation_depends_on_its_generator_alone():
-    x = images(8)
-    first = crop_and_flip(x, torch.Generator().manual_seed(1))
+AUGMENTATIONS = {
+    "crop": crop_and_flip,
+    "cutout": lambda x, generator: cut_out(x, 12, generator),
+    "autoaugment": lambda x, generator: by_policy(x, "crop-flip-autoaugment", generator),
+    "randaugment": lambda x, generator: by_policy(x, "crop-flip-randaugment", generator),
+}
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation_depends_on_its_generator_alone(name):
+    x, augment = images(8), AUGMENTATIONS[name]
+    first = augment(x, torch.Generator().manual_seed(1))
+    drawn = torch.random.get_rng_state()
     torch.rand(5)
-    assert torch.equal(crop_and_flip(x, torch.Generator().manual_seed(1)), first)
-    assert not torch.equal(crop_and_flip(x, torch.Generator().manual_seed(2)), first)
+    assert torch.equal(augment(x, torch.Generator().manual_seed(1)), first)
+    assert not torch.equal(augment(x, torch.Generator().manual_seed(2)), first)
+    torch.random.set_rng_state(drawn)
+    augment(x, torch.Generator().manual_seed(3))
+    assert torch.equal(torch.random.get_rng_state(), drawn), "dropout's draws would shift"
+    assert first.dtype == torch.uint8
+    assert first.shape == x.shape
+
+
+def test_a_square_is_cut_out_around_any_pixel():
+    x = images(400).clamp(max=100)  # no pixel has the colour that squares are filled with
+    cut = cut_out(x, 8, torch.Generator().manual_seed(1))
+    changed = (cut != x).all(-1)
+    assert ((cut != x).any(-1) == changed).all()
+    assert {tuple(pixel.tolist()) for pixel in cut[changed]} == {(125, 123, 114)}
+    sizes = set()
+    for gone in changed:
+        rows, columns = gone.any(1).nonzero()[:, 0], gone.any(0).nonzero()[:, 0]
+        sizes.add((len(rows), len(columns)))
+        assert gone.sum() == len(rows) * len(columns), "no rectangle"
+        assert (rows.diff() == 1).all()
+        assert (columns.diff() == 1).all()
+    assert max(sizes) == (8, 8)
+    assert min(min(size) for size in sizes) == 4, "centres lie in the image: half of a square is inside at least"
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"), [("crop-flip-autoaugment", "AutoAugment"), ("crop-flip-randaugment", "RandAugment")]
+)
+def test_policies_are_torchvisions(name, transform):
+    from torchvision.transforms import v2
+
+    x = images(6)
+    found = by_policy(x, name, torch.Generator().manual_seed(5))
+    stock = v2.RandAugment() if transform == "RandAugment" else v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(5))))
+    expected = torch.stack([stock(image) for image in x.permute(0, 3, 1, 2)])
+    assert torch.equal(found.permute(0, 3, 1, 2), expected)
+    assert len({tuple(image.flatten().tolist()) for image in found}) == 6
+
+
+def test_loader_processes_and_where_an_epoch_is_entered_change_no_pixel():
+    spec = replace(SPEC, train_examples=64, test_examples=10, augmentation="crop-flip-autoaugment", cutout=8)
+    alone, together = image_task(spec, loaders=0), image_task(spec, loaders=2)
+    expected = list(alone.batches(1, 0))
+    assert len(expected) == 4
+    assert not torch.equal(expected[0][0], next(alone.batches(2, 0))[0])
+    plain = image_task(replace(spec, augmentation="none", cutout=0))
+    assert not torch.equal(expected[0][0], next(plain.batches(1, 0))[0])
+    for found, of in ((list(together.batches(1, 0)), expected), (list(together.batches(1, 2)), expected[2:])):
+        for (x, y), (same_x, same_y) in zip(found, of, strict=True):
+            assert torch.equal(x, same_x)
+            assert torch.equal(y, same_y)
 
 
 def test_held_out_images_are_never_trained_on():
@@ -113,6 +176,35 @@ def test_with_groupnorm_micro_batches_make_no_difference_and_the_network_is_as_l
     images = torch.randn(8, 3, 32, 32, dtype=torch.float64)
     parts = [model(part) for part in images.tensor_split(4)]
     torch.testing.assert_close(torch.cat(parts), model(images))
+
+
+def test_a_folder_of_timms_is_a_model_with_its_weights(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    torch.manual_seed(3)
+    small = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "global_pool": "avg", "class_token": False}
+    given = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=64, **small)
+    save_for_hf(
+        given, tmp_path, model_config={**given.pretrained_cfg, "num_classes": 7}, model_args={**small, "img_size": 64}
+    )
+    model = build(str(tmp_path), 10, 32)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert pixel_statistics(model) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    weights = {k: v for k, v in given.state_dict().items() if not k.startswith("head") and k != "pos_embed"}
+    assert len(weights) > 20
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
+    spec = replace(SPEC, model=str(tmp_path), image_size=64, train_examples=32, test_examples=10)
+    task = image_task(spec)
+    assert torch.equal(task.model.state_dict()["pos_embed"], given.state_dict()["pos_embed"]), "made for this size"
+    x, _ = task.sample("train", 2)
+    assert x.shape == (2, 3, 64, 64)
+    with pytest.raises(DataError, match="holds no model of timm"):
+        check(replace(spec, model=str(tmp_path / "nothing")))
+    for path in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")):
+        path.unlink()
+    with pytest.raises(DataError, match="could not be loaded by timm"):
+        check(spec)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6])

@@ -9,12 +9,12 @@ import pytest
 
 from experiments import bert_glue, resnet_cifar, wrn_cifar
 from experiments.harness import catalogue
-from experiments.harness.estimate import Estimate, measured
+from experiments.harness.estimate import Estimate, gpu_hours, measured
 from experiments.harness.provenance import ROOT, code_hash
 from experiments.harness.record import record_of
 from experiments.harness.spec import SpecError
 from slurm import scheduler, site
-from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, gpu_hours, resources
+from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, resources
 from slurm.submission import SlurmError, alone, arrays, script, snapshot, standings
 
 NOTHING = Estimate({}, {})

@@ -1,0 +1,285 @@
+"""What faults cost, in figures: processes killed at random instants, records made of anything (`make soak`).
+
+    python -m tests.faults.soak [--kills 200] [--inputs 100000]
+
+`test_soak.py` runs the same functions with small numbers. A figure that is not what it should be ends the command with
+status 1.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from experiments.harness.record import Record, RecordError, record_of
+from experiments.harness.spec import Spec
+from tests.faults import inputs
+
+ROOT = Path(__file__).parents[2]
+
+SPEC = Spec(
+    profile="smoke",
+    dataset="cifar10",
+    model="resnet8",
+    base_optimizer="sgd",
+    learning_rate=0.1,
+    epochs=6,
+    batch_size=32,
+    train_examples=128,
+    test_examples=50,
+    augmentation="crop-flip",
+    rho=0.1,
+    micro_batches=4,
+)
+
+TIMES = ("seconds", "wall_seconds", "step_seconds")
+
+COMMAND = ["table1", "--profile", "smoke", "--seeds", "1"]
+
+
+def killed_trainings(kills: int, seed: int = 0) -> dict[str, Any]:
+    """Kill a training with SIGKILL at instants drawn over its whole length, resume it, and compare what it ends with.
+
+    It writes a checkpoint before every step, so that instants inside of writing are among those drawn.
+    """
+    draws, context = random.Random(seed), _nursery()
+    found = {
+        "kills": 0,
+        "finished runs": 0,
+        "wrong ends": 0,
+        "corrupt records": 0,
+        "steps lost beyond the checkpoint": 0,
+    }
+    with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
+        begun = time.monotonic()
+        _to_the_end(context, SPEC, Path(folder) / "undisturbed")
+        length, right = time.monotonic() - begun, _numbers(SPEC, Path(folder) / "undisturbed")
+        root, sessions, known = Path(folder) / "0", 0, (0, 0)
+        while found["kills"] < kills or sessions:
+            process = context.Process(target=_train, args=(SPEC, str(root)))
+            process.start()
+            process.join(draws.uniform(0, length) if found["kills"] < kills else 120)
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                found["kills"] += 1
+                found["corrupt records"] += not _readable(record_of(SPEC, root))
+            sessions += 1
+            lost, known = _steps_lost(root, known)
+            found["steps lost beyond the checkpoint"] += lost
+            if record_of(SPEC, root).done:
+                found["finished runs"] += 1
+                found["wrong ends"] += _numbers(SPEC, root) != right
+                root, sessions, known = Path(folder) / str(found["finished runs"]), 0, (0, 0)
+            _tell(found["kills"], kills)
+    return found
+
+
+def killed_pools(kills: int, seed: int = 0) -> dict[str, Any]:
+    """Kill `python -m experiments run` itself; its workers stop by themselves, and the same command goes on."""
+    draws = random.Random(seed)
+    found = {"kills": 0, "finished commands": 0, "wrong ends": 0, "workers left over": 0}
+    with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
+        begun = time.monotonic()
+        _command("experiments", "run", *COMMAND, "--results", f"{folder}/undisturbed")
+        length, right = time.monotonic() - begun, _all_numbers(Path(folder) / "undisturbed")
+        root = Path(folder) / "0"
+        while found["kills"] < kills:
+            process = _begun("experiments", "run", *COMMAND, "--results", str(root))
+            try:
+                process.wait(draws.uniform(0.2, 1) * length)
+                ended = True
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                found["kills"], ended = found["kills"] + 1, False
+            found["workers left over"] += _left_over(root)
+            if ended or found["kills"] == kills:
+                _command("experiments", "run", *COMMAND, "--results", str(root))
+                found["finished commands"] += 1
+                found["wrong ends"] += _all_numbers(root) != right
+                root = Path(folder) / str(found["finished commands"])
+            _tell(found["kills"], kills)
+    return found
+
+
+def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
+    """Read runs while they are being written, and kill the reader: it never fails, nor leaves half a file."""
+    draws = random.Random(seed)
+    found = {"calls": 0, "kills": 0, "failed calls": 0, "half files": 0}
+    with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
+        while found["kills"] < kills:
+            root = Path(folder) / str(found["calls"])
+            with _running("experiments", "run", *COMMAND, "--results", str(root)) as training:
+                while not (root / "runs").is_dir():
+                    time.sleep(0.05)
+                while training.poll() is None and found["kills"] < kills:
+                    reader = _begun("analysis", *COMMAND, "--results", str(root))
+                    try:
+                        found["failed calls"] += reader.wait(draws.uniform(0.5, 8)) != 0
+                    except subprocess.TimeoutExpired:
+                        reader.kill()
+                        reader.wait()
+                        found["kills"] += 1
+                    found["calls"] += 1
+                    found["half files"] += not _whole_files(root / "local")
+                    _tell(found["kills"], kills)
+            found["failed calls"] += _command("analysis", *COMMAND, "--results", str(root)) != 0
+            found["half files"] += not _whole_files(root / "local")
+    return found
+
+
+def _nursery() -> Any:
+    """Processes are forked from one that has imported torch once and computed nothing, as those of the pool are."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.harness.worker"])
+    return context
+
+
+def _train(spec: Spec, root: str) -> None:
+    from experiments.harness.train import train
+
+    train(spec, Path(root), checkpoint_seconds=0)
+
+
+def _to_the_end(context: Any, spec: Spec, root: Path) -> None:
+    for name in ("warm", ""):  # the first one waits for the server to start
+        process = context.Process(target=_train, args=(spec, str(root / name) if name else str(root)))
+        process.start()
+        process.join()
+
+
+def _numbers(spec: Spec, root: Path) -> tuple[Any, ...]:
+    """All that a run measured but times, and its final weights."""
+    import torch
+
+    record = record_of(spec, root)
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in record.metrics()]
+    summary = {k: v for k, v in record.summary().items() if k not in TIMES}
+    weights = torch.load(record.checkpoint, weights_only=True)["model"]
+    return lines, summary, {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+def _all_numbers(root: Path) -> dict[str, Any]:
+    specs = [Record(root, path.name).spec() for path in (root / "runs").iterdir()]
+    return {spec.run_id: _numbers(spec, root) for spec in specs}
+
+
+def _readable(record: Record) -> bool:
+    try:
+        if (record.folder / "spec.json").exists():
+            record.spec()
+        record.metrics()
+        if (record.folder / "env.json").exists():
+            record.environments()
+        list(record.read_checkpoints())
+    except RecordError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _steps_lost(root: Path, known: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Steps that the last session did anew although a checkpoint had them.
+
+    Args:
+        root: The results root.
+        known: The last checkpoint's step and the number of sessions before that session.
+
+    Returns:
+        The steps, and the same two numbers now.
+    """
+    import torch
+
+    record = record_of(SPEC, root)
+    sessions = record.environments() if (record.folder / "env.json").exists() else []
+    step, count = known
+    lost = max(0, step + 1 - sessions[-1]["first_step"]) if len(sessions) > count else 0
+    steps = [torch.load(p, weights_only=True).get("progress", {}).get("step") for p, _ in record.read_checkpoints()]
+    return lost, (next((step for step in steps if step is not None), 0), len(sessions))
+
+
+def _left_over(root: Path) -> int:
+    """Workers that still hold a run half a minute after their pool was killed."""
+    until = time.monotonic() + 30
+    folders = [Record(root, path.name) for path in (root / "runs").iterdir()] if (root / "runs").is_dir() else []
+    while any(record.busy for record in folders) and time.monotonic() < until:
+        time.sleep(0.1)
+    return sum(record.busy for record in folders)
+
+
+def _whole_files(folder: Path) -> bool:
+    """Whether every file below is one that a reader can use."""
+    for path in folder.rglob("*"):
+        text = path.read_bytes() if path.is_file() else b"\n"
+        whole = {".pdf": text.rstrip().endswith(b"%%EOF"), ".png": text.endswith(b"IEND\xaeB`\x82")}
+        if path.name.startswith("."):
+            continue  # a temporary file, which no reader looks at
+        if not whole.get(path.suffix, text.endswith(b"\n")):
+            print(f"\n{path} is half a file.", file=sys.stderr)
+            return False
+    return True
+
+
+def _begun(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _command(module: str, *arguments: str) -> int:
+    return _begun(module, *arguments).wait()
+
+
+@contextmanager
+def _running(module: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+    process = _begun(module, *arguments)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _tell(done: int, of: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {of} ", end="", file=sys.stderr, flush=True)
+
+
+ZERO = ("wrong ends", "corrupt records", "steps lost beyond the checkpoint", "workers left over", "failed calls")
+ZERO += ("half files", "crashes", "writes outside")
+
+
+def main() -> None:
+    """Print the figures of every fault."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200, help="of trainings; a tenth as many of pools and of analyses")
+    parser.add_argument("--inputs", type=int, default=100_000, help="made of anything, for the readers of records")
+    arguments = parser.parse_args()
+    soaks: dict[str, Callable[[], dict[str, Any]]] = {
+        "trainings": lambda: killed_trainings(arguments.kills),
+        "pools": lambda: killed_pools(max(1, arguments.kills // 10)),
+        "analyses": lambda: killed_analyses(max(1, arguments.kills // 10)),
+        "readers": lambda: inputs.read(arguments.inputs),
+    }
+    wrong = 0
+    for name, soak in soaks.items():
+        begun = time.monotonic()
+        found = soak()
+        words = ", ".join(f"{value} {key}" for key, value in found.items())
+        print(f"\r{name}: {words} ({time.monotonic() - begun:.0f} s)", flush=True)
+        wrong += sum(found.get(key, 0) for key in ZERO)
+    print("All as it should be." if not wrong else f"{wrong} figures are not what they should be.")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

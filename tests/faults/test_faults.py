@@ -1,0 +1,289 @@
+"""What a disk, a clock, a signal or a stranger's file can do to a run, with the real thing wherever it can be had."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.harness.record import LARGEST_TEXT, Record, RecordError, record_of, state_of
+from experiments.harness.train import Interrupted, train
+from tests.faults import inputs, soak
+
+ROOT = Path(__file__).parents[2]
+SPEC = replace(soak.SPEC, epochs=2)
+
+
+def numbers(root: Path) -> tuple:
+    return soak._numbers(SPEC, root)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that was stopped before its sixth step, with two checkpoints."""
+    asked = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        train(SPEC, tmp_path / "stopped", checkpoint_seconds=0, stop=lambda: next(asked))
+    return record_of(SPEC, tmp_path / "stopped")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int):
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("Mounting a small disk needs root's rights.")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
+    train(SPEC, tmp_path / "roomy")
+    disk = tmp_path / "disk"
+    with small_disk(disk, 4):
+        filler = disk / "filler"
+        steps = []
+
+        def fill(step: int, of: int) -> None:
+            steps.append(step)
+            if step == 5:
+                with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+
+        with pytest.raises(RecordError, match=r"No space left on device.*make room"):
+            train(SPEC, disk / "results", checkpoint_seconds=0, report=fill)
+        assert steps[-1] == 5
+        assert not list((disk / "results").rglob("summary.json"))
+        filler.unlink()
+        train(SPEC, disk / "results", checkpoint_seconds=0, report=lambda step, of: steps.append(step))
+        assert steps[5] == 5, "it did not go on from the last checkpoint that had been written"
+        assert numbers(disk / "results") == numbers(tmp_path / "roomy")
+        assert not [p.name for p in record_of(SPEC, disk / "results").folder.iterdir() if p.name.startswith(".")]
+
+
+def test_a_results_folder_that_is_read_only_is_named_before_anything_is_trained(tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, 4):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        command = [sys.executable, "-m", "experiments", "run", *soak.COMMAND, "--results", str(disk / "results")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Read-only file system" in done.stderr
+    assert "--results" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_path, caplog):
+    train(SPEC, tmp_path / "undisturbed")
+    if DAMAGE[damage] is None:
+        stopped.checkpoint.unlink()
+    else:
+        stopped.checkpoint.write_bytes(DAMAGE[damage](stopped.checkpoint.read_bytes()))
+    steps = []
+    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    assert steps[0] == 5, "the last checkpoint was of step 5, the one before of step 4"
+    assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
+    assert ("goes on from the one before" in caplog.text) == (damage != "gone")
+    assert sorted(p.name for p in stopped.folder.glob("checkpoint*")) == ["checkpoint.pt", "checkpoint.sha256"]
+
+
+def test_two_damaged_checkpoints_are_refused_by_name(stopped):
+    for path in (stopped.checkpoint, stopped.folder / "checkpoint.previous.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*checkpoint\.previous\.pt.*delete it"):
+        train(SPEC, stopped.root)
+
+
+def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopped, tmp_path):
+    import pickle
+
+    import torch
+
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    for path in (stopped.checkpoint, stopped.folder / "checkpoint.previous.pt"):
+        torch.save({"progress": {}, "model": Trap()}, path)
+    (stopped.folder / "checkpoint.sha256").unlink()  # as a stranger's record may lack it
+    with pytest.raises(RecordError, match="cannot be read"):
+        train(SPEC, stopped.root)
+    stopped.checkpoint.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(RecordError, match="cannot be read"):
+        train(SPEC, stopped.root)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_clocks_that_jump_change_no_number(tmp_path):
+    """The time of day leaps by years, both ways, at each look; progress is counted on the monotonic clock."""
+    code = (
+        "import itertools, sys, time\n"
+        "jumps = itertools.cycle([-1e9, 1e9, 0.0])\n"
+        "real = time.time\n"
+        "time.time = lambda: real() + next(jumps)\n"
+        "from pathlib import Path\n"
+        "from experiments.harness.train import train\n"
+        "from tests.faults.test_faults import SPEC\n"
+        "train(SPEC, Path(sys.argv[1]), checkpoint_seconds=0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "jumping")], cwd=ROOT, check=True)
+    train(SPEC, tmp_path / "steady")
+    assert numbers(tmp_path / "jumping") == numbers(tmp_path / "steady")
+    assert 0 < record_of(SPEC, tmp_path / "jumping").summary()["wall_seconds"] < 600
+
+
+def test_a_second_interrupt_ends_the_command_and_its_workers_at_once(tmp_path):
+    command = [sys.executable, "-m", "experiments", "run", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
+    command += ["--set", "epochs=200000", "--results", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not any((tmp_path / "runs").glob("*/metrics.jsonl")):
+            time.sleep(0.05)
+        (folder,) = (tmp_path / "runs").iterdir()
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode in (130, -signal.SIGINT), errors
+    record = Record(tmp_path, folder.name)
+    until = time.monotonic() + 10
+    while record.busy:
+        assert time.monotonic() < until, "a worker outlived the command"
+        time.sleep(0.05)
+    assert record.spec()
+    assert not record.done
+
+
+def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
+    """The kernel's limit on a process's memory, which the pool's workers inherit: only the large run hits it."""
+    code = (
+        "import resource, sys\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from experiments.harness import pool\n"
+        "from experiments.harness.estimate import measured\n"
+        "from experiments.harness.record import record_of\n"
+        "from tests.faults.test_faults import SPEC\n"
+        "if __name__ == '__main__':\n"
+        "    root = Path(sys.argv[1])\n"
+        "    large = replace(SPEC, model='wrn-28-10', train_examples=2048, batch_size=2048, micro_batches=1)\n"
+        "    small = [SPEC, replace(SPEC, seed=1)]\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))\n"
+        "    outcome = pool.run([large, *small], root, jobs=2, environment={}, estimate=measured(root))\n"
+        "    assert set(outcome.trained) == set(small), outcome\n"
+        "    assert 'memory' in outcome.failed[large], outcome.failed[large]\n"
+        "    assert 'memory' in record_of(large, root).failure()\n"
+    )
+    script = tmp_path / "pool.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "results")], capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.fixture
+def record(tmp_path):
+    return inputs.whole(tmp_path / "results")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("summary.json", b'{"test_accuracy": NaN}', "NaN is no number"),
+        ("summary.json", b'{"a": 1, "a": 2}', "twice"),
+        ("summary.json", '{"a": 1}'.encode("utf-16"), "cannot be read"),
+        ("spec.json", b"\xef\xbb\xbf{}", "not JSON"),
+        ("env.json", b"[" * 50_000, "not JSON"),
+    ],
+)
+def test_what_is_not_json_to_the_letter_is_refused_by_name(name, content, words, record):
+    (record.folder / name).write_bytes(content)
+    with pytest.raises(RecordError, match=rf"{name}.*{words}"):
+        record.summary(), record.spec(), record.environments()
+
+
+def test_a_line_of_ten_gigabytes_is_refused_without_reading_it(record):
+    path = record.folder / "metrics.jsonl"
+    with open(path, "wb") as file:
+        file.truncate(10 * 10**9)  # a hole: it takes no room
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(RecordError, match=r"metrics\.jsonl.*10000000000 bytes"):
+        record.metrics()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LARGEST_TEXT // 1024
+
+
+@pytest.mark.parametrize("name", ["spec.json", "summary.json", "env.json", "metrics.jsonl", "checkpoint.pt"])
+def test_links_out_of_a_runs_folder_are_not_followed(name, record, tmp_path):
+    target = tmp_path / "outside"
+    shutil.copy(record.folder / name, target)
+    before = target.read_bytes()
+    (record.folder / name).unlink()
+    (record.folder / name).symlink_to(target)
+    with pytest.raises(RecordError, match=name.replace(".", r"\.")):
+        record.spec(), record.summary(), record.environments(), record.metrics(), list(record.read_checkpoints())
+    with contextlib.suppress(OSError, RecordError):
+        record.append({"epoch": 4})
+    with contextlib.suppress(RecordError):
+        record.add_environment({})
+    record.write_checkpoint(b"other weights")
+    record.finish({"test_accuracy": 1.0})
+    assert target.read_bytes() == before
+
+
+def test_a_folder_or_a_lock_that_is_a_link_is_refused(record, tmp_path):
+    outside = tmp_path / "outside"
+    record.folder.rename(outside)
+    record.folder.symlink_to(outside)
+    with pytest.raises(RecordError, match="link"):
+        record.spec()
+    with pytest.raises(RecordError, match="is a link"):
+        record.create(inputs.SPEC)
+    assert state_of(inputs.SPEC, record.root)[0] == "damaged"
+    record.folder.unlink()
+    outside.rename(record.folder)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (record.folder / "lock").unlink(missing_ok=True)
+    (record.folder / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), record.locked():
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_pipes_are_not_waited_for(record):
+    (record.folder / "metrics.jsonl").unlink()
+    os.mkfifo(record.folder / "metrics.jsonl")
+    with pytest.raises(RecordError, match="no plain file"):
+        record.metrics()
+
+
+@pytest.mark.parametrize("run_id", ["../outside", "a/b", "..", ""])
+def test_a_run_is_a_name_and_no_path(run_id, tmp_path):
+    with pytest.raises(RecordError, match="no name of a run"):
+        Record(tmp_path, run_id)
+
+
+def test_a_spec_that_claims_another_folder_is_refused(record):
+    content = json.loads((record.folder / "spec.json").read_text())
+    (record.folder / "spec.json").write_text(json.dumps({**content, "run_id": "../../outside"}))
+    assert record.spec() == inputs.SPEC, "the name is worked out from the spec, never read"

@@ -1,0 +1,33 @@
+"""The soak's own functions with small numbers: `make soak` has the large ones."""
+
+import pytest
+
+from tests.faults import inputs, soak
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_instants_ends_as_if_it_had_not_been():
+    found = soak.killed_trainings(10, seed=1)
+    assert found["kills"] == 10
+    assert found["finished runs"] >= 1
+    assert sum(found[name] for name in ("wrong ends", "corrupt records", "steps lost beyond the checkpoint")) == 0, (
+        found
+    )
+
+
+@pytest.mark.slow
+def test_a_pool_killed_at_random_instants_leaves_no_worker_and_goes_on():
+    found = soak.killed_pools(1, seed=1)
+    assert found == {
+        "kills": 1,
+        "finished commands": found["finished commands"],
+        "wrong ends": 0,
+        "workers left over": 0,
+    }
+
+
+def test_readers_of_damaged_records_refuse_or_read_and_never_fail():
+    found = inputs.read(1500, seed=1)
+    assert found["inputs"] == 1500
+    assert found["refused"] > 500, "the inputs are too tame to show anything"
+    assert found["crashes"] == found["writes outside"] == 0
