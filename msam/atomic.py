@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -22,14 +23,14 @@ def signals_held(to_the_end: bool = False) -> Iterator[None]:
     Args:
         to_the_end: Hold a second Ctrl-C too. Otherwise it does not wait.
     """
-    usual = {number: signal.getsignal(number) for number in _HELD}
-    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    found = {number: signal.getsignal(number) for number in _HELD}
+    usual = {number: handler for number, handler in found.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread() or not usual:
         yield
         return
-    waiting = []
+    waiting: list[tuple[int, FrameType | None]] = []
 
-    def hold(number: int, frame: object) -> None:
+    def hold(number: int, frame: FrameType | None) -> None:
         again = number == signal.SIGINT and any(number == earlier for earlier, _ in waiting)
         waiting.append((number, frame))
         if again and not to_the_end:
@@ -105,6 +106,6 @@ class Gradients:
     def roll_back(self) -> None:
         """Something went wrong: `.grad` is what it was."""
         for p, before, values in zip(self._params, self._before, self._copies, strict=True):
-            if values is not None:
+            if before is not None and values is not None:
                 before.copy_(values)
             p.grad = before

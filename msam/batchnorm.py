@@ -42,7 +42,7 @@ class Statistics:
     def put_back(self, before: Copies) -> None:
         """The inverse of `copied`: the same objects, with the same values."""
         for (module, name), (buffer, values) in zip(self._names, before, strict=True):
-            if values is not None:
+            if buffer is not None and values is not None:
                 buffer.copy_(values)
             module._buffers[name] = buffer
 

@@ -50,7 +50,7 @@ def backward(
     model: nn.Module,
     *,
     rho: float,
-    micro_batches: int | Sequence[Any] = 1,
+    micro_batches: int | list[Any] | tuple[Any, ...] = 1,
     adaptive: bool = False,
     perturb: Callable[[str], bool] | None = None,
     same_noise: bool = True,
@@ -194,7 +194,7 @@ def check_rho(rho: float) -> None:
         raise ValueError(f"rho is {rho!r}, but must be a finite number, 0 (no perturbation) or greater.")
 
 
-def _parts(batch: Any, micro_batches: int | Sequence[Any]) -> tuple[list[Any], list[int] | None]:
+def _parts(batch: Any, micro_batches: int | list[Any] | tuple[Any, ...]) -> tuple[list[Any], list[int] | None]:
     """The micro-batches, and their numbers of examples unless nothing in a ready one can be counted."""
     if not isinstance(micro_batches, list | tuple):
         check_micro_batches(micro_batches)
@@ -212,7 +212,9 @@ def _parts(batch: Any, micro_batches: int | Sequence[Any]) -> tuple[list[Any], l
         return list(micro_batches), None
 
 
-def _parameters(network: nn.Module, perturb: Callable[[str], bool] | None) -> tuple[list[Tensor], list[Tensor]]:
+def _parameters(
+    network: nn.Module, perturb: Callable[[str], bool] | None
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that are trained, and those among them that are perturbed."""
     if getattr(parametrize, "_cache_enabled", 0):
         raise NotImplementedError(
@@ -232,7 +234,7 @@ def _parameters(network: nn.Module, perturb: Callable[[str], bool] | None) -> tu
 
 def _ascent_gradient(loss: Tensor, perturbed: Sequence[Tensor]) -> list[Tensor | None]:
     """g of each perturbed parameter; `.grad` and whatever waits for it are left alone."""
-    gradient = list(torch.autograd.grad(loss, perturbed, allow_unused=True))
+    gradient: list[Tensor | None] = list(torch.autograd.grad(loss, perturbed, allow_unused=True))
     if any(g is None for g in gradient) and _reentrant(loss):
         raise NotImplementedError(
             "Reentrant activation checkpointing hides its parameters from the ascent pass: use "
@@ -255,7 +257,8 @@ def _leaves(loss: Tensor) -> list[Tensor]:
 
 def _graph(loss: Tensor) -> Iterator[Any]:
     """Every node of autograd's graph behind a loss, once."""
-    seen, waiting = {None}, [loss.grad_fn]
+    seen: set[Any] = {None}
+    waiting: list[Any] = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node not in seen:
@@ -277,7 +280,7 @@ def _nothing_if(weight: float | Tensor | None, loss: Tensor, perturbed: Sequence
         # A weight that is still a tensor lies on a device that must not be waited for.
         return torch.where(weight > 0, loss, torch.zeros_like(loss)) if isinstance(weight, Tensor) else loss
     anchors = (_leaves(loss) if ddp else []) or perturbed[:1]
-    return sum((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors)
+    return sum(((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors), torch.zeros_like(loss))
 
 
 def _generator_states(params: Sequence[Tensor]) -> tuple[Tensor, dict[torch.device, Tensor]]:

@@ -43,7 +43,7 @@ class Mean:
                 self._total = self._replicas.per_replica(sum(self._sizes))
         if self._counted != (weight is not None):
             raise ValueError("loss_fn must return a weight for every micro-batch, or for none.")
-        share = self._counted_share(weight, last) if self._counted else self._examples_share()
+        share = self._examples_share() if weight is None else self._counted_share(weight, last)
         if last and self._replicas.reducing:
             self._gradients.join()
         return share

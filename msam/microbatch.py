@@ -67,7 +67,7 @@ def fresh(batch: Any) -> Any:
     return copy.copy(batch) if isinstance(batch, list | Mapping) else batch
 
 
-def check_micro_batches(micro_batches: int) -> None:
+def check_micro_batches(micro_batches: object) -> None:
     """Refuse anything but an integer m >= 1.
 
     Raises:
@@ -109,10 +109,11 @@ def _part(batch: Any, index: int, parts: int) -> Any:
 
 def _rebuilt(batch: Any, pieces: list[Any]) -> Any:
     """A container of the batch's type with other values."""
+    kind = type(batch)
     if isinstance(batch, Mapping):
         pairs = dict(zip(batch, pieces, strict=True))
-        return pairs if type(batch) is dict else type(batch)(pairs)
+        return pairs if kind is dict else kind(pairs)
     if isinstance(batch, list | tuple):
-        return type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
+        return kind(*pieces) if hasattr(batch, "_fields") else kind(pieces)
     names = [field.name for field in dataclasses.fields(batch)]
     return dataclasses.replace(batch, **dict(zip(names, pieces, strict=True)))

@@ -83,12 +83,12 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
         NotImplementedError: for models whose parameters are sharded, or run by an engine of their own, and
             for SyncBatchNorm or a static graph under DistributedDataParallel; for embeddings with max_norm.
     """
-    ddp = None
+    ddp: DistributedDataParallel | None = None
     while True:
         if isinstance(model, DistributedDataParallel):
-            model, ddp = model.module, model
-        elif "_orig_mod" in model._modules:  # torch.compile's
-            model = model._orig_mod
+            ddp, model = model, model.module
+        elif (inner := model._modules.get("_orig_mod")) is not None:  # torch.compile's
+            model = inner
         else:
             break
     if ddp is not None and ddp.static_graph:

@@ -30,8 +30,8 @@ class _Reached:
     """Indices of the rows; None for all of the parameter."""
     w: Tensor
     """The values to come back to: a copy, or the parameter's own memory if it is lent other memory."""
-    g: Tensor | None
-    """The ascent gradient, of w's shape; None once the weights have moved."""
+    g: Tensor
+    """The ascent gradient, of w's shape; deleted once the weights have moved."""
     lent: Tensor | None = None
     """Memory that stands in for the parameter's own while it is perturbed."""
 
@@ -71,7 +71,7 @@ class Weights:
         try:
             norm = self._move(reached)
             for part in reached:
-                part.g = None
+                del part.g
             torch.clear_autocast_cache()  # else a surrounding autocast reuses its casts of the weights at w
             yield norm
         finally:
@@ -104,24 +104,23 @@ class Weights:
             if part.alone:
                 self._move_alone(part, scales[part.w.device])
             elif part.lent is not None:
-                self._move_lent(part, scales[part.w.device])
+                self._move_lent(part, part.lent, scales[part.w.device])
         self._move_in_place([part for part in reached if part.lent is None and not part.alone], scales)
         self._warn_of_rounding(reached)
         return norm
 
     def _scaled(self, part: _Reached) -> Tensor:
         """T g, or what has its norm; ASAM's in the place where w + e will be: no further copy of the parameters."""
-        assert part.g is not None
         if not self._adaptive:
             return part.g
         if part.alone:
             return part.g * part.w.abs()
         return torch.mul(part.w, part.g, out=part.lent) if part.lent is not None else part.parameter.mul_(part.g)
 
-    def _move_lent(self, part: _Reached, scale: Tensor) -> None:
-        along = part.lent.mul_(part.w.conj()) if self._adaptive else part.g
-        torch.addcmul(part.w, along, scale.to(part.w.dtype), out=part.lent)
-        part.parameter.data = part.lent
+    def _move_lent(self, part: _Reached, lent: Tensor, scale: Tensor) -> None:
+        along = lent.mul_(part.w.conj()) if self._adaptive else part.g
+        torch.addcmul(part.w, along, scale.to(part.w.dtype), out=lent)
+        part.parameter.data = lent
         increment_version(part.parameter)  # a graph that was kept from elsewhere must not read w + e for w
 
     def _move_in_place(self, parts: Sequence[_Reached], scales: dict[torch.device, Tensor]) -> None:

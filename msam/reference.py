@@ -39,7 +39,7 @@ def msam_gradient(
     for S_i, n_i in zip(micro_batches, sizes, strict=True):
         g = _gradient(loss_fn, w, S_i)
         T = {name: p.abs() if adaptive else torch.ones_like(p) for name, p in w.items()}
-        norm = sum(((T[name] * g[name]) ** 2).sum() for name in w).sqrt()
+        norm = sum((((T[name] * g[name]) ** 2).sum() for name in w), torch.zeros((), dtype=torch.float64)).sqrt()
         e = {name: rho * T[name] ** 2 * g[name] / norm if norm > 0 else torch.zeros_like(g[name]) for name in w}
         perturbed = _gradient(loss_fn, {name: w[name] + e[name] for name in w}, S_i)
         for name in w:
