@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -491,7 +491,7 @@ def _flag(text: str) -> bool:
     return text == "True"
 
 
-_PYTHON = {"string": str, "Int64": _number, "Float64": float, "boolean": _flag}
+_PYTHON: dict[str, Callable[[Any], Any]] = {"string": str, "Int64": _number, "Float64": float, "boolean": _flag}
 
 
 def _known_dtypes() -> dict[str, str]:

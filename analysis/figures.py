@@ -5,7 +5,7 @@ The pages are PDF and PNG without dates, so that the same numbers give the same 
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ METHOD_WORDS = {"base": "{base}", "control": "{base} over micro-batches", "sam":
 """Of methods whose m differs from point to point."""
 MARKS = dict(zip(METHODS, ("o", "v", "s", "D"), strict=True))
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -61,7 +61,7 @@ def pages(results: Results, shown: Mapping[str, tuple[Sequence[Spec], int]]) -> 
     if flat or stability:
         simulated = tables.theory_table(results.runs, stability, problems) if stability else None
         found["theory"] = theory(simulated, results.runs, flat, seeds, problems)
-    for name, (title, figure) in {
+    drawn: dict[str, tuple[str, Callable[..., Figure]]] = {
         "table1": ("curves", curves),
         "table4": ("cost", cost),
         "trajectories": ("trajectories", trajectories),
@@ -69,7 +69,8 @@ def pages(results: Results, shown: Mapping[str, tuple[Sequence[Spec], int]]) -> 
         "rho": ("rho", against_rho),
         "batch_size": ("batch_size", partial(against, field="batch_size", words="batch size")),
         "label_noise": ("label_noise", partial(against, field="label_noise", words="share of wrong training labels")),
-    }.items():
+    }
+    for name, (title, figure) in drawn.items():
         if name in shown:
             found[title] = figure(results, *shown[name])
     if flat:
@@ -260,7 +261,7 @@ def flatness(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                     points[seed].append((eigenvalues[seed], scores[seed]))
                 if both:
                     label = tables.method_name(cell)
-                    look = {"ms": 4, "color": COLOURS[cell.method], "label": label}
+                    look: dict[str, Any] = {"ms": 4, "color": COLOURS[cell.method], "label": label}
                     axes.plot(eigenvalues[both], scores[both], MARKS[cell.method], **look)
             ranks = mean_interval(stats.spearmanr(found).statistic for found in points.values() if len(found) > 2)
             half = f" ± {ranks.half_width:.2f}" if ranks.n > 1 else ""

@@ -65,7 +65,7 @@ def _measured(cell: Spec | None, runs: pd.DataFrame, seeds: int) -> dict[str, fl
     """Columns of the largest eigenvalue and the accuracy with BatchNorm estimated anew, if a curvature run was made."""
     if cell is None:
         return {}
-    columns = {}
+    columns: dict[str, float] = {}
     for name, column, factor in (("lambda_1", "train_lambda_1", 1), ("reestimated", "test_reestimated_accuracy", 100)):
         found = mean_interval(factor * values(runs, cell, seeds, column))
         columns |= {name: found.mean, f"{name}_half_width": found.half_width, f"{name}_n": found.n}
@@ -621,7 +621,7 @@ def _edge(cell: Spec, group: Sequence[Spec]) -> str:
 
 def _same_method(a: Spec, b: Spec) -> bool:
     """Whether two cells differ in nothing but what a grid varies and what they are scored on."""
-    free = {"seed": 0, "holdout_examples": 0, "test_examples": None, **dict.fromkeys(_TUNED, 0.5)}
+    free: dict[str, Any] = {"seed": 0, "holdout_examples": 0, "test_examples": None, **dict.fromkeys(_TUNED, 0.5)}
     return replace(a, **free) == replace(b, **free) and a.method == b.method
 
 

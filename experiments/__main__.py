@@ -379,8 +379,8 @@ def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[
     found = [spec for spec in specs if spec.dataset not in lacking]
     if needed and not found:
         raise next(iter(lacking.values()))
-    for dataset, error in lacking.items():
-        print(f"Not run: {sum(s.dataset == dataset for s in specs)} runs on {dataset}. {error}", file=sys.stderr)
+    for dataset, reason in lacking.items():
+        print(f"Not run: {sum(s.dataset == dataset for s in specs)} runs on {dataset}. {reason}", file=sys.stderr)
     return found
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -107,7 +107,8 @@ def submit(
             raise SlurmError(str(error)) from error
     _check_paths(specs)
     facts = site.read(site_file, partition)
-    estimate, packed = measured(results), {"runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
+    estimate = measured(results)
+    packed: dict[str, Any] = {"runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
     try:
         packed["largest"] = scheduler.largest_array()
     except SlurmError as error:

@@ -153,7 +153,7 @@ def submit(
         SlurmError: in sbatch's own words, if it refuses; arrays before that one stay queued.
     """
     folder = _folder(root)
-    told = {
+    told: dict[str, Any] = {
         "user": getpass.getuser(),
         "arrays": [
             {

@@ -10,7 +10,7 @@ import multiprocessing
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -214,7 +214,7 @@ def made_up(spec: Spec, data_root: str | None = None) -> Any:
         from experiments.harness.data import Cifar
 
         images = draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        labels = draws.integers(0, LABELS[spec.dataset], count)
+        labels: np.ndarray = draws.integers(0, LABELS[spec.dataset], count)
         return vision.task_of(spec, Cifar(images, labels, images, labels, "made up", "none"), loaders=0)
     from experiments.harness import glue
 
@@ -233,7 +233,7 @@ def encoder(spec: Spec) -> Any:
 
     from experiments.harness import glue, texts
 
-    configs = {
+    configs: dict[str, Callable[..., Any]] = {
         "bert-base-uncased": transformers.BertConfig,
         "roberta-base": partial(
             transformers.RobertaConfig, vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1
@@ -248,7 +248,7 @@ def encoder(spec: Spec) -> Any:
 
 
 class _Tokens:
-    """Made-up texts, all of the greatest length, with the face of `glue._Encoded`."""
+    """Made-up texts, all of the greatest length, with the face of `glue._Examples`."""
 
     def __init__(self, tokens: Any, labels: Any) -> None:
         self.tokens, self.labels = tokens, labels

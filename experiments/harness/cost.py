@@ -214,7 +214,9 @@ class _Sent:
 
 def _count_and_reduce(sent: _Sent, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     sent.bytes += bucket.buffer().nbytes
-    return allreduce_hook(dist.group.WORLD, bucket)
+    world = dist.group.WORLD
+    assert world is not None
+    return allreduce_hook(world, bucket)
 
 
 def data_parallel(spec: Spec, data_root: str | None, stop: Callable[[], bool]) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -211,11 +211,11 @@ def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
 
     Both begin with the train images, five sixths of all bytes, so these are read only once.
     """
-    whole = hashlib.sha256(arrays["train_images"])
+    whole = hashlib.sha256(arrays["train_images"].data)
     sums = {"train_images": whole.hexdigest()}
     for part in ("train_labels", "test_images", "test_labels"):
-        sums[part] = hashlib.sha256(arrays[part]).hexdigest()
-        whole.update(arrays[part].astype("<i8") if part.endswith("labels") else arrays[part])
+        sums[part] = hashlib.sha256(arrays[part].data).hexdigest()
+        whole.update((arrays[part].astype("<i8") if part.endswith("labels") else arrays[part]).data)
     return sums, whole.hexdigest()
 
 
@@ -350,8 +350,9 @@ def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
         notes = {"origin": origin, "sha256": known.sha256 or _sha256(arrays)[0]}
         new_notes, new_npz = work / f"{name}.json", work / f"{name}.npz"
         new_notes.write_text(json.dumps(notes, indent=2) + "\n")
+        members: dict[str, Any] = arrays
         with new_npz.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **members)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new_notes, cache / new_notes.name)

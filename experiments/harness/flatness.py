@@ -176,18 +176,20 @@ def _density(look: _Look) -> dict[str, Any]:
 
 
 def _sharpness(look: _Look) -> dict[str, Any]:
-    at = {"rho": look.spec.measured_rho}
-    rises = sharpness.random_sharpness(look.loss_fn, look.batch, look.model, directions=DIRECTIONS, **at)
+    rho = look.spec.measured_rho
+    rises = sharpness.random_sharpness(look.loss_fn, look.batch, look.model, rho=rho, directions=DIRECTIONS)
     return {
         "average_sharpness": float(rises.mean()),
         "average_sharpness_standard_error": float(rises.std(ddof=1) / len(rises) ** 0.5),
         "greatest_random_sharpness": float(rises.max()),
-        "ascent_sharpness": sharpness.ascent_sharpness(look.loss_fn, look.batch, look.model, steps=ASCENT_STEPS, **at),
+        "ascent_sharpness": sharpness.ascent_sharpness(
+            look.loss_fn, look.batch, look.model, rho=rho, steps=ASCENT_STEPS
+        ),
     }
 
 
 def _micro_batches(look: _Look) -> dict[str, Any]:
-    found = {}
+    found: dict[str, float] = {}
     for m in halvings(look.spec.measured_examples):
         rise = sharpness.micro_batch_sharpness(
             look.loss_fn, look.batch, look.model, rho=look.spec.measured_rho, micro_batches=m

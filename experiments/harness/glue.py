@@ -7,7 +7,7 @@ architecture when it is first asked for one, in every worker anew.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
 
 
 def task_of(
-    spec: Spec, model: nn.Module, trained: "_Encoded", scored: Mapping[str, "_Encoded"], data: dict[str, str]
+    spec: Spec, model: nn.Module, trained: "_Examples", scored: Mapping[str, "_Examples"], data: dict[str, str]
 ) -> Task:
     """The task of a spec with this model, on these tokens; `data` is for the record."""
     task = TASKS[spec.dataset]
@@ -86,7 +86,7 @@ def task_of(
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         model.eval()
-        found = {}
+        found: dict[str, float] = {}
         for part, examples in scored.items():
             outputs = torch.empty(len(examples), max(1, len(task.labels)))
             for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
@@ -113,7 +113,7 @@ def task_of(
     )
 
 
-def encoder(spec: Spec, task: Glue) -> tuple[Any, nn.Module, str]:
+def encoder(spec: Spec, task: Glue) -> tuple[Any, transformers.PreTrainedModel, str]:
     """Tokenizer and model of a spec, its head freshly drawn from torch's global generator; and where they came from.
 
     Raises:
@@ -200,6 +200,17 @@ def majority(task: Glue, trained: np.ndarray, labels: np.ndarray) -> float:
     return scores(task, outputs, labels)[task.metrics[0]]
 
 
+class _Examples(Protocol):
+    labels: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def by_length(self) -> list[int]: ...
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]: ...
+
+
 class _Encoded:
     """Texts as tokens, ready to be padded into batches."""
 
@@ -225,7 +236,7 @@ class _Encoded:
         return {name: sent(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
 
 
-def checksum(model: nn.Module) -> str:
+def checksum(model: transformers.PreTrainedModel) -> str:
     """sha256 over the weights of the encoder, without the head."""
     digest = hashlib.sha256()
     for name, tensor in model.base_model.state_dict().items():

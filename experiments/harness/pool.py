@@ -96,7 +96,8 @@ def run(
     domains = ["experiments.harness.glue"] if any(spec.dataset in TEXTS for spec in specs) else []
     domains += sorted({f"experiments.harness.{KINDS[spec.kind]}" for spec in specs})
     context.set_forkserver_preload(["experiments.harness.worker", *domains])
-    waiting, workers, outcome = list(specs), [], Outcome()
+    workers: list[_Worker] = []
+    waiting, outcome = list(specs), Outcome()
     display = _Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
@@ -182,17 +183,18 @@ def _work(
             except OSError:  # the pool is gone: nobody waits for this run
                 stopping.set()
 
-    settings = {
-        "data_root": data_root,
-        "environment": environment,
-        "redo": redo,
-        "report": report,
-        "stop": stopping.is_set,
-    }
     try:
         while not stopping.is_set():
             try:
-                execute(spec, Path(root), **settings)
+                execute(
+                    spec,
+                    Path(root),
+                    data_root=data_root,
+                    environment=environment,
+                    redo=redo,
+                    report=report,
+                    stop=stopping.is_set,
+                )
                 return
             except RunLocked:  # another command trains it: wait for its result
                 time.sleep(REPORT_SECONDS)
@@ -250,6 +252,7 @@ def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> Non
 
 def _tell_to_stop(worker: _Worker) -> None:
     worker.told_to_stop = True
+    assert worker.process.pid is not None
     try:
         os.kill(worker.process.pid, signal.SIGTERM)
     except ProcessLookupError:

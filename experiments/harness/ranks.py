@@ -5,7 +5,6 @@ over all ranks: a mini-batch is split into the same m micro-batches as in one pr
 the w equal groups of them. The first rank alone keeps the record.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,9 @@ class Ranks:
                 "by python -m slurm submit, one process a rank."
             )
         self.rank = dist.get_rank() if self.count > 1 else 0
-        self._hosts = dist.new_group(backend="gloo") if self.count > 1 else None
+        hosts = dist.new_group(backend="gloo") if self.count > 1 else None
+        assert not isinstance(hosts, int)  # -100, for a process outside of the group
+        self._hosts = hosts
         """For what the processes agree about: on GPUs too it is sent between hosts, without a wait for the device."""
         self._micro_batches = spec.micro_batches // self.count
         self._seed = spec.seed
@@ -88,9 +89,9 @@ class Ranks:
         """A CPU tensor of every rank, in order."""
         if self.count == 1:
             return [value]
-        values: Sequence[Any] = [None] * self.count
+        values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value, self._hosts)
-        return list(values)
+        return values
 
     def agree(self, number: int, words: str) -> None:
         """Go on only if all ranks came with the same number.

@@ -240,7 +240,7 @@ class Spec:
                 f"a divisor of micro_batches ({self.micro_batches}), and these one of the batch size "
                 f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) stays on one",
             )
-        models = SIMULATED_MODELS if self.dataset in SIMULATED else TEXT_MODELS
+        models: tuple[str, ...] = SIMULATED_MODELS if self.dataset in SIMULATED else TEXT_MODELS
         models = IMAGE_MODELS if self.dataset in IMAGES else models
         if self.model not in models and not (self.dataset not in SIMULATED and "/" in self.model):
             folder = ", or the path of a checkpoint's folder" if self.dataset not in SIMULATED else ""
@@ -249,8 +249,8 @@ class Spec:
             _refuse("image_size", self.image_size, "32, but for pretrained models of timm")
         if self.dataset in TEXTS and self.augmentation != "none":
             _refuse("augmentation", self.augmentation, "none for texts")
-        for name, default in (("dropout", None), ("attention", "eager"), ("max_length", 128)):
-            if self.dataset not in TEXTS and getattr(self, name) != default:
+        for name, usual in (("dropout", None), ("attention", "eager"), ("max_length", 128)):
+            if self.dataset not in TEXTS and getattr(self, name) != usual:
                 _refuse(name, getattr(self, name), "left out but for text models")
         if self.dataset == "stsb" and self.label_smoothing:
             _refuse("label_smoothing", self.label_smoothing, "0 for stsb, a regression")

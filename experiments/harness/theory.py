@@ -68,7 +68,11 @@ class Minimum:
         flat, shape = _flat(self.weights)
         found = []
         for x, y in zip(self.x.chunk(micro_batches), self.y.chunk(micro_batches), strict=True):
-            found.append(jacrev(grad(lambda w, x=x, y=y: self.loss(_shaped(w, shape), x, y)))(flat))
+
+            def loss(w: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return self.loss(_shaped(w, shape), x, y)
+
+            found.append(jacrev(grad(loss))(flat))
         return torch.stack(found)
 
 
@@ -226,7 +230,7 @@ def bounded(spec: Spec, minimum: Minimum, scale: float) -> bool:
     draw = generator(spec.seed, 1)
     with torch.no_grad():
         for p in params:
-            p += spec.rho * torch.randn(p.shape, generator=draw, dtype=torch.float64)
+            p.add_(spec.rho * torch.randn(p.shape, generator=draw, dtype=torch.float64))
     optimizer = torch.optim.SGD(params, spec.learning_rate)
     start = [p.detach() for p in minimum.model.parameters()]
 

@@ -111,7 +111,8 @@ def _train(
     ranks.seed()
     task = build(spec, data_root)
     model = ranks.wrapped(task.model)
-    loss_fn = partial(task.loss_fn, torch.compile(model) if spec.compile else model)
+    network: Any = torch.compile(model) if spec.compile else model
+    loss_fn = partial(task.loss_fn, network)
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
@@ -153,7 +154,7 @@ def _train(
             _look(seen, progress, ranks, clock)
         if end_of_epoch:
             epoch = progress.step // task.steps_per_epoch
-            line = _epoch_line(epoch, progress, scheduler.get_last_lr()[0])
+            line = _epoch_line(epoch, progress, float(scheduler.get_last_lr()[0]))
             if ranks.first:
                 record.append(line | _curvature(spec, task, epoch))
         report(progress.step, steps)

@@ -60,7 +60,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
     model = build(spec.model, classes, spec.image_size)
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     mean, std = pixel_statistics(model)
-    model = model.to(device, memory_format=layout)
+    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
     if loaders is None:
         loaders = len(os.sched_getaffinity(0)) - 1 if device.type == "cuda" else 0
@@ -88,7 +88,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
 
     def evaluate() -> dict[str, float]:
         model.eval()
-        scores = {}
+        scores: dict[str, float] = {}
         for part, (x, y) in (scored, ("train", (images, labels))):
             accuracy, loss = _score(lambda images: forward(model, seen(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
