@@ -16,11 +16,11 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from experiments.harness import catalogue
 from experiments.harness.estimate import Estimate, disk_bytes, gpu_hours, measured
-from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, duration, record_of, state_of
+from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, duration, printable, record_of, state_of
 from experiments.harness.spec import PROFILES, Spec, SpecError, with_networks
 
 if TYPE_CHECKING:
-    from experiments.harness.check import Report
+    from experiments.harness.proof import Report
 
 NIGHT_HOURS = 12
 
@@ -124,9 +124,7 @@ def _print_gpu_plan(runs: Runs, waiting: list[Spec], estimate: Estimate, gpus: i
     print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
     kept = sum(disk_bytes(spec)[0] for spec in waiting)
     working = sorted((disk_bytes(spec)[1] for spec in waiting), reverse=True)[:gpus]
-    print(
-        f"Disk: {kept / 1e9:.0f} GB for the final weights, and {sum(working) / 1e9:.1f} GB more for {gpus} at a time."
-    )
+    print(f"Disk: {kept / 1e9:.0f} GB for final weights, and {sum(working) / 1e9:.1f} GB more for {gpus} at a time.")
 
 
 def run(
@@ -210,17 +208,17 @@ def check(
         jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
         gpu: Whose peak the times are estimated from: a100 or h100.
     """
-    from experiments.harness import check as checks
+    from experiments.harness import proof
 
     _check_jobs(jobs)
-    cells = checks.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
-    low, high = checks.UTILISATION
+    cells = proof.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
+    low, high = proof.UTILISATION
     print(
         f"{len(cells)} distinct cells of {runs}. Of a GPU: {low:.0%} to {high:.0%} of an {gpu}'s peak, not measured.",
         flush=True,
     )
     failed, begun = 0, time.monotonic()
-    for number, (cell, report) in enumerate(checks.check(cells, jobs, gpu), start=1):
+    for number, (cell, report) in enumerate(proof.prove(cells, jobs, gpu), start=1):
         spent = time.monotonic() - begun
         left = duration(spent * (len(cells) - number) / number)
         print(f"[{number}/{len(cells)}] {_checked(cell.spec, report)}; {left} left", flush=True)
@@ -336,6 +334,7 @@ def _print_fields(fields: Mapping[str, Any]) -> None:
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        text = printable(text)
         print(f"  {name:<{width}}  {text.replace(chr(10), chr(10) + ' ' * (width + 4))}")
 
 

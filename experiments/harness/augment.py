@@ -4,6 +4,7 @@ Every draw comes from a generator that belongs to a place in the data (seed, epo
 nor an interruption nor the number of loader processes changes an image. Images are uint8, (N, 32, 32, 3).
 """
 
+import signal
 from collections.abc import Iterator
 from functools import cache
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.harness.data import MEAN
 from experiments.harness.spec import Spec
-from experiments.harness.task import generator
+from experiments.harness.task import generator, sent
 
 CROP_AND_FLIP, CUTOUT, POLICY = 1, 2, 3
 """Which draws of a batch a generator is for; (seed, epoch) alone orders the examples."""
@@ -53,9 +54,9 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Blacken a square of each image, centred anywhere in it, so that part of it may lie outside.
+    """Fill a square of each image with the data's mean colour, centred anywhere in it: part of it may lie outside.
 
-    DeVries and Taylor 2017 (arXiv 1708.04552), whose squares are of mean colour: theirs are cut after normalising.
+    DeVries and Taylor 2017 (arXiv 1708.04552), who cut zeros out of normalised images.
     """
     count, size = images.shape[0], images.shape[1]
     centres = sent(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
@@ -70,10 +71,10 @@ def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
     """AutoAugment's policy for CIFAR-10 (arXiv 1805.09501) or RandAugment (arXiv 1909.13719), image by image.
 
     They are torchvision's, RandAugment with its defaults (2 operations of magnitude 9 in 31 steps). They draw from
-    torch's global generator, which is seeded for the batch and put back.
+    torch's global generator of the CPU, which is seeded for the batch and put back.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
+        torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
         transform = _policy(name)
         return torch.stack([transform(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
 
@@ -114,14 +115,16 @@ def loaded(
             sampler=range(first, len(batches)),
             num_workers=workers,
             pin_memory=pinned,
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # of the workers' own seeds; nothing draws from them
         )
     )
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; this process does not wait for it to arrive."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Slurm and terminals signal all processes of a run: this one ends when the run has written its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @cache

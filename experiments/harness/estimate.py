@@ -36,17 +36,17 @@ products on two sets, the penalties of ever smaller micro-batches, and slices.""
 
 
 GUESSED = {"resnet50": 2500, "wrn-28-10": 1200, "vit-small": 4000, "bert-base-uncased": 400, "roberta-base": 400}
-"""Examples a second forward and backward on an A100-class GPU in bfloat16, guesses for plans. Not measured: no GPU has
-run these yet. What a guess lacks is taken for an encoder's."""
+"""Examples a second forward and backward on an A100-class GPU with TensorFloat-32, guesses for plans. Not measured: no
+GPU has run these yet. What is not here is taken for an encoder."""
 
 PARAMETERS = {
-    "resnet50": 23.7e6,
-    "wrn-28-10": 36.6e6,
-    "vit-small": 6.3e6,
-    "bert-base-uncased": 109.5e6,
-    "roberta-base": 124.7e6,
+    "resnet50": (23.5e6, "torchvision's, with the stem of CIFAR and 10 classes"),
+    "wrn-28-10": (36.5e6, "Zagoruyko and Komodakis 2016, table 4"),
+    "vit-small": (6.3e6, "omihub777/ViT-CIFAR"),
+    "bert-base-uncased": (110e6, "Devlin et al. 2019, section 3"),
+    "roberta-base": (125e6, "Liu et al. 2019, section 4.1"),
 }
-"""Of the models of the `paper` profile, for the disk that their weights take."""
+"""Of the models of the `paper` profile, as rounded as they were published, and by whom."""
 
 
 def gpu_hours(spec: Spec, estimate: Estimate) -> float:
@@ -61,7 +61,7 @@ def gpu_hours(spec: Spec, estimate: Estimate) -> float:
 
 def disk_bytes(spec: Spec) -> tuple[float, float]:
     """Bytes that a run of a model of `PARAMETERS` keeps for good, and those it needs while it trains."""
-    weights = 4.0 * PARAMETERS.get(spec.model, 0.0)
+    weights = 4.0 * PARAMETERS.get(spec.model, (0.0, ""))[0]
     if spec.kind != "train":
         return 1e6, 1e6
     states = 2 if spec.base_optimizer == "adamw" else 1
@@ -101,7 +101,7 @@ def _finished(root: Path) -> Iterator[tuple[Spec, float]]:
         try:
             if record.done:
                 yield record.spec(), float(record.summary()["wall_seconds"])
-        except (OSError, RecordError, KeyError, TypeError, ValueError):
+        except (OSError, OverflowError, RecordError, KeyError, TypeError, ValueError):
             continue
 
 
@@ -112,7 +112,7 @@ def _committed(root: Path) -> Iterator[tuple[Spec, float]]:
             for row in csv.DictReader(file):
                 try:
                     yield Spec.from_text(row), float(row["wall_seconds"])
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, OverflowError, TypeError, ValueError):
                     continue
 
 
@@ -123,9 +123,11 @@ def _records(root: Path) -> Iterable[Record]:
 
 
 def _roughly(spec: Spec) -> tuple:
-    return spec.kind, spec.model, spec.device, spec.threads, spec.precision, spec.curvature_every > 0
+    how = spec.device, spec.threads, spec.precision, spec.tf32, spec.compile, spec.image_size
+    return spec.kind, spec.model, *how, spec.curvature_every > 0
 
 
 def _exactly(spec: Spec) -> tuple:
     size = (spec.epochs, spec.train_examples, spec.holdout_examples, spec.test_examples)
-    return *_roughly(spec), spec.batch_size, spec.micro_batches, spec.rho > 0, spec.ranks, size
+    shape = spec.batch_size, spec.micro_batches, spec.rho > 0, spec.ranks, spec.augmentation, spec.max_length
+    return *_roughly(spec), *shape, size

@@ -24,10 +24,11 @@ from torch.optim.swa_utils import update_bn
 
 import msam
 from experiments.harness import curvature, sharpness
+from experiments.harness.checkpoint import load_weights
 from experiments.harness.record import Record, RecordError, record_of
 from experiments.harness.spec import Spec, score_name
 from experiments.harness.task import Task, build_task, here, set_torch
-from experiments.harness.train import Interrupted, load_weights
+from experiments.harness.train import Interrupted
 from msam.microbatch import examples
 
 CHUNK = 32

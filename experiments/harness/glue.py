@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
 from experiments.harness import texts
-from experiments.harness.augment import sent
 from experiments.harness.data import DataError
 from experiments.harness.spec import TEXT_MODELS, Spec
-from experiments.harness.task import Task, generator, subsets
+from experiments.harness.task import Task, generator, sent, subsets
 from experiments.harness.texts import TASKS, Glue, Texts
 
 EVALUATION_BATCH = 64

@@ -56,9 +56,10 @@ def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
     try:
         return timm.create_model(place, pretrained=True, num_classes=classes, img_size=image_size)
     except Exception as error:  # timm and the hub's client raise whatever they meet
+        said = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise DataError(
-            f"{name} could not be loaded by timm ({str(error).strip().splitlines()[0][:200]}): name a Vision "
-            "Transformer's folder, or run once with a network."
+            f"{name} could not be loaded by timm ({said[:200]}): name a Vision Transformer's folder, or run once with "
+            "a network."
         ) from error
 
 

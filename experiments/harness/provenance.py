@@ -42,7 +42,8 @@ def checkout(command: str) -> dict[str, Any]:
 
     Returns:
         `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `changes` (of a dirty
-        checkout: its files by `git status`, then the diff, cut off where it is very long), `command`.
+        checkout: its files by `git status`, then the diff, cut off where it is very long), `lock` (a hash of
+        requirements.lock, if it is there), `command`.
     """
     status = _git("status", "--porcelain", "--", ".", ":!results")
     changes = f"{status}\n\n{_git('diff', 'HEAD', '--', '.', ':!results') or ''}" if status else None
@@ -52,6 +53,7 @@ def checkout(command: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "changes": changes,
+        "lock": _lock_hash(),
         "command": command,
     }
 
@@ -60,12 +62,11 @@ def machine() -> dict[str, Any]:
     """What a run is trained by, and when it begins.
 
     Returns:
-        `code` (a hash of the training code as it lies on the disk), `lock` (one of requirements.lock, if it is there),
-        `python`, `packages`, `cpu`, `cores`, `system`, `driver` (of NVIDIA's GPUs), `started`.
+        `code` (a hash of the training code as it lies on the disk), `python`, `packages`, `cpu`, `cores`, `system`,
+        `driver` (of NVIDIA's GPUs), `started`.
     """
     return {
         "code": code_hash(),
-        "lock": _lock_hash(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": cpu(),
@@ -89,7 +90,8 @@ def used() -> dict[str, Any]:
     """What this process has used so far.
 
     Returns:
-        `cpu_seconds`, `peak_memory_bytes` (resident) and, where torch has used a GPU, `peak_gpu_bytes` (allocated).
+        `cpu_seconds`, `peak_memory_bytes` (resident) and, where torch has used a GPU, `peak_gpu_bytes` (allocated). A
+        process that has worked on several runs has one peak for all.
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {
@@ -109,7 +111,9 @@ def command_line() -> str:
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -5,20 +5,19 @@
         env.json          one entry for each session that worked on the run: commit, command, versions, machine
         metrics.jsonl     one line an epoch, flushed
         checkpoint.pt     the state to resume from, replaced by rename; after the finish only the weights
-        checkpoint.previous.pt, checkpoint.sha256     the one before, until the finish, and what both must sum to
+        checkpoint.previous.pt    the one before, until the finish
         summary.json      flat numbers and strings, written last: no summary, not done
         failure.json      why the last attempt ended, if it failed; removed by the next attempt
 
 The folder is the only state. Standard library only: whoever reads records never waits for torch.
 
-Records may come from anywhere: they are data, never code, and what is no plain file of a modest size below its own
-folder, or not JSON to the letter, is refused by name.
+Records may come from anywhere: they are data, never code, and what is no plain file below its own folder, or larger
+than any record, or not JSON to the letter, is refused by name.
 """
 
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import math
@@ -42,6 +41,11 @@ FORMAT = 1
 
 LARGEST_TEXT = 64 * 2**20
 """Bytes that a reader takes from a JSON file or from metrics.jsonl; real ones have some thousands."""
+
+LARGEST_CHECKPOINT = 64 * 2**30
+"""Bytes that a reader takes from a checkpoint."""
+
+ANEW = "delete it, and the run goes on from the checkpoint before, or begins anew"
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[2] / "results"
 
@@ -91,8 +95,7 @@ class Record:
         Raises:
             RecordError: if the folder cannot be written, or holds another spec or a newer format.
         """
-        if self.folder.is_symlink():
-            raise RecordError(f"{self.folder} is a link, and a run's folder must not be one: move it away.")
+        self._refuse_link()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -104,7 +107,12 @@ class Record:
             if self.spec() != spec:
                 raise RecordError(f"{self.folder} holds another run's spec.json: move that folder away.")
         else:
-            write_json(self.folder / "spec.json", {"format": FORMAT, "spec": spec.to_dict()})
+            with _written(self.folder / "spec.json"):
+                write_json(self.folder / "spec.json", {"format": FORMAT, "spec": spec.to_dict()})
+
+    def _refuse_link(self) -> None:
+        if self.folder.is_symlink():
+            raise RecordError(f"{self.folder} is a link, and a run's folder must not be one: move it away.")
 
     def begin(self, spec: Spec, *, redo: bool = False) -> bool:
         """`create` the folder for another attempt, emptied first if `redo`; call it while the run is `locked`.
@@ -116,9 +124,12 @@ class Record:
         if redo:
             self.remove()
             self.create(spec)
-        for path in self.folder.glob(".*"):  # of writers that were killed; this process alone writes now
-            path.unlink()
-        if not self.done:
+        for path in self.folder.glob(".checkpoint.pt.*"):  # of processes that were killed while they wrote one
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if self.done:
+            self.previous_checkpoint.unlink(missing_ok=True)
+        else:
             self.clear_failure()
         return not self.done
 
@@ -190,50 +201,29 @@ class Record:
     def write_checkpoint(self, content: bytes | memoryview) -> None:
         """Replace the checkpoint; the one before is kept until the run is finished.
 
-        Whenever this process dies, one of the two is whole, and its sum is written down.
-
         Raises:
-            RecordError: if it cannot be written, for want of space say. Both old ones are as they were then.
+            RecordError: if it cannot be written, for want of space say; then the old ones are there.
         """
-        with _written(self.checkpoint), replacing(self.checkpoint) as temporary:
+        with _written(self.checkpoint), replacing(self.checkpoint, self.previous_checkpoint) as temporary:
             temporary.write_bytes(content)
-            sums = [hashlib.sha256(content).hexdigest(), *self._sums()[:2]]
-            _write(self.folder / "checkpoint.sha256", "".join(f"{digest}\n" for digest in sums))
-            if self.checkpoint.exists():
-                os.replace(self.checkpoint, self._previous)
 
-    def read_checkpoints(self) -> Iterator[tuple[Path, bytes]]:
-        """The intact ones of the last two checkpoints, the last one first; nothing if none was written.
+    def read_checkpoint(self, path: Path) -> bytes | None:
+        """The contents of `checkpoint` or `previous_checkpoint`; None if it is not there.
 
         Raises:
-            RecordError: at the end, if there were checkpoints and all were damaged.
+            RecordError: if it cannot be read, or is no plain file.
         """
-        sums, damaged, intact = self._sums(), [], 0
-        for path in (self.checkpoint, self._previous):
-            try:
-                content = _bytes(path)
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                damaged.append(f"{path} cannot be read ({error.strerror})")
-                continue
-            if sums and hashlib.sha256(content).hexdigest() not in sums:  # records of old have no sums
-                damaged.append(f"{path} cannot be read (its contents are not those that were written)")
-                continue
-            if damaged:
-                log.warning("%s: run %s goes on from the one before.", damaged[0], self.run_id)
-            intact += 1
-            yield path, content
-        if damaged and not intact:
-            raise RecordError(f"{'; '.join(damaged)}: delete it, and the run begins anew.")
+        try:
+            return _bytes(path, LARGEST_CHECKPOINT)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RecordError(f"{path} cannot be read ({error.strerror}): {ANEW}.") from error
 
     @property
-    def _previous(self) -> Path:
+    def previous_checkpoint(self) -> Path:
+        """The checkpoint before the last one, of a run that is not finished."""
         return self.folder / "checkpoint.previous.pt"
-
-    def _sums(self) -> list[str]:
-        path = self.folder / "checkpoint.sha256"
-        return _read(path).split() if path.exists() else []
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and flush it to the disk.
@@ -252,7 +242,8 @@ class Record:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in self.metrics() if line.get("epoch", 0) <= epoch]
-            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+            with _written(path):
+                _write(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut off by a crash is left out.
@@ -279,7 +270,7 @@ class Record:
         (self.folder / "failure.json").unlink(missing_ok=True)
         with _written(self.folder / "summary.json"):
             write_json(self.folder / "summary.json", dict(summary))
-        self._previous.unlink(missing_ok=True)
+        self.previous_checkpoint.unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
         """The finished run's flat summary."""
@@ -295,7 +286,7 @@ class Record:
     def failure(self) -> str | None:
         """Why the last attempt failed, in one sentence, or None."""
         path = self.folder / "failure.json"
-        return str(read_json(path).get("message")) if path.exists() else None
+        return printable(str(read_json(path).get("message"))) if path.exists() else None
 
     def clear_failure(self) -> None:
         """Forget the last attempt's failure: a new one has begun."""
@@ -315,6 +306,7 @@ class Record:
         Raises:
             RunLocked: if another process holds it.
         """
+        self._refuse_link()
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "a", opener=_no_link) as file:
             try:
@@ -366,8 +358,8 @@ def state_of(spec: Spec, root: Path) -> tuple[str, str]:
         if failure := record.failure():
             return "failed", f": {' '.join(failure.split())}"
         return ("begun", progress if lines else "") if lines or record.checkpoint.exists() else ("not begun", "")
-    except (KeyError, OSError, RecordError, TypeError, ValueError, ZeroDivisionError) as error:
-        return "damaged", f": {error}"
+    except (KeyError, OSError, OverflowError, RecordError, TypeError, ValueError, ZeroDivisionError) as error:
+        return "damaged", f": {printable(str(error))}"
 
 
 def duration(seconds: float) -> str:
@@ -375,6 +367,11 @@ def duration(seconds: float) -> str:
     if seconds < 99:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def printable(text: str) -> str:
+    """A text out of a record for a terminal: what would steer it, or cannot be written, is shown by its code."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -392,14 +389,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well."""
+def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well.
+
+    What was there before is kept as `former`, if given: one of the two is whole whenever this process dies.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if former is not None and path.exists():
+            os.replace(path, former)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -453,7 +455,7 @@ def _no_link(path: str, flags: int) -> int:
 
 def _object(text: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not JSON ({error}): mend it or move its folder away.") from error
     if not isinstance(content, dict):
@@ -466,6 +468,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) != len(pairs):
         raise ValueError("a name stands twice in one object")
     return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_number(name: str) -> float:

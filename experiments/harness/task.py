@@ -119,6 +119,11 @@ def subsets(spec: Spec, available: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: min(spec.examples, end)], order[end:]
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; this process does not wait for it to arrive."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def generator(*key: int) -> torch.Generator:
     """A generator of its own for a place in the data, so that dropout's draws cannot shift the order."""
     state = np.random.SeedSequence(key).generate_state(2)

@@ -1,24 +1,23 @@
 """The one training loop."""
 
 import contextlib
-import io
 import math
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import msam
+from experiments.harness.average import MovingAverage
+from experiments.harness.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from experiments.harness.ranks import Ranks
-from experiments.harness.record import Record, RecordError, record_of
-from experiments.harness.spec import Spec
+from experiments.harness.record import Record, record_of
+from experiments.harness.spec import TEXTS, Spec
 from experiments.harness.task import Task, build_task, here, set_torch
 
 CHECK_EVERY = 50
@@ -31,20 +30,6 @@ class Interrupted(Exception):
 
 class Diverged(Exception):
     """The loss is no longer finite."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all that a checkpoint holds beside the states of model, optimizer and generators."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Time spent in this run, over all sessions."""
-    losses: list[float] = field(default_factory=list)
-    """Of the steps of the current epoch, as are the sharpnesses."""
-    sharpness: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    """One mean for each look at the losses."""
 
 
 def train(
@@ -67,8 +52,8 @@ def train(
         data_root: A folder to look for data in first.
         environment: Provenance of this session, for the record.
         redo: Delete what there is of this run first, and train it anew.
-        checkpoint_seconds: Least time between checkpoints; longer where one takes more than a second to write, so that
-            they take a twentieth of the time at most. It does not change the run's numbers.
+        checkpoint_seconds: Least time between checkpoints, and as many times what one takes to write where that is
+            more than a second. It does not change the run's numbers.
         report: Called with (steps done, steps in all) as the run goes on.
         stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
         build: Makes the task from spec and data root.
@@ -111,12 +96,11 @@ def _train(
     ranks.seed()
     task = build(spec, data_root)
     model = ranks.wrapped(task.model)
-    network: Any = torch.compile(model) if spec.compile else model
-    loss_fn = partial(task.loss_fn, network)
+    loss_fn = partial(task.loss_fn, _compiled(model, spec) if spec.compile else model)
     steps = spec.epochs * task.steps_per_epoch
     optimizer = build_optimizer(spec, task.model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
-    average = moving_average(spec, task.model)
+    average = MovingAverage(task.model, spec.ema) if spec.ema else None
     state = (task.model, optimizer, scheduler, average)
     progress = load_checkpoint(record, ranks, *state)
     ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
@@ -146,7 +130,7 @@ def _train(
         optimizer.step()
         scheduler.step()
         if average is not None:
-            average.update_parameters(task.model)
+            average.update(task.model)
         progress.step += 1
 
         end_of_epoch = progress.step % task.steps_per_epoch == 0
@@ -188,6 +172,15 @@ def _train(
     )
 
 
+def _compiled(model: torch.nn.Module, spec: Spec) -> Any:
+    """The model through `torch.compile`, as in a process of its own: what was compiled before would change its kernels.
+
+    Texts are of any length, and what is compiled for one would depend on where a run was resumed.
+    """
+    torch._dynamo.reset()
+    return torch.compile(model, dynamic=spec.dataset in TEXTS)
+
+
 def _curvature(spec: Spec, task: Task, epoch: int) -> dict[str, float]:
     """The largest Hessian eigenvalue, if it is this epoch's turn; training goes on as if nothing had been measured."""
     if not spec.curvature_every or (epoch % spec.curvature_every and epoch != spec.epochs):
@@ -221,11 +214,6 @@ def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer
     )
 
 
-def moving_average(spec: Spec, model: torch.nn.Module) -> AveragedModel | None:
-    """The average of weights and buffers that the run is scored by; None if that is the model itself."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec.ema), use_buffers=True) if spec.ema else None
-
-
 def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate's factor at a step (from 0): linear warm-up, then the spec's schedule."""
     steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
@@ -248,106 +236,6 @@ def _here(spec: Spec) -> dict[str, Any]:
         "ranks": spec.ranks,
         "micro_batches_per_rank": spec.micro_batches // spec.ranks,
     }
-
-
-def save_checkpoint(
-    record: Record,
-    ranks: Ranks,
-    progress: Progress,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: AveragedModel | None = None,
-) -> None:
-    """Write all that the rest of the run depends on, in one rename; every rank comes here, and the first one writes."""
-    generators = ranks.gathered(torch.get_rng_state())
-    cuda_generators = ranks.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
-    if not ranks.first:
-        return ranks.wait()
-    content = {
-        "progress": vars(progress),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "average": average.state_dict() if average else None,
-        "generators": generators,
-        "cuda_generators": cuda_generators,
-    }
-    record.write_checkpoint(_serialised(content))
-    ranks.wait()
-
-
-def load_checkpoint(
-    record: Record,
-    ranks: Ranks,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: AveragedModel | None = None,
-) -> Progress:
-    """Take everything back to the last checkpoint that is intact; without one, progress is at its start.
-
-    Raises:
-        RecordError: if there are checkpoints but none is intact, or one is another run's.
-    """
-    for path, read in record.read_checkpoints():
-        content = _deserialised(read, path)
-        if "progress" not in content:  # the final weights: this run was killed before its summary
-            continue
-        try:
-            model.load_state_dict(content["model"])
-            optimizer.load_state_dict(content["optimizer"])
-            scheduler.load_state_dict(content["scheduler"])
-            if average is not None:
-                average.load_state_dict(content["average"])
-            torch.set_rng_state(content["generators"][ranks.rank])
-            if content["cuda_generators"]:
-                torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
-            return Progress(**content["progress"])
-        except (AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise _foreign(path, error) from error
-    return Progress()
-
-
-def save_weights(record: Record, model: torch.nn.Module) -> None:
-    """Replace the checkpoint by the final weights alone."""
-    record.write_checkpoint(_serialised({"model": model.state_dict()}))
-
-
-def load_weights(record: Record) -> dict[str, torch.Tensor]:
-    """The final weights of a finished run, or those of its last checkpoint.
-
-    Raises:
-        RecordError: if there are none that are intact.
-    """
-    for path, read in record.read_checkpoints():
-        content = _deserialised(read, path)
-        if not isinstance(content.get("model"), dict):
-            raise _foreign(path, "it holds no model")
-        return content["model"]
-    raise RecordError(f"{record.checkpoint} is not there: train run {record.run_id} again with --redo.")
-
-
-def _serialised(content: Mapping[str, Any]) -> memoryview:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getbuffer()
-
-
-def _deserialised(read: bytes, path: Path) -> dict[str, Any]:
-    """What a checkpoint holds: tensors, numbers, strings and their collections. Nothing in it is executed."""
-    try:
-        content = torch.load(io.BytesIO(read), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch and pickle make of bytes that are no checkpoint
-        raise _foreign(path, error) from error
-    if not isinstance(content, dict):
-        raise _foreign(path, "it is no checkpoint")
-    return content
-
-
-def _foreign(path: Path, why: object) -> RecordError:
-    words = str(why).strip().splitlines() or [type(why).__name__]
-    return RecordError(f"{path} cannot be read ({words[0][:200]}): delete it, and the run begins anew.")
 
 
 class _Clock:

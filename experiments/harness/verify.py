@@ -1,6 +1,5 @@
 """Whether a finished run can be had again, bit for bit: it is made anew elsewhere and compared, file by file."""
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import torch
 
+from experiments.harness.checkpoint import load_weights
 from experiments.harness.execute import execute
-from experiments.harness.record import Record, RecordError, record_of
+from experiments.harness.record import Record, RecordError, printable, record_of
 from experiments.harness.spec import Spec, SpecError
-from experiments.harness.train import Interrupted, load_weights
+from experiments.harness.train import Interrupted
 
 TIMES = ("seconds", "wall_seconds", "step_seconds")
 """What is never the same twice."""
@@ -51,14 +51,23 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="msam-verify-") as folder:
         again = record_of(spec, Path(folder))
         if spec.trained:  # what is measured anew is the measurement, not the network's training
-            network = record_of(spec.trained, record.root)
-            shutil.copytree(network.folder, again.root / "runs" / network.run_id)
+            _copy_network(record_of(spec.trained, record.root), again.root)
         try:
             execute(spec, again.root, data_root=data_root, environment=environment, **_until(spec, epochs, report))
         except Interrupted:
             if epochs is None:
                 raise
         return _differences(record, again, epochs)
+
+
+def _copy_network(network: Record, root: Path) -> None:
+    """What a measurement needs of the network's run, read as any stranger's record is."""
+    copy = record_of(network.spec(), root)
+    copy.create(network.spec())
+    for session in network.environments():
+        copy.add_environment(session)
+    copy.write_checkpoint(network.read_checkpoint(network.checkpoint) or b"")
+    copy.finish(network.summary())
 
 
 def _check(spec: Spec, epochs: int | None) -> None:
@@ -122,11 +131,14 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def _explanations(record: Record, again: Record) -> list[str]:
-    sessions, here = record.environments(), again.environments()[-1]
+    try:
+        sessions, here = record.environments(), again.environments()[-1]
+    except RecordError as error:
+        return [str(error)]
     found = []
     for name in EXPLAINS:
         values = [session.get(name) for session in sessions]
         if any(value != here.get(name) for value in values):
-            told = " and ".join(dict.fromkeys(str(value) for value in values))
+            told = " and ".join(dict.fromkeys(printable(str(value)) for value in values))
             found.append(f"It may be the {name}: {told} there, {here.get(name)} here.")
     return found

@@ -1,6 +1,5 @@
 """Image classification: from a spec to a Task."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -10,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.harness.augment import augmented, has_policy, loaded, sent
+from experiments.harness.augment import augmented, has_policy, loaded
 from experiments.harness.data import MEAN, STD, Cifar, load_cifar
 from experiments.harness.models import build, pixel_statistics
+from experiments.harness.pool import default_jobs
 from experiments.harness.spec import Spec
-from experiments.harness.task import Task, generator, subsets
+from experiments.harness.task import Task, generator, sent, subsets
 
 EVALUATION_BATCH = 250
 
@@ -31,8 +31,8 @@ def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = N
     Args:
         spec: The run.
         data_root: A folder to look for data in first.
-        loaders: Processes that do so, which changes no number; None: one for each core but one if there is a GPU to
-            keep busy, and none on a CPU, which has nothing else to do.
+        loaders: Processes that do so, which changes no number; None: one for each core but one, and 4 at most, if
+            there is a GPU to keep busy, and none on a CPU, which has nothing else to do.
     """
     return task_of(spec, load_cifar(spec.dataset, Path(data_root) if data_root else None), loaders)
 
@@ -63,7 +63,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
     if loaders is None:
-        loaders = len(os.sched_getaffinity(0)) - 1 if device.type == "cuda" else 0
+        loaders = min(4, default_jobs("cpu") - 1) if device.type == "cuda" else 0
 
     def forward(model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):

@@ -19,7 +19,7 @@ from experiments.harness.data import load_cifar
 from experiments.harness.models import build
 from experiments.harness.record import RecordError, record_of
 from experiments.harness.spec import Spec, four_methods
-from experiments.harness.task import build_task
+from experiments.harness.task import Task, build_task, set_torch
 from experiments.harness.train import Diverged, Interrupted, build_optimizer, schedule, train
 from experiments.harness.vision import normalised
 
@@ -301,12 +301,11 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("spec", [replace(RESNET, cutout=8), replace(VIT, fused=True)], ids=["resnet", "vit"])
+@pytest.mark.parametrize("spec", [replace(RESNET, cutout=8, ema=0.9), replace(VIT, fused=True)], ids=["resnet", "vit"])
 def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
     """Seen on the CPU by counting; the looks at the losses, 50 steps or an epoch apart, are the exception.
 
-    AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these, as torch's
-    moving average does.
+    AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
     """
     looks, counts = [], []
     look = loop._look
@@ -322,13 +321,57 @@ def test_no_step_waits_for_the_gpu(tmp_path):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
-    torch.cuda.set_sync_debug_mode("error")
+
+    def build(spec: Spec, data_root: str | None) -> Task:
+        task = build_task(spec, data_root)
+        list(task.batches(0, 0))  # what is sent once
+        torch.cuda.set_sync_debug_mode("error")
+        return task
+
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):  # the first look, at the end of the epoch
-            train(spec, tmp_path)
+            train(spec, tmp_path, build=build)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert "_look" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
+
+
+def test_torch_computes_as_the_spec_says():
+    gpu = replace(RESNET, device="cuda")
+    try:
+        for spec in (gpu, replace(gpu, tf32=True), replace(gpu, deterministic=True), RESNET):
+            set_torch(spec)
+            assert torch.get_float32_matmul_precision() == ("high" if spec.tf32 else "highest")
+            assert torch.backends.cudnn.allow_tf32 == spec.tf32
+            assert torch.are_deterministic_algorithms_enabled() == spec.deterministic
+            assert torch.get_num_threads() == spec.threads
+    finally:
+        set_torch(RESNET)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_layout_of_images_and_weights(channels_last):
+    task = build_task(replace(RESNET, channels_last=channels_last))
+    x, _ = next(task.batches(0, 0))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = next(p for p in task.model.parameters() if p.ndim == 4 and min(p.shape) > 1 and p.shape[1] > 3)
+    assert x.is_contiguous(memory_format=layout)
+    assert weight.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_takes_the_same_steps_and_resumes_bit_for_bit(tmp_path):
+    spec = replace(VIT, model="linear", compile=True, epochs=2, warmup_epochs=0.5)
+    train(spec, tmp_path / "undisturbed")
+    asked = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        train(spec, tmp_path / "stopped", stop=lambda: next(asked))
+    train(spec, tmp_path / "stopped")
+    assert numbers(spec, tmp_path / "stopped") == numbers(spec, tmp_path / "undisturbed")
+    eager = replace(spec, compile=False)
+    train(eager, tmp_path)
+    for line, other in zip(numbers(spec, tmp_path / "stopped")[0], numbers(eager, tmp_path)[0], strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_optimizers_are_torchs_own():

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from experiments.harness.checkpoint import load_weights, save_weights
 from experiments.harness.estimate import measured
 from experiments.harness.record import Record, RecordError, record_of, state_of
 from experiments.harness.spec import Spec
@@ -24,7 +27,20 @@ SPEC = Spec(
 )
 
 PIECES = [
-    *(b"NaN", b"-Infinity", b"1e999", b"-0", b"9" * 5000, b"null", b"true", b'""', b"[]", b"{}", b'"\\ud800"'),
+    *(
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"-0",
+        b"9" * 5000,
+        b"9" * 400,
+        b"null",
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b'"\\ud800"',
+    ),
     *(b"../../../etc/passwd", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b'"', b"{", b"}", b"[" * 2000),
     *(b'"spec"', b'"format": 2', b'"epoch": "x"', b'"epoch": 0', b'"seconds": null', b'"sessions": {}', b'"run_id"'),
     *(b"<script>alert(1)</script>", b"\\input{/etc/passwd}", b"|", "é".encode("latin-1"), "é".encode("utf-16")),
@@ -61,7 +77,7 @@ def whole(root: Path) -> Record:
     record.add_environment({"commit": "abc", "dirty": False, "command": "python -m experiments run table1"})
     for epoch in (1, 2, 3):
         record.append({"epoch": epoch, "step": 8 * epoch, "train_loss": 2.0 / epoch, "seconds": 0.5 * epoch})
-    record.write_checkpoint(b"weights")
+    save_weights(record, torch.nn.Linear(2, 1))
     record.finish({"test_accuracy": 0.5, "wall_seconds": 1.5, "step_seconds": 0.1})
     return record
 
@@ -96,7 +112,7 @@ def outcome(record: Record) -> tuple[bool, bool]:
         record.metrics,
         record.summary,
         record.failure,
-        lambda: list(record.read_checkpoints()),
+        lambda: load_weights(record),
         lambda: state_of(SPEC, record.root),
         lambda: measured(record.root),
     ]

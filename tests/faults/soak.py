@@ -20,8 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiments.harness import checkpoint
 from experiments.harness.record import Record, RecordError, record_of
 from experiments.harness.spec import Spec
+from experiments.harness.verify import TIMES
 from tests.faults import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +42,6 @@ SPEC = Spec(
     rho=0.1,
     micro_batches=4,
 )
-
-TIMES = ("seconds", "wall_seconds", "step_seconds")
 
 COMMAND = ["table1", "--profile", "smoke", "--seeds", "1"]
 
@@ -181,7 +181,8 @@ def _readable(record: Record) -> bool:
         record.metrics()
         if (record.folder / "env.json").exists():
             record.environments()
-        list(record.read_checkpoints())
+        for path in (record.checkpoint, record.previous_checkpoint):
+            checkpoint._read(record, path)
     except RecordError as error:
         print(f"\n{error}", file=sys.stderr)
         return False
@@ -198,14 +199,13 @@ def _steps_lost(root: Path, known: tuple[int, int]) -> tuple[int, tuple[int, int
     Returns:
         The steps, and the same two numbers now.
     """
-    import torch
-
     record = record_of(SPEC, root)
     sessions = record.environments() if (record.folder / "env.json").exists() else []
     step, count = known
     lost = max(0, step + 1 - sessions[-1]["first_step"]) if len(sessions) > count else 0
-    steps = [torch.load(p, weights_only=True).get("progress", {}).get("step") for p, _ in record.read_checkpoints()]
-    return lost, (next((step for step in steps if step is not None), 0), len(sessions))
+    contents = [checkpoint._read(record, path) for path in (record.checkpoint, record.previous_checkpoint)]
+    steps = [content["progress"]["step"] for content in contents if content and "progress" in content]
+    return lost, (steps[0] if steps else 0, len(sessions))
 
 
 def _left_over(root: Path) -> int:

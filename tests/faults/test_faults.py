@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.harness.checkpoint import load_weights
 from experiments.harness.record import LARGEST_TEXT, Record, RecordError, record_of, state_of
 from experiments.harness.train import Interrupted, train
 from tests.faults import inputs, soak
@@ -87,7 +88,9 @@ def test_a_results_folder_that_is_read_only_is_named_before_anything_is_trained(
 DAMAGE = {
     "cut": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
-    "bit": lambda content: content[:5000] + bytes([content[5000] ^ 1]) + content[5001:],
+    "bit": lambda content: (
+        content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1 :]
+    ),
     "gone": None,
 }
 
@@ -103,15 +106,56 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_
     train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
     assert steps[0] == 5, "the last checkpoint was of step 5, the one before of step 4"
     assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
-    assert ("goes on from the one before" in caplog.text) == (damage != "gone")
-    assert sorted(p.name for p in stopped.folder.glob("checkpoint*")) == ["checkpoint.pt", "checkpoint.sha256"]
+    assert ("goes on from the checkpoint before" in caplog.text) == (damage != "gone")
+    assert [p.name for p in stopped.folder.glob("checkpoint*")] == ["checkpoint.pt"]
 
 
 def test_two_damaged_checkpoints_are_refused_by_name(stopped):
-    for path in (stopped.checkpoint, stopped.folder / "checkpoint.previous.pt"):
+    for path in (stopped.checkpoint, stopped.previous_checkpoint):
         path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*checkpoint\.previous\.pt.*delete it"):
+    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*\n.*checkpoint\.previous\.pt.*delete it"):
         train(SPEC, stopped.root)
+    assert stopped.checkpoint.exists(), "nothing of it is thrown away"
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(stopped):
+    """A second fault right after the first: what was gone on from is still there."""
+    stopped.checkpoint.write_bytes(b"damaged")
+    asked = iter([False, True])
+    with pytest.raises(Interrupted):
+        train(SPEC, stopped.root, checkpoint_seconds=0, stop=lambda: next(asked))
+    stopped.checkpoint.unlink()  # as if the process had died between its two renames
+    steps = []
+    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    assert steps[0] == 5
+
+
+def test_failures_at_the_finish_never_send_a_run_back_to_its_start(stopped, tmp_path, monkeypatch):
+    train(SPEC, tmp_path / "undisturbed")
+
+    def fail(record: Record, summary: dict) -> None:
+        raise RecordError("no room")
+
+    for _ in range(3):  # the weights are written, the summary is not
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "finish", fail)
+            with pytest.raises(RecordError, match="no room"):
+                train(SPEC, stopped.root)
+    steps = []
+    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    assert steps[0] == 6
+    assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
+
+
+def test_a_checkpoint_of_before_there_were_sums_is_gone_on_from(stopped):
+    import torch
+
+    content = torch.load(stopped.checkpoint, weights_only=True)
+    del content["sum"]
+    torch.save(content, stopped.checkpoint)
+    steps = []
+    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    assert steps[0] == 6
 
 
 def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopped, tmp_path):
@@ -123,9 +167,8 @@ def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopp
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
 
-    for path in (stopped.checkpoint, stopped.folder / "checkpoint.previous.pt"):
+    for path in (stopped.checkpoint, stopped.previous_checkpoint):
         torch.save({"progress": {}, "model": Trap()}, path)
-    (stopped.folder / "checkpoint.sha256").unlink()  # as a stranger's record may lack it
     with pytest.raises(RecordError, match="cannot be read"):
         train(SPEC, stopped.root)
     stopped.checkpoint.write_bytes(pickle.dumps(Trap()))
@@ -153,23 +196,34 @@ def test_clocks_that_jump_change_no_number(tmp_path):
 
 
 def test_a_second_interrupt_ends_the_command_and_its_workers_at_once(tmp_path):
+    """The worker is halted, so that it cannot stop by itself: it is the command that has to end it."""
     command = [sys.executable, "-m", "experiments", "run", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
     command += ["--set", "epochs=200000", "--results", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         while not any((tmp_path / "runs").glob("*/metrics.jsonl")):
             time.sleep(0.05)
         (folder,) = (tmp_path / "runs").iterdir()
+        os.kill(holder_of(folder / "lock"), signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
+        while "Stopping" not in process.stderr.readline():
+            assert process.poll() is None
+        assert Record(tmp_path, folder.name).busy
         process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=60)[1]
-        assert process.returncode in (130, -signal.SIGINT), errors
+        process.communicate(timeout=60)
+        assert process.returncode == 130
     record = Record(tmp_path, folder.name)
     until = time.monotonic() + 10
     while record.busy:
         assert time.monotonic() < until, "a worker outlived the command"
         time.sleep(0.05)
-    assert record.spec()
     assert not record.done
+
+
+def holder_of(lock: Path) -> int:
+    """The process that has the file locked."""
+    inode = str(lock.stat().st_ino)
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return next(int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5].split(":")[-1] == inode)
 
 
 def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
@@ -214,6 +268,7 @@ def record(tmp_path):
         ("summary.json", '{"a": 1}'.encode("utf-16"), "cannot be read"),
         ("spec.json", b"\xef\xbb\xbf{}", "not JSON"),
         ("env.json", b"[" * 50_000, "not JSON"),
+        ("summary.json", b'{"wall_seconds": ' + b"9" * 400 + b"}", "400 digits"),
     ],
 )
 def test_what_is_not_json_to_the_letter_is_refused_by_name(name, content, words, record):
@@ -240,7 +295,7 @@ def test_links_out_of_a_runs_folder_are_not_followed(name, record, tmp_path):
     (record.folder / name).unlink()
     (record.folder / name).symlink_to(target)
     with pytest.raises(RecordError, match=name.replace(".", r"\.")):
-        record.spec(), record.summary(), record.environments(), record.metrics(), list(record.read_checkpoints())
+        record.spec(), record.summary(), record.environments(), record.metrics(), load_weights(record)
     with contextlib.suppress(OSError, RecordError):
         record.append({"epoch": 4})
     with contextlib.suppress(RecordError):
@@ -267,7 +322,24 @@ def test_a_folder_or_a_lock_that_is_a_link_is_refused(record, tmp_path):
     (record.folder / "lock").symlink_to(victim)
     with pytest.raises(OSError, match="symbolic links"), record.locked():
         pass
+    record.folder.rename(outside)
+    record.folder.symlink_to(outside)
+    (outside / "lock").unlink()
+    with pytest.raises(RecordError, match="is a link"), record.locked():
+        pass
+    assert not (outside / "lock").exists()
     assert victim.read_text() == "precious"
+
+
+def test_what_a_record_says_cannot_steer_a_terminal(record):
+    (record.folder / "summary.json").unlink()
+    record.fail("\x1b[2Jgone \ud800")
+    words = state_of(inputs.SPEC, record.root)[1]
+    assert "\\x1b[2Jgone \\ud800" in words
+    command = [sys.executable, "-m", "experiments", "show", record.run_id, "--results", str(record.root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\x1b[2Jgone" in done.stdout
 
 
 def test_pipes_are_not_waited_for(record):

@@ -11,12 +11,13 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.estimate import PARAMETERS, work
 from experiments.harness.provenance import used
 from experiments.harness.record import RecordError, record_of
 from experiments.harness.spec import IMAGES, SIMULATED, Spec, SpecError, timed_steps
@@ -34,14 +35,6 @@ PEAKS = {
 
 UTILISATION = (0.1, 0.4)
 """Of the peak that trainings of this size reach, a guess: less with narrow convolutions, more with encoders."""
-
-PUBLISHED = {
-    "wrn-28-10": (36.5e6, "Zagoruyko and Komodakis 2016, table 4"),
-    "vit-small": (6.3e6, "omihub777/ViT-CIFAR"),
-    "bert-base-uncased": (110e6, "Devlin et al. 2019, section 3"),
-    "roberta-base": (125e6, "Liu et al. 2019, section 4.1"),
-}
-"""Parameters, as rounded as they were published. ResNet-50's follow from torchvision's, see `published`."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def distinct(specs: Iterable[Spec]) -> list[Cell]:
     return list(cells.values())
 
 
-def check(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
+def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
     """Check the cells, `jobs` at a time and each in a process of its own, in order.
 
     Raises:
@@ -94,17 +87,19 @@ def check(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Re
         raise SpecError(f"There is no peak known of {gpu!r}: name one of {', '.join(PEAKS)}.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.worker"])
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting = [pool.submit(check_one, cell, gpu) for cell in cells]
-        for cell, future in zip(cells, waiting, strict=True):
+
+    def apart(cell: Cell) -> Report:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
-                report = future.result()
+                return process.submit(prove_one, cell, gpu).result()
             except Exception as error:  # the process died, for want of memory perhaps
-                report = Report(failure=f"{type(error).__name__}: {error}")
-            yield cell, report
+                return Report(failure=f"{type(error).__name__}: {error}")
+
+    with ThreadPoolExecutor(jobs) as threads:
+        yield from zip(cells, threads.map(apart, cells), strict=True)
 
 
-def check_one(cell: Cell, gpu: str) -> Report:
+def prove_one(cell: Cell, gpu: str) -> Report:
     """Build, train, stop, resume and score one cell; for a curvature run, multiply once with the Hessian."""
     begun = time.monotonic()
     try:
@@ -117,8 +112,7 @@ def check_one(cell: Cell, gpu: str) -> Report:
     except Exception as error:
         return Report(failure=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     spec, memory = cell.spec, used()
-    step = flops * spec.batch_size * (1 if spec.rho == 0 else 2)
-    steps = spec.examples // spec.batch_size * spec.epochs
+    step, whole = flops * spec.batch_size * (1 if spec.rho == 0 else 2), flops * work(spec) * spec.ranks
     peak = PEAKS[gpu]["bfloat16" if spec.precision == "bfloat16" else "tf32" if spec.tf32 else "float32"]
     copies = 2 + (2 if spec.base_optimizer == "adamw" else 1) + (2 if spec.rho else 0) + (spec.ema > 0)
     weights, activations = 4.0 * parameters * copies, saved * -(-spec.batch_size // spec.micro_batches)
@@ -128,7 +122,7 @@ def check_one(cell: Cell, gpu: str) -> Report:
         memory=memory.get("peak_gpu_bytes", memory["peak_memory_bytes"]),
         step_flops=step,
         gpu_memory=(weights + activations / 2, weights + activations),
-        run_seconds=(step * steps / peak / UTILISATION[1], step * steps / peak / UTILISATION[0]),
+        run_seconds=(whole / peak / UTILISATION[1], whole / peak / UTILISATION[0]),
     )
 
 
@@ -137,7 +131,7 @@ def published(spec: Spec) -> tuple[float, str] | None:
     if spec.model == "resnet50":
         stem, head = 7 * 7 * 3 * 64 - 3 * 3 * 3 * 64, 2049 * (1000 - LABELS[spec.dataset])
         return 25_557_032 - stem - head, "torchvision's, with CIFAR's stem and head"
-    return PUBLISHED.get(spec.model)
+    return PARAMETERS.get(spec.model)
 
 
 def _reduced(spec: Spec) -> Spec:
@@ -271,26 +265,24 @@ class _Tokens:
 def costs(spec: Spec) -> tuple[float, float]:
     """Of one forward and backward pass of one example: FLOP, and bytes kept in between if all are float32.
 
-    Counted on torch's meta device, without computing anything; the bytes at most, since what two operations keep is
-    counted twice.
+    Counted on torch's meta device, without computing anything.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.device("meta"):
-        if spec.dataset in IMAGES:
-            from experiments.harness.models import build
+    if spec.dataset in IMAGES:
+        from experiments.harness.models import build
 
-            model = build(spec.model, LABELS[spec.dataset], spec.image_size).to("meta")
-            inputs: Any = (torch.empty(2, 3, spec.image_size, spec.image_size),)
-        else:
-            model = encoder(spec).to("meta")
-            inputs = (torch.zeros(2, spec.max_length, dtype=torch.long),)
-    weights, kept = {id(p) for p in model.parameters()}, 0
+        model = build(spec.model, LABELS[spec.dataset], spec.image_size).to("meta")
+        inputs: Any = (torch.empty(2, 3, spec.image_size, spec.image_size, device="meta"),)
+    else:
+        model = encoder(spec).to("meta")
+        inputs = (torch.zeros(2, spec.max_length, dtype=torch.long, device="meta"),)
+    weights, kept = {storage_of(p) for p in model.parameters()}, {}
 
     def keep(tensor: Any) -> Any:
-        nonlocal kept
-        kept += 0 if id(tensor) in weights else tensor.nbytes
+        if storage_of(tensor) not in weights:
+            kept[storage_of(tensor)] = tensor  # alive, so that no other one takes its storage's address
         return tensor
 
     with FlopCounterMode(display=False) as counter:
@@ -298,4 +290,9 @@ def costs(spec: Spec) -> tuple[float, float]:
             outputs = model(*inputs)
             loss = getattr(outputs, "logits", outputs).float().square().mean()
         loss.backward()
-    return counter.get_total_flops() / 2, kept / 2
+    return counter.get_total_flops() / 2, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2
+
+
+def storage_of(tensor: Any) -> int:
+    """What tells the memory of tensors apart, on the meta device too, where none has an address."""
+    return tensor.untyped_storage()._cdata
