@@ -13,7 +13,7 @@ from experiments.harness import catalogue, proof
 from experiments.harness.estimate import PARAMETERS, disk_bytes, gpu_hours, measured
 from experiments.harness.models import build
 from experiments.harness.record import Record
-from experiments.harness.spec import METHODS, SpecError, curvature_of
+from experiments.harness.spec import METHODS, TEXTS, SpecError, curvature_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_flops_and_parameters_against_the_published_ones(spec):
     assert saved / 4 == pytest.approx(activations(spec), rel=0.25)
     wanted, _ = proof.published(spec)
     with torch.device("meta"):
-        model = proof.encoder(spec) if spec.dataset == "cola" else build(spec.model, 10)
+        model = proof.encoder(spec) if spec.dataset in TEXTS else build(spec.model, 10)
     count = sum(p.numel() for p in model.parameters())
     assert abs(count - wanted) < 0.005 * wanted
     assert count == pytest.approx(PARAMETERS[spec.model][0], rel=0.01)

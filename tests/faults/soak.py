@@ -44,6 +44,7 @@ SPEC = Spec(
 )
 
 COMMAND = ["table1", "--profile", "smoke", "--seeds", "1"]
+FOUR_RUNS = ["resnet_cifar", *COMMAND[1:]]
 
 
 def killed_trainings(kills: int, seed: int = 0) -> dict[str, Any]:
@@ -60,9 +61,9 @@ def killed_trainings(kills: int, seed: int = 0) -> dict[str, Any]:
         "steps lost beyond the checkpoint": 0,
     }
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
-        begun = time.monotonic()
-        _to_the_end(context, SPEC, Path(folder) / "undisturbed")
-        length, right = time.monotonic() - begun, _numbers(SPEC, Path(folder) / "undisturbed")
+        _to_the_end(context, SPEC, Path(folder) / "warm")  # waits for the server that forks to start
+        length = _to_the_end(context, SPEC, Path(folder) / "undisturbed")
+        right = _numbers(SPEC, Path(folder) / "undisturbed")
         root, sessions, known = Path(folder) / "0", 0, (0, 0)
         while found["kills"] < kills or sessions:
             process = context.Process(target=_train, args=(SPEC, str(root)))
@@ -90,11 +91,11 @@ def killed_pools(kills: int, seed: int = 0) -> dict[str, Any]:
     found = {"kills": 0, "finished commands": 0, "wrong ends": 0, "workers left over": 0}
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
         begun = time.monotonic()
-        _command("experiments", "run", *COMMAND, "--results", f"{folder}/undisturbed")
+        _command("experiments", "run", *FOUR_RUNS, "--results", f"{folder}/undisturbed")
         length, right = time.monotonic() - begun, _all_numbers(Path(folder) / "undisturbed")
         root = Path(folder) / "0"
         while found["kills"] < kills:
-            process = _begun("experiments", "run", *COMMAND, "--results", str(root))
+            process = _begun("experiments", "run", *FOUR_RUNS, "--results", str(root))
             try:
                 process.wait(draws.uniform(0.2, 1) * length)
                 ended = True
@@ -104,7 +105,7 @@ def killed_pools(kills: int, seed: int = 0) -> dict[str, Any]:
                 found["kills"], ended = found["kills"] + 1, False
             found["workers left over"] += _left_over(root)
             if ended or found["kills"] == kills:
-                _command("experiments", "run", *COMMAND, "--results", str(root))
+                _command("experiments", "run", *FOUR_RUNS, "--results", str(root))
                 found["finished commands"] += 1
                 found["wrong ends"] += _all_numbers(root) != right
                 root = Path(folder) / str(found["finished commands"])
@@ -151,11 +152,13 @@ def _train(spec: Spec, root: str) -> None:
     train(spec, Path(root), checkpoint_seconds=0)
 
 
-def _to_the_end(context: Any, spec: Spec, root: Path) -> None:
-    for name in ("warm", ""):  # the first one waits for the server to start
-        process = context.Process(target=_train, args=(spec, str(root / name) if name else str(root)))
-        process.start()
-        process.join()
+def _to_the_end(context: Any, spec: Spec, root: Path) -> float:
+    """Train undisturbed; returns the seconds that it took."""
+    begun = time.monotonic()
+    process = context.Process(target=_train, args=(spec, str(root)))
+    process.start()
+    process.join()
+    return time.monotonic() - begun
 
 
 def _numbers(spec: Spec, root: Path) -> tuple[Any, ...]:
