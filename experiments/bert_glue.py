@@ -17,7 +17,7 @@ AMD EPYC (AVX2).
 
 from dataclasses import replace
 
-from experiments.harness.spec import GLUE_GRIDS, Spec, four_methods, tuning_grid
+from experiments.harness.spec import GLUE_GRIDS, ON_GPU, Spec, four_methods, tuning_grid
 
 TABLE = "table2"
 
@@ -58,7 +58,7 @@ PAPER = replace(
     warmup_epochs=0.3,
     batch_size=32,
     max_length=128,
-    device="cuda",
+    **ON_GPU,
 )
 
 # SAM's rho for encoders that AdamW tunes lies between 1e-4 and 1e-2 in LOG-postech/Sassha@75e2de4 (SqueezeBERT). mSAM's

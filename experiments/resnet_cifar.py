@@ -12,7 +12,7 @@ and 79 seconds a run on one core of an AMD EPYC, twice that on another one.
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec, four_methods, tuning_grid
+from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
 
 TABLE = "table1"
 
@@ -53,7 +53,7 @@ PAPER = replace(
     weight_decay=1e-3,
     epochs=200,
     batch_size=256,
-    device="cuda",
+    **ON_GPU,
 )
 
 # SAM's rho: 0.05 on CIFAR-10 from Foret et al. 2021 (Table 1, WRN-28-10), 0.2 on CIFAR-100 from the configurations of

@@ -10,7 +10,7 @@ Expected: not measured.
 
 from dataclasses import replace
 
-from experiments.harness.spec import GLUE_GRIDS, Spec, four_methods, tuning_grid
+from experiments.harness.spec import GLUE_GRIDS, ON_GPU, Spec, four_methods, tuning_grid
 
 TABLE = "table2"
 
@@ -30,7 +30,7 @@ PAPER = Spec(
     epochs=10,
     batch_size=32,
     max_length=128,
-    device="cuda",
+    **ON_GPU,
 )
 
 # rho as in bert_glue.py: mSAM's own m and rho are not known to us, and wait for the grid.

@@ -15,7 +15,7 @@ Expected (n=8, +- 95 %): AdamW 42.5 +- 0.5, over micro-batches 42.5 +- 0.5, SAM 
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec, four_methods, tuning_grid
+from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
 
 TABLE = "table1"
 
@@ -50,7 +50,7 @@ PAPER = replace(
     epochs=200,
     warmup_epochs=5,
     batch_size=128,
-    device="cuda",
+    **ON_GPU,
 )
 
 # SAM's rho: 0.2, as LOG-postech/Sassha has it for ViT-S/32 with AdamW on ImageNet; there is no published one for this

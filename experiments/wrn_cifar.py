@@ -12,7 +12,7 @@ and 81 seconds a run on one core of an AMD EPYC, twice that on another one.
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec, four_methods, tuning_grid
+from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
 
 TABLE = "table1"
 
@@ -51,7 +51,7 @@ PAPER = replace(
     augmentation="crop-flip",
     epochs=200,
     batch_size=256,
-    device="cuda",
+    **ON_GPU,
 )
 
 # mSAM's own m and rho are not known to us. Until a GPU has run the grid below, mSAM stands at SAM's rho and m=8,

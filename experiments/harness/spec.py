@@ -90,6 +90,11 @@ CHOICES = {
     "device": ("cpu", "cuda"),
 }
 
+ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
+"""How the `paper` profile computes. Autocast to bfloat16 would be up to twice as fast by the data sheets, but rounds
+weights to so few bits that most of a small perturbation is lost, and what is left is twice as long and more
+(benchmarks/results/precision.md); TensorFloat-32 loses far less. Compiling, and kernels that are deterministic, wait for
+a GPU that measures what they bring and cost."""
 
 _SIZES = IMAGES | TEXTS | SIMULATED
 

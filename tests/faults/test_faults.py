@@ -199,7 +199,8 @@ def test_a_second_interrupt_ends_the_command_and_its_workers_at_once(tmp_path):
     """The worker is halted, so that it cannot stop by itself: it is the command that has to end it."""
     command = [sys.executable, "-m", "experiments", "run", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
     command += ["--set", "epochs=200000", "--results", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a job in the background ignores it)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listening) as process:
         while not any((tmp_path / "runs").glob("*/metrics.jsonl")):
             time.sleep(0.05)
         (folder,) = (tmp_path / "runs").iterdir()
