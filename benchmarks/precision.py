@@ -42,6 +42,7 @@ def main() -> None:
     """Print the table, and save it beside the other benchmarks' if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/precision.md")
+    arguments = parser.parse_args()
     rows = [row for name, spec in SPECS.items() for rho in RHOS[name] for row in left_of(name, spec, rho)]
     head = (
         "model",
@@ -55,7 +56,7 @@ def main() -> None:
     table = tabulate(rows, headers=head, tablefmt="github", floatfmt=("", "g", "", ".2f", ".2f", ".2f", ".2f"))
     text = f"<!-- python -m benchmarks.precision --save -->\n{table}\n"
     print(text)
-    if parser.parse_args().save:
+    if arguments.save:
         (Path(__file__).parent / "results" / "precision.md").write_text(text)
 
 

@@ -115,7 +115,7 @@ def _print_gpu_plan(runs: Runs, waiting: list[Spec], estimate: Estimate, gpus: i
     for name in tables if runs.target == "all" else [runs.target]:
         with contextlib.suppress(SpecError):  # a table without runs in this profile
             specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
-            left = specs & set(waiting) if not name.endswith("-tuning") or runs.target != "all" else specs
+            left = {spec for spec in specs if not record_of(spec, runs.root).done}
             alone = " (not among all: its choices are made before)" if left - set(waiting) else ""
             print(f"  {name:<21} {len(left):>5} runs {sum(gpu_hours(s, estimate) for s in left):>8.0f} h{alone}")
     hours = sum(gpu_hours(spec, estimate) for spec in waiting)
@@ -147,6 +147,7 @@ def run(
     for record in (record_of(spec, results) for spec in specs):
         if record.done:  # and not damaged, foreign, or a newer version's
             record.spec(), record.summary()
+            record.previous_checkpoint.unlink(missing_ok=True)  # it was ended right after its summary
     waiting = [spec for spec in specs if redo or not record_of(spec, results).done]
     if not waiting:
         print(f"All {len(specs)} runs of {runs} are done; nothing to train.")
@@ -261,7 +262,7 @@ def show(run: Positional[Annotated[str, arg(metavar="RUN")]], results: Path = DE
     record = _record(run, results)
     spec = record.spec()
     state, words = state_of(spec, record.root)
-    print(f"{record.run_id}  {spec.title}\n{state}{words}\n\nspec")
+    print(f"{record.run_id}  {printable(spec.title)}\n{state}{words}\n\nspec")
     _print_fields(spec.to_dict())
     sessions = record.environments() if (record.folder / "env.json").exists() else []
     for number, session in enumerate(sessions, start=1):
@@ -325,17 +326,17 @@ def _record(run: str, results: Path) -> Record:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in names if name.startswith(run)]
     if len(found) != 1:
-        several = f"{len(found)} runs, {', '.join(found[:3])}, ...: write more of its name"
+        several = f"{len(found)} runs, {printable(', '.join(found[:3]))}, ...: write more of its name"
         raise SpecError(f"{run!r} is {several if found else f'no run in {folder}: status names the runs of a target'}.")
     return Record(results.absolute(), found[0])
 
 
 def _print_fields(fields: Mapping[str, Any]) -> None:
-    width = max(map(len, fields), default=0)
-    for name, value in fields.items():
+    shown = {printable(str(name)): value for name, value in fields.items()}
+    width = max(map(len, shown), default=0)
+    for name, value in shown.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        text = printable(text)
-        print(f"  {name:<{width}}  {text.replace(chr(10), chr(10) + ' ' * (width + 4))}")
+        print(f"  {name:<{width}}  {printable(text).replace(chr(10), chr(10) + ' ' * (width + 4))}")
 
 
 def _check_jobs(jobs: int | None) -> None:

@@ -107,6 +107,7 @@ def loaded(
         workers: Processes. They change no pixel.
         pinned: Whether batches are for a GPU.
     """
+    _policy(spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
     batches = _Batches(spec, images, order, epoch)
     return iter(
         DataLoader(

@@ -21,6 +21,10 @@ from experiments.harness.record import ANEW, Record, RecordError
 log = logging.getLogger(__name__)
 
 
+class Damaged(RecordError):
+    """A checkpoint that can be read, but is not what was written."""
+
+
 @dataclass
 class Progress:
     """Where a run stands: all that a checkpoint holds beside the states of model, optimizer and generators."""
@@ -73,13 +77,14 @@ def load_checkpoint(
     """Take everything back to the last checkpoint that is whole; without any, progress is at its start.
 
     Raises:
-        RecordError: if there are checkpoints but none is whole, or one is another run's.
+        RecordError: if there are checkpoints but none is whole, or one cannot be read at all, or is another run's, or
+            the ranks do not see the same one.
     """
     useless: dict[Path, str | None] = {}
     for path in (record.checkpoint, record.previous_checkpoint):
         try:
             content = _read(record, path)
-        except RecordError as error:
+        except Damaged as error:
             useless[path] = str(error)
             continue
         if content is None:
@@ -91,7 +96,7 @@ def load_checkpoint(
             model.load_state_dict(content["model"])
             optimizer.load_state_dict(content["optimizer"])
             scheduler.load_state_dict(content["scheduler"])
-            if average is not None:
+            if average is not None and content["progress"]["step"]:
                 average.load_state_dict(content["average"])
             generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
             torch.set_rng_state(generators[ranks.rank])
@@ -100,10 +105,12 @@ def load_checkpoint(
             progress = Progress(**content["progress"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from error
+        ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
         _put_away(record, ranks, useless)
         return progress
     if told := [words for words in useless.values() if words]:
         raise RecordError("\n".join(told))
+    ranks.agree(0, f"{record.checkpoint} is not the same file on all nodes")
     _put_away(record, ranks, useless)
     return Progress()
 
@@ -128,8 +135,7 @@ def load_weights(record: Record) -> dict[str, torch.Tensor]:
 
 
 def _put_away(record: Record, ranks: Ranks, useless: Mapping[Path, str | None]) -> None:
-    """Delete what the run does not go on from, lest it takes the place of what it does."""
-    ranks.wait()  # all have read
+    """Delete what all ranks have read and none goes on from, lest it takes the place of what they do go on from."""
     if not ranks.first:
         return
     for path, words in useless.items():
@@ -148,20 +154,23 @@ def _read(record: Record, path: Path) -> dict[str, Any] | None:
     """What a checkpoint holds; None if it is not there.
 
     Raises:
-        RecordError: if it is not whole.
+        RecordError: if it cannot be read.
+        Damaged: if it is not whole.
     """
     read = record.read_checkpoint(path)
     if read is None:
         return None
     try:
         content = torch.load(io.BytesIO(read), map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise ValueError("it is no checkpoint")
+        wanted = content.pop("sum", None)
+        if wanted is not None and wanted != _sum_of(content):  # those of old have no sum
+            raise ValueError("its contents are not those that were written")
+    except MemoryError:
+        raise
     except Exception as error:  # whatever torch and pickle make of bytes that are no checkpoint
         raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, "it is no checkpoint")
-    wanted = content.pop("sum", None)
-    if wanted is not None and wanted != _sum_of(content):  # those of old have no sum
-        raise _unreadable(path, "its contents are not those that were written")
     return content
 
 
@@ -171,6 +180,10 @@ def _sum_of(content: Any) -> str:
 
     def take(value: Any) -> None:
         if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type == "meta":
+                raise ValueError("it holds tensors without values")
+            if value.nbytes > value.untyped_storage().nbytes():
+                raise ValueError("it holds tensors that are larger than their memory")
             value = value.detach().cpu().contiguous()
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
@@ -190,6 +203,6 @@ def _sum_of(content: Any) -> str:
     return digest.hexdigest()
 
 
-def _unreadable(path: Path, why: object) -> RecordError:
+def _unreadable(path: Path, why: object) -> "Damaged":
     words = [*str(why).strip().splitlines(), type(why).__name__][0]
-    return RecordError(f"{path} cannot be read ({words[:200]}): {ANEW}.")
+    return Damaged(f"{path} cannot be read ({words[:200]}): {ANEW}.")

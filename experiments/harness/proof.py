@@ -33,7 +33,7 @@ PEAKS = {
 }
 """FLOP/s of dense products by NVIDIA's data sheets (A100 80 GB, 2021; H100 SXM, 2023)."""
 
-UTILISATION = (0.1, 0.4)
+UTILISATION = (0.05, 0.4)
 """Of the peak that trainings of this size reach, a guess: less with narrow convolutions, more with encoders."""
 
 

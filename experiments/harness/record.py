@@ -124,9 +124,10 @@ class Record:
         if redo:
             self.remove()
             self.create(spec)
-        for path in self.folder.glob(".checkpoint.pt.*"):  # of processes that were killed while they wrote one
-            with contextlib.suppress(OSError):
-                path.unlink()
+        for name in ("checkpoint.pt", "env.json", "metrics.jsonl", "summary.json"):
+            for path in self.folder.glob(f".{name}.*"):  # of processes that were killed while they wrote one
+                with contextlib.suppress(OSError):
+                    path.unlink()
         if self.done:
             self.previous_checkpoint.unlink(missing_ok=True)
         else:
@@ -353,11 +354,12 @@ def state_of(spec: Spec, root: Path) -> tuple[str, str]:
         elif lines:
             left = lines[-1]["seconds"] / lines[-1]["step"] * (lines[-1]["steps"] - lines[-1]["step"])
             progress = f": {lines[-1]['step']} of {lines[-1]['steps']} measurements"
+        progress = printable(progress) if lines else ""
         if record.busy:
             return "running", f"{progress}, about {duration(left)} left" if lines else ""
         if failure := record.failure():
             return "failed", f": {' '.join(failure.split())}"
-        return ("begun", progress if lines else "") if lines or record.checkpoint.exists() else ("not begun", "")
+        return ("begun", progress) if lines or record.checkpoint.exists() else ("not begun", "")
     except (KeyError, OSError, OverflowError, RecordError, TypeError, ValueError, ZeroDivisionError) as error:
         return "damaged", f": {printable(str(error))}"
 

@@ -93,8 +93,8 @@ CHOICES = {
 ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
 """How the `paper` profile computes. Autocast to bfloat16 would be up to twice as fast by the data sheets, but rounds
 weights to so few bits that most of a small perturbation is lost, and what is left is twice as long and more
-(benchmarks/results/precision.md); TensorFloat-32 loses far less. Compiling, and kernels that are deterministic, wait for
-a GPU that measures what they bring and cost."""
+(benchmarks/results/precision.md). TensorFloat-32 loses far less. Compiling, and kernels that are deterministic, wait
+for a GPU that measures what they bring and cost."""
 
 _SIZES = IMAGES | TEXTS | SIMULATED
 
@@ -294,6 +294,8 @@ class Spec:
     def _check_timed(self) -> None:
         if not self.rho:
             _refuse("rho", self.rho, "greater than 0 for a cost run")
+        if self.compile:
+            _refuse("compile", True, "left out for a cost run: it times models as they are")
         m = self.micro_batches
         if m < 2 or m & (m - 1) or self.batch_size % m:
             _refuse("micro_batches", m, f"a power of 2 that divides the batch size, {self.batch_size}, for a cost run")

@@ -6,6 +6,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,6 @@ def _train(
     average = MovingAverage(task.model, spec.ema) if spec.ema else None
     state = (task.model, optimizer, scheduler, average)
     progress = load_checkpoint(record, ranks, *state)
-    ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
     if ranks.first:
         record.add_environment({**environment, **task.data, **_here(spec), "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
@@ -187,7 +187,11 @@ def _curvature(spec: Spec, task: Task, epoch: int) -> dict[str, float]:
         return {}
     from experiments.harness.curvature import lambda_1
 
-    return {"lambda_1": lambda_1(task, min(256, spec.examples))}
+    set_torch(replace(spec, tf32=False))  # as in Table 3
+    try:
+        return {"lambda_1": lambda_1(task, min(256, spec.examples))}
+    finally:
+        set_torch(spec)
 
 
 def _greatest_and_last(eigenvalues: list[float]) -> dict[str, float]:

@@ -66,7 +66,10 @@ def _copy_network(network: Record, root: Path) -> None:
     copy.create(network.spec())
     for session in network.environments():
         copy.add_environment(session)
-    copy.write_checkpoint(network.read_checkpoint(network.checkpoint) or b"")
+    weights = network.read_checkpoint(network.checkpoint)
+    if weights is None:
+        raise RecordError(f"{network.checkpoint} is not there: train run {network.run_id} again with --redo.")
+    copy.write_checkpoint(weights)
     copy.finish(network.summary())
 
 
@@ -110,7 +113,7 @@ def _differences(record: Record, again: Record, epochs: int | None) -> list[str]
             found.append(f"summary.json: {words}.")
         if record.spec().kind == "train":
             found += _weights(load_weights(record), load_weights(again))
-    return found + _explanations(record, again) if found else []
+    return [printable(words) for words in [*found, *_explanations(record, again)]] if found else []
 
 
 def _parted(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -139,6 +142,6 @@ def _explanations(record: Record, again: Record) -> list[str]:
     for name in EXPLAINS:
         values = [session.get(name) for session in sessions]
         if any(value != here.get(name) for value in values):
-            told = " and ".join(dict.fromkeys(printable(str(value)) for value in values))
+            told = " and ".join(dict.fromkeys(str(value) for value in values))
             found.append(f"It may be the {name}: {told} there, {here.get(name)} here.")
     return found

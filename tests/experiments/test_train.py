@@ -111,6 +111,14 @@ def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
     assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
 
 
+def test_an_averaged_run_that_was_stopped_before_its_first_step_averages_its_steps_alone(tmp_path):
+    train(AVERAGED, tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        train(AVERAGED, tmp_path / "stopped", stop=lambda: True)
+    train(AVERAGED, tmp_path / "stopped")
+    assert numbers(AVERAGED, tmp_path / "stopped") == numbers(AVERAGED, tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK" + b[2:9]])
 def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
     asked = iter([False] * 2 + [True])

@@ -1,5 +1,7 @@
 """Records made of anything: whole ones with bytes changed, and texts that only look like records."""
 
+import contextlib
+import io
 import json
 import random
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 
+from experiments.__main__ import show
 from experiments.harness.checkpoint import load_weights, save_weights
 from experiments.harness.estimate import measured
 from experiments.harness.record import Record, RecordError, record_of, state_of
@@ -54,15 +57,20 @@ def read(count: int, seed: int = 0) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="msam-inputs-") as folder:
         root = Path(folder) / "results"
         record = whole(root)
+        record.fail("a failure of before")
         texts = {path.name: path.read_bytes() for path in record.folder.iterdir() if path.name != "lock"}
         for _ in range(count):
             name = draws.choice(list(texts))
             (record.folder / name).write_bytes(changed(texts[name], draws))
+            if unfinished := draws.random() < 0.5 and name != "summary.json":
+                (record.folder / "summary.json").unlink()
             refused, crash = outcome(record)
             found["inputs"] += 1
             found["refused"] += refused
             found["crashes"] += crash
             (record.folder / name).write_bytes(texts[name])
+            if unfinished:
+                (record.folder / "summary.json").write_bytes(texts["summary.json"])
             if crash and found["crashes"] == 1:
                 print(f"{name} made a reader fail.", file=sys.stderr)
         there = {path.name for path in record.folder.iterdir()} - set(texts) - {"lock"}
@@ -113,7 +121,8 @@ def outcome(record: Record) -> tuple[bool, bool]:
         record.summary,
         record.failure,
         lambda: load_weights(record),
-        lambda: state_of(SPEC, record.root),
+        lambda: " ".join(state_of(SPEC, record.root)).encode(),
+        lambda: _shown(record),
         lambda: measured(record.root),
     ]
     refused = crashed = False
@@ -128,13 +137,21 @@ def outcome(record: Record) -> tuple[bool, bool]:
     return refused, crashed
 
 
+def _shown(record: Record) -> None:
+    """What `experiments show` prints, which must be text for any terminal."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        show(record.run_id, record.root)
+    printed.getvalue().encode()
+    assert all(c.isprintable() or c == "\n" for c in printed.getvalue())
+
+
 def _other_value(text: bytes, draws: random.Random) -> bytes:
     """JSON with one of its values put in another's place, or taken out; what is no JSON stays."""
     lines = text.split(b"\n")
     at = draws.randrange(len(lines))
     try:
         content = json.loads(text if len(lines) > 8 else lines[at])
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     inner = content["spec"] if isinstance(content, dict) and isinstance(content.get("spec"), dict) else content
     if isinstance(inner, dict) and inner:

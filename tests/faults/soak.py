@@ -118,6 +118,11 @@ def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
     draws = random.Random(seed)
     found = {"calls": 0, "kills": 0, "failed calls": 0, "half files": 0}
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
+        whole = Path(folder) / "whole"
+        _command("experiments", "run", *FOUR_RUNS, "--results", str(whole))
+        begun = time.monotonic()
+        _command("analysis", *COMMAND, "--results", str(whole))
+        length = time.monotonic() - begun
         while found["kills"] < kills:
             root = Path(folder) / str(found["calls"])
             with _running("experiments", "run", *COMMAND, "--results", str(root)) as training:
@@ -126,7 +131,7 @@ def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
                 while training.poll() is None and found["kills"] < kills:
                     reader = _begun("analysis", *COMMAND, "--results", str(root))
                     try:
-                        found["failed calls"] += reader.wait(draws.uniform(0.5, 8)) != 0
+                        found["failed calls"] += reader.wait(draws.uniform(0, 2) * length) != 0
                     except subprocess.TimeoutExpired:
                         reader.kill()
                         reader.wait()
@@ -225,6 +230,7 @@ def _whole_files(folder: Path) -> bool:
     for path in folder.rglob("*"):
         text = path.read_bytes() if path.is_file() else b"\n"
         whole = {".pdf": text.rstrip().endswith(b"%%EOF"), ".png": text.endswith(b"IEND\xaeB`\x82")}
+        whole[".html"] = text.rstrip().endswith(b"</html>")
         if path.name.startswith("."):
             continue  # a temporary file, which no reader looks at
         if not whole.get(path.suffix, text.endswith(b"\n")):

@@ -147,6 +147,30 @@ def test_failures_at_the_finish_never_send_a_run_back_to_its_start(stopped, tmp_
     assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
 
 
+def test_a_checkpoint_that_cannot_be_read_at_all_ends_the_attempt_and_is_kept(stopped):
+    """The disk may be there again later: what was not read is not thrown away, nor passed over."""
+    content = stopped.checkpoint.read_bytes()
+    stopped.checkpoint.unlink()
+    stopped.checkpoint.mkdir()
+    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read"):
+        train(SPEC, stopped.root)
+    stopped.checkpoint.rmdir()
+    stopped.checkpoint.write_bytes(content)
+    steps = []
+    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    assert steps[0] == 6
+
+
+def test_tensors_that_are_more_than_their_memory_are_refused(record):
+    import torch
+
+    tensors = [torch.zeros(1).expand(10**15), torch.zeros(3, device="meta"), torch.eye(3).to_sparse()]
+    for tensor in tensors:
+        torch.save({"model": {"w": tensor}, "sum": "0" * 64}, record.checkpoint)
+        with pytest.raises(RecordError, match="cannot be read"):
+            load_weights(record)
+
+
 def test_a_checkpoint_of_before_there_were_sums_is_gone_on_from(stopped):
     import torch
 
@@ -335,12 +359,15 @@ def test_a_folder_or_a_lock_that_is_a_link_is_refused(record, tmp_path):
 def test_what_a_record_says_cannot_steer_a_terminal(record):
     (record.folder / "summary.json").unlink()
     record.fail("\x1b[2Jgone \ud800")
+    record.add_environment({"\x1b[2Jname": "\ud800"})
     words = state_of(inputs.SPEC, record.root)[1]
     assert "\\x1b[2Jgone \\ud800" in words
     command = [sys.executable, "-m", "experiments", "show", record.run_id, "--results", str(record.root)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "\\x1b[2Jgone" in done.stdout
+    assert "\\x1b[2Jname" in done.stdout
+    assert "\x1b" not in done.stdout
 
 
 def test_pipes_are_not_waited_for(record):
