@@ -231,6 +231,7 @@ def _whole_files(folder: Path) -> bool:
         text = path.read_bytes() if path.is_file() else b"\n"
         whole = {".pdf": text.rstrip().endswith(b"%%EOF"), ".png": text.endswith(b"IEND\xaeB`\x82")}
         whole[".html"] = text.rstrip().endswith(b"</html>")
+        whole[".jsonl"] = not text or text.endswith(b"\n")  # of no runs there is no line
         if path.name.startswith("."):
             continue  # a temporary file, which no reader looks at
         if not whole.get(path.suffix, text.endswith(b"\n")):
