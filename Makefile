@@ -7,7 +7,7 @@ RESULTS ?=
 PYTHON ?=
 
 python := .venv/bin/python
-pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 2 --dist worksteal
+pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 3 --dist worksteal
 which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")
 how = $(which) $(if $(JOBS),--jobs "$(JOBS)")
 
@@ -81,7 +81,7 @@ status: setup ## Count the runs of Table 1: done, running, failed, missing
 setup: ## Build .venv from requirements.lock, once; every other target does it when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run all tests, two at a time on a core each; a warning is an error
+test: setup ## Run all tests, three at a time on a core each (some wait for a cluster); a warning is an error
 	$(pytest)
 
 test-fast: setup ## Run the tests but for those marked slow

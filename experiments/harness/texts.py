@@ -8,7 +8,6 @@ A file that does not match its checksum is refused by name. Without a network th
 """
 
 import hashlib
-import importlib.util
 import io
 import logging
 import os
@@ -22,6 +21,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -349,7 +349,7 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
     with storage_errors(path.parent, _UNUSABLE), locked(file):
         if not path.exists():
             mend = f"connect to the network, or put {file} into {path.parent}"
-            if importlib.util.find_spec("pip") is None:
+            if not list(metadata.distributions(name="pip")):
                 raise NotToBeHad(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
             log.info("downloading %s from PyPI", requirement)
             work = path.with_name(f"{file}.unfinished")
