@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import msam
 from experiments.harness import train as loop
@@ -22,6 +21,7 @@ from experiments.harness.spec import Spec, four_methods
 from experiments.harness.task import Task, build_task, set_torch
 from experiments.harness.train import Diverged, Interrupted, build_optimizer, schedule, train
 from experiments.harness.vision import normalised
+from tests.msam.small import Waits
 
 RESNET = Spec(
     profile="smoke",
@@ -293,20 +293,6 @@ def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
             torch.testing.assert_close(value.double(), average[name], rtol=1e-4, atol=1e-6)
     task.model.load_state_dict(saved)
     assert record_of(spec, tmp_path).summary()["test_accuracy"] == task.evaluate()["test_accuracy"]
-
-
-class Waits(TorchDispatchMode):
-    """Operations that have to know a tensor's value, for which a GPU would be waited for."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "_unique2", "masked_select"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("spec", [replace(RESNET, cutout=8, ema=0.9), replace(VIT, fused=True)], ids=["resnet", "vit"])

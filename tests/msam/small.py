@@ -1,4 +1,4 @@
-"""Small models and data, and the reference's gradient for them."""
+"""Small models and data, the reference's gradient for them, and a count of what waits for a device."""
 
 import copy
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msam
 from msam.reference import msam_gradient
@@ -50,3 +51,17 @@ def reference(model: nn.Module, batch, m: int, rho: float, adaptive: bool = Fals
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+class Waits(TorchDispatchMode):
+    """Operations that have to know a tensor's value, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique_dim", "_unique2", "masked_select"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))

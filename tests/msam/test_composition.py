@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import msam
 from experiments.harness.cost import peak_bytes
 from msam.reference import msam_gradient
-from tests.msam.small import convnet, data, gradients, loss_of, mlp, pure_loss, reference
+from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, pure_loss, reference
 
 
 def assert_is_reference(model, batch, m, rho, **options):
@@ -290,20 +289,6 @@ def test_different_noise_on_request():
         model(part)
         model(part)
     assert torch.equal(torch.get_rng_state(), after)
-
-
-class Waits(TorchDispatchMode):
-    """Operations that have to know a tensor's value."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique_dim", "_unique2"):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
