@@ -40,6 +40,8 @@ MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 """Of CIFAR-10's training pixels in [0, 1], by channel; CIFAR-100 is scaled alike."""
 
+CLASSES = {"cifar10": 10, "cifar100": 100}
+
 _ORDER = ("train_images", "train_labels", "test_images", "test_labels")
 
 

@@ -17,15 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.data import CLASSES, Cifar
 from experiments.harness.estimate import PARAMETERS, work
 from experiments.harness.provenance import used
 from experiments.harness.record import RecordError, record_of
 from experiments.harness.spec import IMAGES, SIMULATED, Spec, SpecError, timed_steps
+from experiments.harness.texts import TASKS
 
 BATCH, STEPS = 4, 2
-
-LABELS = {"cifar100": 100, "cifar10": 10, "mnli": 3, "stsb": 1}
-"""Outputs of a network; 2 for the other tasks."""
 
 PEAKS = {
     "a100": {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12},
@@ -72,7 +71,7 @@ def distinct(specs: Iterable[Spec]) -> list[Cell]:
         for one in timed_steps(spec) if spec.kind == "cost" else [spec]:
             reduced = _reduced(one)
             key = replace(reduced, learning_rate=1.0, weight_decay=float(reduced.weight_decay > 0))
-            blind = {**key.to_dict(), "dataset": LABELS.get(key.dataset, 2)}
+            blind = {**key.to_dict(), "dataset": _outputs(key)}
             cells.setdefault(tuple(blind.items()), Cell(one, reduced))
     return list(cells.values())
 
@@ -129,9 +128,14 @@ def prove_one(cell: Cell, gpu: str) -> Report:
 def published(spec: Spec) -> tuple[float, str] | None:
     """How many parameters the spec's model has by its source, and that; None for our own small ones."""
     if spec.model == "resnet50":
-        stem, head = 7 * 7 * 3 * 64 - 3 * 3 * 3 * 64, 2049 * (1000 - LABELS[spec.dataset])
+        stem, head = 7 * 7 * 3 * 64 - 3 * 3 * 3 * 64, 2049 * (1000 - _outputs(spec))
         return 25_557_032 - stem - head, "torchvision's, with CIFAR's stem and head"
     return PARAMETERS.get(spec.model)
+
+
+def _outputs(spec: Spec) -> int:
+    """Of the spec's network: one for each label, and one for a regression."""
+    return CLASSES[spec.dataset] if spec.dataset in IMAGES else max(1, len(TASKS[spec.dataset].labels))
 
 
 def _reduced(spec: Spec) -> Spec:
@@ -205,16 +209,15 @@ def made_up(spec: Spec, data_root: str | None = None) -> Any:
     count = spec.examples
     if spec.dataset in IMAGES:
         from experiments.harness import vision
-        from experiments.harness.data import Cifar
 
         images = draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-        labels: np.ndarray = draws.integers(0, LABELS[spec.dataset], count)
+        labels: np.ndarray = draws.integers(0, _outputs(spec), count)
         return vision.task_of(spec, Cifar(images, labels, images, labels, "made up", "none"), loaders=0)
     from experiments.harness import glue
 
     model = encoder(spec)
     tokens = torch.from_numpy(draws.integers(5, model.config.vocab_size, (count, spec.max_length)))
-    outputs = LABELS.get(spec.dataset, 2)
+    outputs = _outputs(spec)
     labels = draws.integers(0, outputs, count) if outputs > 1 else draws.random(count, dtype=np.float32)
     examples = _Tokens(tokens, labels)
     data = {"data_checksum": "none", "data_source": "made up"}
@@ -225,7 +228,7 @@ def encoder(spec: Spec) -> Any:
     """A text model of the spec's architecture with random weights; nothing is fetched for those of the hub."""
     import transformers
 
-    from experiments.harness import glue, texts
+    from experiments.harness import glue
 
     configs: dict[str, Callable[..., Any]] = {
         "bert-base-uncased": transformers.BertConfig,
@@ -234,8 +237,8 @@ def encoder(spec: Spec) -> Any:
         ),
     }
     if spec.model not in configs:
-        return glue.encoder(spec, texts.TASKS[spec.dataset])[1]
-    config = configs[spec.model](num_labels=LABELS.get(spec.dataset, 2))
+        return glue.encoder(spec, TASKS[spec.dataset])[1]
+    config = configs[spec.model](num_labels=_outputs(spec))
     return transformers.AutoModelForSequenceClassification.from_config(
         glue.with_dropout(config, spec), attn_implementation=spec.attention
     )
@@ -273,7 +276,7 @@ def costs(spec: Spec) -> tuple[float, float]:
     if spec.dataset in IMAGES:
         from experiments.harness.models import build
 
-        model = build(spec.model, LABELS[spec.dataset], spec.image_size).to("meta")
+        model = build(spec.model, _outputs(spec), spec.image_size).to("meta")
         inputs: Any = (torch.empty(2, 3, spec.image_size, spec.image_size, device="meta"),)
     else:
         model = encoder(spec).to("meta")

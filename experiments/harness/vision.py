@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.harness.augment import augmented, has_policy, loaded
-from experiments.harness.data import MEAN, STD, Cifar, load_cifar
+from experiments.harness.data import CLASSES, MEAN, STD, Cifar, load_cifar
 from experiments.harness.models import build, pixel_statistics
 from experiments.harness.pool import default_jobs
 from experiments.harness.spec import Spec
@@ -45,7 +45,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
     def on_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
 
-    classes = 100 if spec.dataset == "cifar100" else 10
+    classes = CLASSES[spec.dataset]
     noisy = with_wrong_labels(cifar.train_labels[train], spec.label_noise, classes)
     on_host = cifar.train_images[train]
     images, labels = on_device(on_host, noisy)
