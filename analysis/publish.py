@@ -90,8 +90,8 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         The files written.
 
     Raises:
-        Refused: if a run is missing, or runs come from several commits, an unclean tree or an unknown commit
-            (a grid's: from several versions of the training code, or an unknown commit).
+        Refused: if a run is missing, or the runs of a model come from several versions of the training code, or any
+            from an unknown commit or (a grid's may) an unclean tree.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, results), *mixed(t, results)]]
@@ -175,18 +175,16 @@ def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
 def mixed(t: Target, results: Results) -> list[str]:
     """Why a table's runs may not stand together in one committed table."""
     rows = results.runs[results.runs["run_id"].isin({run.run_id for run in t.runs})]
-    # A grid's second stage needs the outcome of its first to be written down, so its commits differ and its
-    # tree may be unclean: what must be one is the code that trained, known by a hash of its content.
-    # A grid compares within a model only.
-    column, word = ("code", "versions of the training code") if t.tuning else ("commit", "commits")
+    # What is compared are the runs of a model, and what must be one is the code that trained them, known by a hash of
+    # its content: a study that shares Table 1's baselines is added later, at a commit that differs in a list of runs. A
+    # grid's second stage needs the outcome of its first to be written down, so its tree may be unclean.
     redo = f"commit your changes and train them again with `{_command(t)} --redo`"
     reasons = []
-    for model, block in rows.groupby("model") if t.tuning else [("", rows)]:
-        said = sorted({part for cell in block[column] for part in cell.split("+")} - {UNKNOWN})
+    for model, block in rows.groupby("model"):
+        said = sorted({part for cell in block["code"] for part in cell.split("+")} - {UNKNOWN})
         if len(said) > 1:
             told = ", ".join(part[:12] for part in said)
-            name = f"{t.name} ({model})" if model else t.name
-            reasons.append(f"{name} has runs from several {word} ({told}): {redo}.")
+            reasons.append(f"{t.name} ({model}) has runs from several versions of the training code ({told}): {redo}.")
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
         reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):

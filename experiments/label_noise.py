@@ -44,8 +44,8 @@ TUNING = {
         for cell in tuning_grid(
             noisy(resnet_cifar.CPU, share),
             micro_batches=[8],
-            learning_rates=(0.05, 0.1, 0.2, 0.4),
-            rhos=(0.025, 0.05, 0.1, 0.2, 0.4),
+            learning_rates=(0.0125, 0.025, 0.05, 0.1),
+            rhos=(0.05, 0.1, 0.2, 0.4),
         )
     ],
 }

@@ -72,11 +72,11 @@ def test_publishing_with_missing_runs_is_one_sentence_and_status_2(tmp_path):
     assert written(tmp_path) == set()
 
 
-def test_publishing_mixed_commits_is_status_2_and_writes_nothing(finished):
-    write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, commit="fedcba9")
+def test_publishing_mixed_code_is_status_2_and_writes_nothing(finished):
+    write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, code="0ther")
     done = analysis("--results", finished, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
-    assert "several commits (0123456789ab, fedcba9)" in done.stderr
+    assert "several versions of the training code (" in done.stderr
     assert "Traceback" not in done.stderr
     assert written(finished) == set()
 

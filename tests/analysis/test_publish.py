@@ -139,7 +139,7 @@ def test_table_that_only_shares_a_published_run_is_not_drawn(tmp_path, two_table
 def test_publishing_one_table_may_not_mix_another(tmp_path, two_tables):
     fill(tmp_path, [SGD, SAM, MSAM])
     before = published(tmp_path, "table1")
-    fill(tmp_path / "later", [SGD, OTHER], commit="fedcba9")
+    fill(tmp_path / "later", [SGD, OTHER], code="0ther")
     results = Results.of(collect(tmp_path / "later").finished)
     with pytest.raises(Refused, match="table1 shares runs with these tables"):
         publish(tmp_path / "smoke", "smoke", [target("table2", "smoke")], results)
@@ -168,7 +168,7 @@ def test_run_without_a_score_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("session", "reason"),
     [
-        ({"commit": "fedcba9"}, "several commits"),
+        ({"code": "0ther"}, r"table1 \(resnet8\) has runs from several versions of the training code \(0ther, "),
         ({"dirty": True}, "1 runs from a tree with uncommitted changes"),
         ({"dirty": None}, "1 runs from a tree with uncommitted changes"),
         ({"commit": None}, "1 runs from an unknown commit"),
@@ -187,11 +187,26 @@ def test_provenance_refusals_write_nothing(tmp_path, session, reason):
     assert files(tmp_path / "smoke") == before
 
 
-def test_resumed_run_with_a_second_commit_is_refused(tmp_path):
+def test_run_resumed_with_other_code_is_refused(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
-    write_run(tmp_path, MSAM, 0.5, commit="fedcba9")  # a second session of the same run
-    with pytest.raises(Refused, match="several commits"):
+    write_run(tmp_path, MSAM, 0.5, code="0ther")  # a second session of the same run
+    with pytest.raises(Refused, match="several versions of the training code"):
         published(tmp_path, "table1")
+
+
+def test_table_may_span_clean_commits_of_the_same_training_code_and_says_so(tmp_path):
+    fill(tmp_path, [SGD, SAM])
+    fill(tmp_path, [MSAM], commit="fedcba9")
+    assert b"these runs come from several commits" in published(tmp_path, "table1")["tables/table1.md"]
+
+
+def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_tables):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    published(tmp_path, "table1")
+    fill(tmp_path / "later", [OTHER], code="0ther")
+    results = Results.of([*collect(tmp_path / "later").finished, *collect(tmp_path).finished])
+    publish(tmp_path / "smoke", "smoke", [target("table2", "smoke")], results)
+    assert {run.run_id for run in with_seeds([SAM, OTHER], 2)} <= ids(tmp_path / "smoke")
 
 
 def test_grid_may_span_commits_and_unclean_trees_but_not_versions_of_the_training_code(tmp_path):
