@@ -40,7 +40,8 @@ class Arguments:
     gpus: Annotated[int, arg(metavar="N")] = 1
     """Runs that python -m slurm submit --gpus N made: data-parallel where N divides their micro-batches."""
     publish: bool = False
-    """Write the committed files; refused if a run is missing, of another commit, or of an unclean tree."""
+    """Write the committed files; refused if a run is missing or of an unclean tree, or if several versions of the
+    training code trained a model's runs."""
     from_committed: bool = False
     """Draw the committed tables again from the committed runs, and do nothing else."""
 
