@@ -19,7 +19,9 @@ TABLE = "label_noise"
 
 SHARES = {"smoke": (0.0, 0.4), "cpu": (0.0, 0.2, 0.4, 0.6), "paper": (0.0, 0.2, 0.4, 0.6)}
 
-CHOSEN: dict[str, dict[float, dict[str, float]]] = {}
+CHOSEN: dict[str, dict[float, dict[str, float]]] = {
+    "cpu": {0.2: {"learning_rate": 0.05}, 0.4: {"learning_rate": 0.025}, 0.6: {"learning_rate": 0.025}}
+}
 """By profile and share what the grid chose: `learning_rate`, and the rho of `sam` and of `msam`."""
 
 

@@ -28,7 +28,7 @@ TUNED: dict[str, dict[str, dict[int, float]]] = {"cpu": {"resnet8": {8: 0.1}}}
 
 GROUPNORM = {
     "smoke": replace(resnet_cifar.SMOKE, model="resnet8-groupnorm"),
-    "cpu": replace(resnet_cifar.CPU, model="resnet8-groupnorm"),
+    "cpu": replace(resnet_cifar.CPU, model="resnet8-groupnorm", learning_rate=0.1),
 }
 
 MEASURED = {"smoke": (16, 0.05), "cpu": (256, 0.05), "paper": (512, 0.05)}
