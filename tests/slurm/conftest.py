@@ -18,6 +18,11 @@ LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
 """One run of some seconds, of mSAM."""
 
 
+def pytest_collection_modifyitems(items):
+    """A cluster's tests come first, on one process: they wait most of the time, and the others compute beside them."""
+    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent))
+
+
 @pytest.fixture(scope="session")
 def cluster():
     if why := missing():
