@@ -124,7 +124,7 @@ def against(results: Results, cells: Sequence[Spec], seeds: int, *, field: str, 
                 _points(axes, frame, line, seeds, field, label=label)
             axes.set(title=f"{title}{_seen(frame, rows, seeds, words, field)}", xlabel=words, ylabel="test accuracy %")
             if field == "batch_size":
-                axes.set_xscale("log", base=2)
+                _ticks(axes, (cell.batch_size for cell in rows))
             _legend(axes)
     return figure
 
@@ -142,7 +142,8 @@ def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                 line = [cell for cell in rows if cell.method == method]
                 _points(axes, frame, line, seeds, "rho", label=tables.method_name(line[0]) if line else "")
             seen = _seen(frame, [cell for cell in rows if cell.rho], seeds, "rho", "rho")
-            axes.set(title=f"{title}{seen}", xlabel="rho", ylabel="test accuracy %", xscale="log")
+            axes.set(title=f"{title}{seen}", xlabel="rho", ylabel="test accuracy %")
+            _ticks(axes, (cell.rho for cell in rows if cell.rho))
             _legend(axes)
     return figure
 
@@ -190,7 +191,7 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             for axes in line:
                 axes.set_xlabel("m, micro-batches of a mini-batch")
                 if axes.has_data():
-                    axes.set_xscale("log", base=2)
+                    _ticks(axes, (cell.micro_batches for cell in rows))
                 else:
                     axes.set_title("")
                     axes.set_axis_off()
@@ -236,7 +237,7 @@ def cost(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             memory.set(ylim=(0, None))
             for axes, words in ((time, "time over the base's step"), (memory, "memory of a step, MB")):
                 axes.set(xlabel="m", ylabel=words)
-                axes.set_xscale("log", base=2)
+                _ticks(axes, rows["micro_batches"])
         _legend(grid[0][0], fontsize=6)
     return figure
 
@@ -471,6 +472,14 @@ def _logarithmic(axes: Axes) -> None:
     if means:
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(means) / 2)
+
+
+def _ticks(axes: Axes, tried: Iterable[float]) -> None:
+    """A logarithmic axis across that names the values that were tried, and no others."""
+    values = sorted(set(tried))
+    axes.set_xscale("log")
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.minorticks_off()
 
 
 def _points(

@@ -148,9 +148,10 @@ class Document:
         if committed is not None:
             cells = cells.assign(committed=_committed(self.numbers, committed))
         parts = [f"{self.title}\n{self.origin}"]
-        for _, rows in cells.groupby(self.numbers["block"], sort=True):
-            body = rows.drop(columns=["dataset", "model"])
-            parts.append(f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}\n{_plain(body)}")
+        varied = tables.varied_between_blocks(self.numbers)
+        for number, rows in cells.groupby(self.numbers["block"], sort=True):
+            heading = f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}{varied[number]}"
+            parts.append(f"{heading}\n{_plain(rows.drop(columns=['dataset', 'model']))}")
         return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
 
 
@@ -184,7 +185,7 @@ def document_1(
             "method": numbers["label"],
             **{
                 words: [f"{value:g}" for value in numbers[name]]
-                for name, words in (("batch_size", "batch"), ("label_noise", "wrong labels"))
+                for name, words in tables.BLOCK_WORDS.items()
                 if numbers[name].nunique() > 1
             },
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],

@@ -395,8 +395,8 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
         numbers: what `table_1`, `table_2` or `table_3` returned.
         expected: the sign that the paper's claim gives the differences.
     """
-    lines = []
-    for _, block in numbers.groupby("block", sort=True):
+    lines, varied = [], varied_between_blocks(numbers)
+    for number, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
         several = {label for label, count in block["label"].value_counts().items() if count > 1}
         parts = []
@@ -409,8 +409,23 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
             if row.method == "msam" and "control" in names:
                 parts.append(f"over the control: {verdict(interval(row, 'over_control'), expected)}")
         if parts:
-            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}: {'; '.join(parts)}.")
+            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{varied[number]}: {'; '.join(parts)}.")
     return lines
+
+
+BLOCK_WORDS = {"batch_size": "batch", "label_noise": "wrong labels"}
+"""Fields that tell a study's blocks apart, as its table calls them."""
+
+
+def varied_between_blocks(numbers: pd.DataFrame) -> dict[int, str]:
+    """By block what a study of the batch size or of wrong labels has there, to be put behind model and data set."""
+    models = numbers.groupby(["model", "dataset"])
+    varied = [name for name in BLOCK_WORDS if name in numbers and models[name].nunique().gt(1).any()]
+    found = {}
+    for number, block in numbers.groupby("block", sort=True):
+        told = [name for name in varied if block[name].nunique() == 1]
+        found[number] = "".join(f", {BLOCK_WORDS[name]} {block[name].iloc[0]:g}" for name in told)
+    return found
 
 
 def choices(numbers: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] = ()) -> list[str]:

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from analysis.collect import Results, Run
-from analysis.figures import pages
+from analysis.figures import against_rho, pages
 from analysis.publish import STUDIES, publish, redraw, target
 from experiments.harness import catalogue
 from experiments.harness.spec import with_seeds
@@ -64,6 +65,29 @@ def test_claims_tell_rows_of_one_name_apart_by_rho():
     (claim,) = t.document(Results.of([made_up(spec) for spec in with_seeds(t.cells, 2)]).runs).claims
     assert "SAM, rho 0.1 over SGD" in claim
     assert "SAM, rho 0.2 over SGD" in claim
+
+
+@pytest.mark.parametrize(("name", "words"), [("label_noise", "wrong labels"), ("batch_size", "batch")])
+def test_claims_name_what_a_study_varies_from_block_to_block(name, words):
+    t = target(name, "smoke")
+    document = t.document(results(name).runs)
+    values = dict.fromkeys(f"{getattr(cell, name):g}" for cell in t.cells)
+    assert [claim.partition(": ")[0] for claim in document.claims] == [f"resnet8, cifar10, {words} {v}" for v in values]
+    assert all(f"resnet8, cifar10, {words} {v}\n" in document.terminal() for v in values)
+
+
+def test_accuracy_against_rho_is_drawn_at_the_means_with_their_intervals_and_the_rhos_are_named():
+    cells = [replace(c, rho=rho) for c in catalogue.cells("rho", "smoke") for rho in ((0.1, 0.4) if c.rho else (0.0,))]
+    figure = against_rho(Results.of([made_up(spec) for spec in with_seeds(cells, 2)]), cells, 2)
+    (axes,) = figure.axes
+    drawn = {container.get_label(): container for container in axes.containers}
+    assert drawn["mSAM, m=4"].lines[0].get_xydata().tolist() == pytest.approx(np.array([[0.1, 55.5], [0.4, 58.5]]))
+    (bars,) = drawn["SAM"].lines[2]
+    assert np.array(bars.get_segments()[0])[:, 1] == pytest.approx([53.5 - 12.706205 / 2, 53.5 + 12.706205 / 2])
+    assert axes.lines[0].get_ydata() == pytest.approx([50.5, 50.5])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.4"]
+    assert axes.get_xticklabels(minor=True) == []
+    assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %: mSAM, m=4, rho 0.4 (n = 2)")
 
 
 def test_trajectories_are_compared_by_their_last_eigenvalue():
