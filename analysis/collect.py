@@ -50,7 +50,7 @@ SUMMARY = (
     "steps",
     "parameters",
 )
-PROVENANCE = ("commit", "dirty", "code", "data_checksum", "cpu", "gpu")
+PROVENANCE = ("commit", "dirty", "code", "data_checksum", "torch", "cpu", "cpu_capability", "gpu")
 
 UNKNOWN = "unknown"
 """Stands for a commit or code hash that no session noted."""
@@ -174,7 +174,7 @@ class Results:
             runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
             if lost := sorted(set(FIRST) - set(runs.columns)):
                 raise ValueError(f"runs.csv has no column {lost[0]!r}")
-            return cls(_as_before(runs), curves, provenance)
+            return cls(_as_before(runs, provenance), curves, provenance)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(
                 f"The published files of {folder} cannot be read ({plain(str(error))}): restore them with git."
@@ -209,9 +209,16 @@ class Results:
         }
 
 
-def _as_before(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows with the defaults of fields that specs did not have when they were written: these mean "as before"."""
+def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    """The rows with the columns that there were none of when they were written.
+
+    Fields of specs have their defaults, which mean "as before"; what the sessions say is taken from them.
+    """
     known, rows = _known_dtypes(), _rows(runs)
+    for name in PROVENANCE:
+        if name not in runs:
+            said = [_provenance(provenance.get(row["run_id"]) or [{}])[name] for row in rows]
+            runs = runs.assign(**{name: _column(said, known.get(name))})
     new = {
         field.name: field.default
         for field in dataclasses.fields(Spec)
@@ -310,12 +317,7 @@ def _row(run: Run) -> dict[str, Any]:
         "run_id": run.spec.run_id,
         "method": run.spec.method,
         **run.spec.to_dict(),
-        "commit": _together(sessions, "commit") or UNKNOWN,
-        "dirty": _any([session.get("dirty") for session in sessions]),
-        "code": _together(sessions, "code") or UNKNOWN,
-        "data_checksum": _together(sessions, "data_checksum"),
-        "cpu": _together(sessions, "cpu"),
-        "gpu": _together(sessions, "gpu"),
+        **_provenance(sessions),
     }
     for key, value in _plain_keys(run.summary).items():
         if key not in row:
@@ -323,6 +325,19 @@ def _row(run: Run) -> dict[str, Any]:
         elif row[key] != value:
             row[f"summary_{key}"] = value
     return row
+
+
+def _provenance(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of `PROVENANCE`."""
+    within = {"torch": "packages", "cpu_capability": "torch_flags"}
+    parts = {key: [_mapping(session.get(name)) for session in sessions] for key, name in within.items()}
+    told = {key: _together(parts.get(key, sessions), key) for key in PROVENANCE}
+    told |= {key: told[key] or UNKNOWN for key in ("commit", "code")}
+    return told | {"dirty": _any([session.get("dirty") for session in sessions])}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _together(sessions: Sequence[Mapping[str, Any]], key: str) -> str | None:

@@ -180,11 +180,16 @@ def mixed(t: Target, results: Results) -> list[str]:
     # grid's second stage needs the outcome of its first to be written down, so its tree may be unclean.
     redo = f"commit your changes and train them again with `{_command(t)} --redo`"
     reasons = []
-    for model, block in rows.groupby("model"):
-        said = sorted({part for cell in block["code"] for part in cell.split("+")} - {UNKNOWN})
-        if len(said) > 1:
-            told = ", ".join(part[:12] for part in said)
-            reasons.append(f"{t.name} ({model}) has runs from several versions of the training code ({told}): {redo}.")
+    # The times of Table 4 are compared across models too.
+    whole = any(cell.kind == "cost" for cell in t.cells)
+    for model, block in [("all", rows)] if whole else rows.groupby("model"):
+        several = [("training code", "code", block), ("torch", "torch", block)]
+        several += [(f"{dataset}'s data", "data_checksum", part) for dataset, part in block.groupby("dataset")]
+        for word, column, part in several:
+            said = sorted({one for cell in part[column].dropna() for one in cell.split("+")} - {UNKNOWN})
+            if len(said) > 1:
+                told = ", ".join(one[:12] for one in said)
+                reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({told}): {redo}.")
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
         reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):

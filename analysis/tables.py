@@ -482,8 +482,9 @@ def used(frame: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFrame:
 
 
 def machines(rows: pd.DataFrame) -> list[str]:
-    """The processors behind these runs, the GPUs where there were any."""
-    return sorted(set(rows["gpu"].fillna(rows["cpu"]).dropna()))
+    """The processors behind these runs, with the instructions that torch used, or the GPUs where there were any."""
+    capability = (" (" + rows["cpu_capability"] + ")").fillna("")
+    return sorted(set(rows["gpu"].fillna(rows["cpu"] + capability).dropna()))
 
 
 def values(runs: pd.DataFrame, cell: Spec, seeds: int, column: str) -> pd.Series:

@@ -76,7 +76,7 @@ def test_publishing_mixed_code_is_status_2_and_writes_nothing(finished):
     write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, code="0ther")
     done = analysis("--results", finished, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
-    assert "several versions of the training code (" in done.stderr
+    assert "several versions of training code (" in done.stderr
     assert "Traceback" not in done.stderr
     assert written(finished) == set()
 

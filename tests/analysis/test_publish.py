@@ -3,12 +3,13 @@
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from analysis import publish as module
 from analysis.__main__ import main
-from analysis.collect import Results, collect
-from analysis.publish import Refused, drawn, publish, redraw, target
+from analysis.collect import Results, collect, csv_text
+from analysis.publish import Refused, drawn, mixed, publish, redraw, target
 from experiments.harness import catalogue
 from experiments.harness.record import RecordError
 from experiments.harness.spec import SpecError, with_seeds
@@ -168,7 +169,9 @@ def test_run_without_a_score_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("session", "reason"),
     [
-        ({"code": "0ther"}, r"table1 \(resnet8\) has runs from several versions of the training code \(0ther, "),
+        ({"code": "0ther"}, r"table1 \(resnet8\) has runs from several versions of training code \(0ther, "),
+        ({"packages": {"torch": "9.9"}}, r"several versions of torch \(0.0-invented, 9.9\)"),
+        ({"data_checksum": "other"}, "several versions of cifar10's data"),
         ({"dirty": True}, "1 runs from a tree with uncommitted changes"),
         ({"dirty": None}, "1 runs from a tree with uncommitted changes"),
         ({"commit": None}, "1 runs from an unknown commit"),
@@ -190,7 +193,7 @@ def test_provenance_refusals_write_nothing(tmp_path, session, reason):
 def test_run_resumed_with_other_code_is_refused(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     write_run(tmp_path, MSAM, 0.5, code="0ther")  # a second session of the same run
-    with pytest.raises(Refused, match="several versions of the training code"):
+    with pytest.raises(Refused, match="several versions of training code"):
         published(tmp_path, "table1")
 
 
@@ -209,6 +212,26 @@ def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_table
     assert {run.run_id for run in with_seeds([SAM, OTHER], 2)} <= ids(tmp_path / "smoke")
 
 
+def test_times_of_models_are_compared_so_that_all_of_table_4_is_of_one_training_code(tmp_path, known):
+    costs = [replace(SGD, kind="cost", model=model, micro_batches=4, rho=0.1) for model in ("resnet8", "wrn-10-1")]
+    known["cost"] = experiment("cost", "table4", costs)
+    fill(tmp_path, costs[:1])
+    fill(tmp_path, costs[1:], code="0ther")
+    results = Results.of(collect(tmp_path).finished)
+    assert "several versions of training code" in " ".join(mixed(target("table4", "smoke"), results))
+
+
+def test_rows_written_before_a_column_have_it_from_their_sessions(tmp_path):
+    fill(tmp_path, [SGD, SAM, MSAM])
+    published(tmp_path, "table1")
+    path = tmp_path / "smoke/runs.csv"
+    whole = Results.read(tmp_path / "smoke").runs
+    path.write_text(csv_text(whole.drop(columns=["torch", "cpu_capability"])))
+    again = Results.read(tmp_path / "smoke").runs
+    assert set(again["torch"]) == {"0.0-invented"}
+    pd.testing.assert_frame_equal(again[whole.columns], whole)
+
+
 def test_grid_may_span_commits_and_unclean_trees_but_not_versions_of_the_training_code(tmp_path):
     fill(tmp_path, GRID[:2])
     fill(tmp_path, GRID[2:], commit="fedcba9", dirty=True)
@@ -216,7 +239,7 @@ def test_grid_may_span_commits_and_unclean_trees_but_not_versions_of_the_trainin
     for run in with_seeds(GRID[2:], 2):
         (tmp_path / "runs" / run.run_id / "env.json").unlink()
         write_run(tmp_path, run, 0.5, commit="fedcba9", code="0ther")
-    with pytest.raises(Refused, match="several versions of the training code"):
+    with pytest.raises(Refused, match="several versions of training code"):
         published(tmp_path, "table1-tuning")
 
 

@@ -186,14 +186,14 @@ def test_verdict(difference, words):
 
 def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
     write_run(tmp_path, SGD, 0.6)
-    write_run(tmp_path, SAM, 0.6, commit="fedcba9", dirty=True, data_checksum="other", cpu="Other CPU")
+    write_run(tmp_path, SAM, 0.6, commit="fedcba9", dirty=True, data_checksum="other", torch_flags={"cpu_capability": "AVX512"})
     table = frame(collect(tmp_path).finished)
     warnings = tables.warnings(table, tables.table_1(table, CELLS, 1))
     assert warnings == [
         "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
         "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
         "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
-        "Times come from several machines (Invented CPU; Other CPU): they do not compare.",
+        "Times come from several machines (Invented CPU; Invented CPU (AVX512)): they do not compare.",
     ]
     alone = tables.table_1(table, [SGD], 1)
     assert tables.warnings(table, alone) == []
