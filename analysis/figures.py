@@ -22,8 +22,10 @@ from analysis.collect import Results
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.spec import METHODS, Spec, score_name
 
-COLOURS = dict(zip(METHODS, ("#4d4d4d", "#8c8cd9", "#d98c26", "#1b7837"), strict=True))
-"""Of the methods, everywhere."""
+COLOURS = dict(zip(METHODS, ("#262626", "#b3b3ec", "#d98c26", "#1b7837"), strict=True))
+"""Of the methods, everywhere: apart for the colour-blind, and from dark to light base, mSAM, SAM, control."""
+LINES = dict(zip(METHODS, ("-", ":", "--", "-."), strict=True))
+"""Of the methods, where lines have no marks."""
 METHOD_WORDS = {"base": "{base}", "control": "{base} over micro-batches", "sam": "SAM", "msam": "mSAM"}
 """Of methods whose m differs from point to point."""
 MARKS = dict(zip(METHODS, ("o", "v", "s", "D"), strict=True))
@@ -122,7 +124,7 @@ def against(results: Results, cells: Sequence[Spec], seeds: int, *, field: str, 
                 line = [cell for cell in rows if cell.method == method]
                 label = METHOD_WORDS[method].format(base=tables.base_name(line[0])) if line else ""
                 _points(axes, frame, line, seeds, field, label=label)
-            axes.set(title=f"{title}{_seen(frame, rows, seeds, words, field)}", xlabel=words, ylabel="test accuracy %")
+            axes.set(title=f"{title}{_gain(frame, rows, seeds, field)}", xlabel=words, ylabel="test accuracy %")
             if field == "batch_size":
                 _ticks(axes, (cell.batch_size for cell in rows))
             _legend(axes)
@@ -141,7 +143,7 @@ def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             for method in ("sam", "msam"):
                 line = [cell for cell in rows if cell.method == method]
                 _points(axes, frame, line, seeds, "rho", label=tables.method_name(line[0]) if line else "")
-            seen = _seen(frame, [cell for cell in rows if cell.rho], seeds, "rho", "rho")
+            seen = _seen(frame, [cell for cell in rows if cell.rho], seeds)
             axes.set(title=f"{title}{seen}", xlabel="rho", ylabel="test accuracy %")
             _ticks(axes, (cell.rho for cell in rows if cell.rho))
             _legend(axes)
@@ -151,7 +153,7 @@ def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
 def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
     """Accuracy, accuracy with BatchNorm estimated anew, and the largest eigenvalue, against m: a row a network.
 
-    Full lines have one rho, that of SAM; dashed ones join the m that have a rho of their own.
+    Lines have one rho, that of SAM; open marks are where the grid chose another one for an m.
     """
     measured = {cell.trained: cell for cell in cells if cell.trained}
     panels, frame = _models(cell for cell in cells if not cell.trained), results.runs.set_index("run_id")
@@ -164,7 +166,7 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             own = [cell for cell in rows if cell.rho and cell.rho != rho]
             series = [(plain, "-", f"{tables.base_name(rows[0])} over m micro-batches")]
             series += [(fixed, "-", f"mSAM, rho {rho:g} (SAM at m = 1)")]
-            series += [(own, "--", "mSAM, a rho of its own")]
+            series += [(own, "", "mSAM, where an m has a rho of its own")]
             score, anew, curvature = line
             for found, style, label in series:
                 _points(score, frame, found, seeds, "micro_batches", label=label, style=style)
@@ -184,7 +186,7 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                         column=column,
                         factor=factor,
                     )
-            seen = _seen(frame, rows, seeds, "m", "micro_batches")
+            seen = _seen(frame, rows, seeds)
             score.set(title=f"{title}{seen}", ylabel="test accuracy %")
             anew.set(title="BatchNorm's statistics estimated anew", ylabel="test accuracy %")
             curvature.set(title="flatness, training data", ylabel="lambda 1")
@@ -231,7 +233,9 @@ def cost(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                         axes.plot([first["micro_batches"]], [y], MARKS[first["method"]], **mark)
             found = rows[(rows["method"] == "msam") & (rows["workers"] == 1) & (rows["n"] > 0)]
             seen = (
-                "" if found.empty else f"\nm={found['micro_batches'].iloc[-1]}: {found['mean'].iloc[-1]:.1f} times base"
+                ""
+                if found.empty
+                else f"\nmSAM, m={found['micro_batches'].iloc[-1]}: {found['mean'].iloc[-1]:.1f} times base"
             )
             time.set(title=f"{cells[block].model}, batch {cells[block].batch_size}{seen}", ylim=(0, None))
             memory.set(ylim=(0, None))
@@ -265,8 +269,7 @@ def flatness(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                     look: dict[str, Any] = {"ms": 4, "color": COLOURS[cell.method], "label": label}
                     axes.plot(eigenvalues[both], scores[both], MARKS[cell.method], **look)
             ranks = mean_interval(stats.spearmanr(found).statistic for found in points.values() if len(found) > 2)
-            half = f" ± {ranks.half_width:.2f}" if ranks.n > 1 else ""
-            seen = f"\nrank correlation within a seed {ranks.mean:+.2f}{half} ({ranks.n})" if ranks.n else ""
+            seen = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
             axes.set(title=f"{title}{seen}", xlabel="lambda 1, training data", ylabel="test accuracy %")
             _legend(axes)
     return figure
@@ -308,6 +311,7 @@ def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
         panels = _models(cells)
         figure = Figure(figsize=(3.4 * len(panels), 2.8), layout="constrained")
         for axes, (title, rows) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+            greatest: dict[str, float] = {}
             for cell in rows:
                 line = _line(curves, cell, "density")
                 if line is None:
@@ -317,8 +321,10 @@ def spectra(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 width = (nodes.max() - nodes.min()) / 100
                 bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
                 density = _rounded(bumps @ weights)
-                axes.semilogy(grid, density, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
-            axes.set(title=title, xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
+                look = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
+                axes.semilogy(grid, density, label=tables.method_name(cell), **look)
+                greatest[tables.method_name(cell)] = nodes.max()
+            axes.set(title=f"{title}{_reach(greatest)}", xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
             _legend(axes)
     return figure
 
@@ -338,16 +344,25 @@ def slices(curves: pd.DataFrame, cells: Sequence[Spec]) -> Figure:
                 positions, losses, grid = (
                     np.array(json.loads(line[n])) for n in ("slice_positions", "slice_losses", "plane_losses")
                 )
-                axes.plot(positions, losses, color=COLOURS[cell.method], label=tables.method_name(cell), lw=1)
+                look: dict[str, Any] = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
+                axes.plot(positions, losses, label=tables.method_name(cell), **look)
                 coarse = positions[::2]
                 if cell.method in ("base", "msam"):
                     surface = grid.reshape(len(coarse), len(coarse))
                     levels = levels if len(levels) else _rounded(np.geomspace(max(grid.min(), 1e-3), grid.max(), 7))
                     plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
-            axes.set(title=title, xlabel="position", ylabel="training loss")
+            axes.set(title=f"{title}, seed 0", xlabel="position", ylabel="training loss")
             plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
             _legend(axes)
     return figure
+
+
+def _reach(greatest: Mapping[str, float]) -> str:
+    """For a title: between what eigenvalues the methods' densities end."""
+    if not greatest:
+        return ""
+    low, high = (choose(greatest, key=greatest.__getitem__) for choose in (min, max))
+    return f", seed 0\nends at {greatest[low]:.0f} ({low})\nto {greatest[high]:.0f} ({high})"
 
 
 def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> None:
@@ -392,12 +407,14 @@ def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) 
         found = [mean_interval(tables.values(frame, cell, seeds, f"train_penalty_m{m}")) for m in counts]
         if not found[0].n:
             continue
-        axes.loglog(
+        axes.errorbar(
             counts,
             [f.mean for f in found],
-            MARKS[cell.method] + "-",
+            [f.half_width if f.n > 1 else 0 for f in found],
+            fmt=MARKS[cell.method] + "-",
             ms=3,
             lw=1,
+            capsize=2,
             color=COLOURS[cell.method],
             label=tables.method_name(cell),
         )
@@ -406,6 +423,7 @@ def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int) 
         )
         expected = [(one + (each - one) * (m - 1) / (counts[-1] - 1)) ** 0.5 for m in counts]
         axes.loglog(counts, expected, "--", lw=0.7, color=COLOURS[cell.method])
+    axes.set(xscale="log", yscale="log")
     axes.set(xlabel="m", ylabel="P(m), mean of ||grad L_i||", title=f"(c) {cells[0].model}, training data")
     _legend(axes, fontsize=6)
 
@@ -443,7 +461,7 @@ def _ends(last: Mapping[str, Interval]) -> str:
 
 
 def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str) -> Interval:
-    """The mean over seeds by epoch as a line in its 95 % band.
+    """The mean over seeds by epoch as a line in its 95 % band, of which nothing below a tenth of the mean is drawn.
 
     Returns:
         The last one.
@@ -459,8 +477,9 @@ def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str)
     colour = COLOURS[cell.method]
     means, halves = (np.array([getattr(f, name) for f in found.values()]) for name in ("mean", "half_width"))
     mark = MARKS[cell.method] if len(found) < 20 else ""
-    style = {"base": "-", "control": ":", "sam": "--", "msam": "-."}[cell.method]
-    axes.plot(list(found), means, f"{mark}{style}", ms=3, lw=1, color=colour, label=tables.method_name(cell))
+    axes.plot(
+        list(found), means, f"{mark}{LINES[cell.method]}", ms=3, lw=1, color=colour, label=tables.method_name(cell)
+    )
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
     axes.fill_between(list(found), np.maximum(low, means / 10), high, color=colour, alpha=0.2, lw=0)
     return found[max(found)]
@@ -494,7 +513,10 @@ def _points(
     column: str | None = None,
     factor: float = 100,
 ) -> None:
-    """Means with their intervals against a field of the spec, joined by a line in the last cell's method's colour."""
+    """Means with their intervals against a field of the spec, in the last cell's method's colour.
+
+    They are joined by a line of the style; without one they are open marks.
+    """
     found = [
         (getattr(cell, field), mean_interval(factor * tables.values(frame, cell, seeds, column or score_name(cell))))
         for cell in sorted(cells, key=lambda cell: getattr(cell, field))
@@ -513,7 +535,7 @@ def _points(
         lw=1,
         capsize=2,
         color=COLOURS[method],
-        mfc=COLOURS[method] if style == "-" else "none",
+        mfc=COLOURS[method] if style else "none",
         label=label,
     )
     for x, other in own:  # m = 1 of a line is the base optimizer or SAM: each method keeps its colour and mark
@@ -532,18 +554,31 @@ def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
             axes.axhspan(low, high, color=COLOURS[cell.method], alpha=0.15, lw=0)
 
 
-def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, words: str, field: str) -> str:
+def _gain(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, field: str) -> str:
+    """For a title: mSAM over SAM at both ends of the axis."""
+    told = []
+    for end in (min, max):
+        at = end((getattr(cell, field) for cell in cells), default=0)
+        pair = [c for method in ("msam", "sam") for c in cells if (c.method, getattr(c, field)) == (method, at)]
+        scores = [tables.scores(cell, frame, seeds) for cell in pair]
+        found = tables.paired_difference(*scores) if len(scores) == 2 else mean_interval([])
+        if found.n:
+            half = f" ± {found.half_width:.1f}" if found.n > 1 else ""
+            told.append(f"{found.mean:+.1f}{half} (n = {found.n}) at {at:g}")
+    return f"\nmSAM over SAM: {', '.join(dict.fromkeys(told))}" if told else ""
+
+
+def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
     """For a title: where the highest mean is."""
     found = {cell: mean_interval(100 * tables.values(frame, cell, seeds, score_name(cell))) for cell in cells}
     found = {cell: interval for cell, interval in found.items() if interval.n}
     if not found:
         return ""
     best = max(found, key=lambda cell: found[cell].mean)
-    place = "" if field in ("micro_batches", "rho") else f", {words} {getattr(best, field):g}"
     rho = f", rho {best.rho:g}" if best.rho else ""
     half = f" ± {found[best].half_width:.1f}" if found[best].n > 1 else ""
     name = tables.method_name(best)
-    return f"\nhighest mean {found[best].mean:.1f}{half} %: {name}{rho}{place} (n = {found[best].n})"
+    return f"\nhighest mean {found[best].mean:.1f}{half} %: {name}{rho} (n = {found[best].n})"
 
 
 def _legend(axes: Axes, **options: Any) -> None:

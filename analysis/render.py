@@ -35,6 +35,8 @@ NOTES_1 = (
     f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
     "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
     "The test accuracy is that of the last epoch, never of the best one.",
+    "Seeds differ in initial weights and the order of batches. The images of a subset are the same for all seeds, and "
+    "so are its wrong labels where there are some: intervals say nothing of other images.",
 )
 NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho where there is one."
 NOTE_MEASURED = (
@@ -67,9 +69,10 @@ NOTES_3 = (
 NOTES_4 = (
     "A step is zero_grad, the gradient and the optimizer, on batches that are there; median over rounds in which every "
     "method takes one step in a random order, in one process, with one thread on CPUs. Means ± half-width of the 95 % "
-    "Student t interval over repetitions (their number). Over base, over SAM: of their steps on as many workers. On "
-    "several workers SAM has one perturbation for all, from the gradient averaged over them, as plain data parallelism "
-    "would have it; each worker perturbs its own micro-batches with mSAM.",
+    "Student t interval over repetitions (their number). Over base: the median of the ratios within a round. Over SAM: "
+    "the quotient of the two medians over the same rounds. Both of steps on as many workers. On several workers SAM "
+    "has one perturbation for all, from the gradient averaged over them, as plain data parallelism would have it; each "
+    "worker perturbs its own micro-batches with mSAM.",
     "Memory: the peak of what a step allocates above weights, data and what stood before it, in one worker. Reduced: "
     "what each worker hands over to be averaged in a step, seen by DistributedDataParallel's own hook; plain training "
     "hands over each gradient once.",
@@ -148,7 +151,7 @@ class Document:
         if committed is not None:
             cells = cells.assign(committed=_committed(self.numbers, committed))
         parts = [f"{self.title}\n{self.origin}"]
-        varied = tables.varied_between_blocks(self.numbers)
+        varied = tables.of_blocks(self.numbers)
         for number, rows in cells.groupby(self.numbers["block"], sort=True):
             heading = f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}{varied[number]}"
             parts.append(f"{heading}\n{_plain(rows.drop(columns=['dataset', 'model']))}")
@@ -183,11 +186,7 @@ def document_1(
             "dataset": numbers["dataset"],
             "model": [LINEAR if row.model == "linear" else row.model for row in rows],
             "method": numbers["label"],
-            **{
-                words: [f"{value:g}" for value in numbers[name]]
-                for name, words in tables.BLOCK_WORDS.items()
-                if numbers[name].nunique() > 1
-            },
+            **_varied(numbers),
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
             "test accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
             "over base": [_signed(tables.interval(row, "over_base")) for row in rows],
@@ -206,7 +205,13 @@ def document_1(
         text,
         title=f"{name}: test accuracy",
         claims=tables.claims(numbers),
-        notes=(*notes, *NOTES_1, *([NOTE_SAME_RHO] if several else []), *([NOTE_MEASURED] if measured else [])),
+        notes=(
+            *notes,
+            *tables.trained_anew(frame, cells, seeds),
+            *NOTES_1,
+            *([NOTE_SAME_RHO] if several else []),
+            *([NOTE_MEASURED] if measured else []),
+        ),
     )
 
 
@@ -238,7 +243,7 @@ def document_trajectories(
         text,
         title=name,
         claims=tables.claims(numbers, expected=-1),
-        notes=(*notes, NOTE_TRAJECTORIES),
+        notes=(*notes, *tables.trained_anew(frame, cells, seeds), NOTE_TRAJECTORIES),
     )
 
 
@@ -316,7 +321,12 @@ def document_3(
         text,
         title=f"{name}: flatness",
         claims=tables.claims(numbers, expected=-1),
-        notes=(*notes, *(note.format(**told) for note in NOTES_3), *published.FLATNESS),
+        notes=(
+            *notes,
+            *tables.trained_anew(frame, cells, seeds),
+            *(note.format(**told) for note in NOTES_3),
+            *published.FLATNESS,
+        ),
     )
 
 
@@ -435,6 +445,7 @@ def document_tuning(
             "dataset": numbers["dataset"],
             "model": numbers["model"],
             "method": numbers["label"],
+            **_varied(numbers),
             "learning rate": [f"{row.learning_rate:g}" for row in rows],
             "weight decay": [f"{row.weight_decay:g}" for row in rows],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
@@ -447,7 +458,8 @@ def document_tuning(
         (name, frame, cells, seeds),
         numbers,
         text,
-        title=f"The grid of {TITLES.get(table, table).partition(':')[0]}: held-out accuracy",
+        title=f"The grid of {TITLES.get(table, table).partition(':')[0] if table.startswith('table') else table}: "
+        f"held-out accuracy",
         claims=tables.choices(numbers, cells, used),
         notes=(*notes, *NOTES_TUNING),
     )
@@ -485,11 +497,20 @@ def significant(found: Interval, *, signed: bool = False) -> str:
     if not found.n:
         return "" if signed else "not run"
     sign = "+" if signed else ""
-    size = max(abs(found.mean), found.half_width if found.n > 1 else 0.0, 1e-12)
+    size = max(abs(found.mean), found.half_width if found.n > 1 else 0.0)
+    size = size if size > 1e-12 else 1.0  # a difference of nothing at all
     digits = max(0, 2 - math.floor(math.log10(size)))
     if found.n == 1:
         return f"{found.mean:{sign}.{digits}f} (1)"
     return f"{found.mean:{sign}.{digits}f} ± {found.half_width:.{digits}f} ({found.n})"
+
+
+def _varied(numbers: pd.DataFrame) -> dict[str, list[str]]:
+    """Columns of what a study varies from block to block, and of the learning rate, which changes with it."""
+    varied = {words: name for name, words in tables.BLOCK_WORDS.items() if name in tables.varied(numbers)}
+    if varied and "edge" not in numbers:  # a grid has the column anyway
+        varied["learning rate"] = "learning_rate"
+    return {words: [f"{value:g}" for value in numbers[name]] for words, name in varied.items()}
 
 
 def _eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str, list[str]]:

@@ -375,7 +375,7 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
         if not cell.holdout_examples:
             raise SpecError(f"The grid's cell {cell.title!r} has no held-out part: give it holdout_examples.")
     runs, rows = frame.set_index("run_id"), []
-    labels = _labels(cells, ("dataset", "model", *_TUNED))
+    labels = _labels(cells, ("dataset", "model", "batch_size", "label_noise", *_TUNED))
     for number, group in enumerate(_blocks(cells, ("seed", *_TUNED), by_method=True)):
         group = sorted(group, key=lambda cell: [getattr(cell, name) for name in _TUNED])
         found = [_identity(cell, runs, seeds) for cell in group]
@@ -395,7 +395,7 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
         numbers: what `table_1`, `table_2` or `table_3` returned.
         expected: the sign that the paper's claim gives the differences.
     """
-    lines, varied = [], varied_between_blocks(numbers)
+    lines, places = [], of_blocks(numbers)
     for number, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
         several = {label for label, count in block["label"].value_counts().items() if count > 1}
@@ -409,7 +409,7 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
             if row.method == "msam" and "control" in names:
                 parts.append(f"over the control: {verdict(interval(row, 'over_control'), expected)}")
         if parts:
-            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{varied[number]}: {'; '.join(parts)}.")
+            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}: {'; '.join(parts)}.")
     return lines
 
 
@@ -417,13 +417,17 @@ BLOCK_WORDS = {"batch_size": "batch", "label_noise": "wrong labels"}
 """Fields that tell a study's blocks apart, as its table calls them."""
 
 
-def varied_between_blocks(numbers: pd.DataFrame) -> dict[int, str]:
-    """By block what a study of the batch size or of wrong labels has there, to be put behind model and data set."""
+def varied(numbers: pd.DataFrame) -> list[str]:
+    """Which of these fields a table varies for one model on one data set: it is a study of them."""
     models = numbers.groupby(["model", "dataset"])
-    varied = [name for name in BLOCK_WORDS if name in numbers and models[name].nunique().gt(1).any()]
-    found = {}
+    return [name for name in BLOCK_WORDS if name in numbers and models[name].nunique().gt(1).any()]
+
+
+def of_blocks(numbers: pd.DataFrame) -> dict[int, str]:
+    """By block what a study of the batch size or of wrong labels has there, to be put behind model and data set."""
+    names, found = varied(numbers), {}
     for number, block in numbers.groupby("block", sort=True):
-        told = [name for name in varied if block[name].nunique() == 1]
+        told = [name for name in names if block[name].nunique() == 1]
         found[number] = "".join(f", {BLOCK_WORDS[name]} {block[name].iloc[0]:g}" for name in told)
     return found
 
@@ -436,10 +440,10 @@ def choices(numbers: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] =
         cells: the grid.
         used: the cells of the table that the grid was run for.
     """
-    lines = []
+    lines, places = [], of_blocks(numbers)
     for number, group in enumerate(_blocks(cells, ("seed", *_TUNED), by_method=True)):
         rows = numbers[numbers["block"] == number]
-        name = f"{group[0].model}, {group[0].dataset}, {rows['label'].iloc[0]}"
+        name = f"{group[0].model}, {group[0].dataset}{places[number]}, {rows['label'].iloc[0]}"
         chosen = rows[rows["chosen"]]
         if chosen.empty:
             lines.append(f"{name}: undecided, runs are missing.")
@@ -473,6 +477,27 @@ def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
     if len(machines(rows)) > 1:
         lines.append(f"Times come from several machines ({'; '.join(machines(rows))}): they do not compare.")
     return lines
+
+
+def trained_anew(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> list[str]:
+    """A sentence if networks that were measured are not those that the runs of the same spec ended with.
+
+    A spec names one network on one type of processor with one version of the code; on another one it is trained anew.
+    """
+    runs, other, known = frame.set_index("run_id"), 0, 0
+    for cell in cells:
+        network = cell.trained or (replace(cell, curvature_every=0) if cell.curvature_every else None)
+        if network is not None:
+            mine, theirs = (values(runs, c, seeds, score_name(network)) for c in (cell, network))
+            both = mine.index.intersection(theirs.index)
+            known += len(both)
+            other += int((mine[both] != theirs[both]).sum())
+    if not other:
+        return []
+    return [
+        f"{other} of {known} networks were trained anew to be measured, on another processor or by other code: their "
+        "test accuracies are not those of the runs of the same spec."
+    ]
 
 
 def used(frame: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFrame:

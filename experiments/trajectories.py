@@ -2,9 +2,9 @@
 
     python -m experiments run trajectories --profile cpu
 
-The ResNet runs of Table 1 once more, bit for bit, with the eigenvalue measured every few epochs on the first 256
-training images (all of them where there are fewer), BatchNorm in eval mode. The table trajectories has it after the
-last epoch, and its greatest value on the way.
+The ResNet runs of Table 1 once more (on the same type of processor bit for bit), with the eigenvalue measured every
+few epochs on the first 256 training images (all of them where there are fewer), BatchNorm in eval mode. The table
+trajectories has it after the last epoch, and its greatest value on the way.
 """
 
 from dataclasses import replace

@@ -18,7 +18,8 @@ from tests.analysis import test_table3, test_table4
 
 SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
-OVER_SAM, OVER_BASE, OVER_CONTROL, FLATTER, SAM_FLATTER, FLATTER_CONTROL, THEORY, NORMALISED, COST = CLAIMS
+OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = CLAIMS
+FLATTER, FLATTER_THAN_BASE, SAM_FLATTER, FLATTER_CONTROL = CURVATURE
 
 
 def accuracies(spec, shifts):
@@ -54,6 +55,8 @@ def test_a_paired_difference_supports_contradicts_or_does_not_separate():
     assert found({"msam": 0.02, "control": 0.03})[OVER_CONTROL].verdict == "contradicted"
     assert found({"msam": 0.02, "sam": 0.04})[OVER_BASE].verdict == "supported"
     assert found({"msam": 0.02, "sam": 0.04})[OVER_SAM].verdict == "contradicted"
+    assert found({"msam": 0.02, "sam": 0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(4.0)
+    assert found({"msam": 0.02, "sam": -0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(-4.0)
 
 
 def test_each_comparison_names_the_runs_of_both_sides():
@@ -67,7 +70,7 @@ def test_flatness_and_theory_and_cost_have_their_own_direction():
     by_claim = {}
     for c in comparisons(table3, {"table3": (test_table3.CELLS, 2)}):
         by_claim.setdefault(c.claim, set()).add(c.verdict)
-    assert by_claim == {claim: {"supported"} for claim in (FLATTER, SAM_FLATTER, FLATTER_CONTROL)}
+    assert by_claim == {claim: {"supported"} for claim in CURVATURE}
 
     theory = test_table3.THEORY
     runs = [replaced(spec) for spec in with_seeds(theory, 2)]
@@ -97,8 +100,8 @@ def test_the_summary_says_of_each_claim_what_holds_and_what_was_not_run():
     claims = documents("smoke", [chosen], runs)[-1]
     assert claims.name == "claims"
     assert claims.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
-    assert claims.claims[3].startswith("Not run")
-    assert all(claim in claims.claims[3] for claim in (FLATTER, THEORY, COST))
+    assert claims.claims[4].startswith("Not run")
+    assert all(claim in claims.claims[4] for claim in (FLATTER, THEORY, COST))
     alone = documents("smoke", [replace(chosen, seeds=1)], runs)[-1]
     assert alone.claims[0] == f"{OVER_SAM}: one seed, no interval."
     assert OVER_SAM in claims.terminal()

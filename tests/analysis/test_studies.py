@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.collect import Results, Run
-from analysis.figures import against_rho, pages
+from analysis.figures import against, against_m, against_rho, pages
 from analysis.publish import STUDIES, publish, redraw, target
 from experiments.harness import catalogue
 from experiments.harness.spec import with_seeds
@@ -88,6 +88,51 @@ def test_accuracy_against_rho_is_drawn_at_the_means_with_their_intervals_and_the
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.4"]
     assert axes.get_xticklabels(minor=True) == []
     assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %: mSAM, m=4, rho 0.4 (n = 2)")
+
+
+def test_against_m_every_panel_has_its_numbers_and_an_m_with_its_own_rho_an_open_mark():
+    own = [replace(c, rho=0.3) for c in M if c.method == "msam" and c.micro_batches == 4 and c.kind == "train"]
+    cells = [*M, *(c for c in own if c.model == "resnet8")]
+    figure = against_m(Results.of([made_up(spec) for spec in with_seeds(cells, 2)]), cells, 2)
+    score, anew, flat = figure.axes[:3]
+    assert score.get_title().startswith("resnet8, cifar10\nhighest mean 57.5 ± 6.4 %: mSAM, m=4, rho 0.3")
+    lines = {c.get_label(): c.lines[0] for c in score.containers}
+    assert lines["mSAM, rho 0.1 (SAM at m = 1)"].get_xydata() == pytest.approx(
+        np.array([[1, 53.5], [2, 55.5], [4, 55.5]])
+    )
+    assert lines["SGD over m micro-batches"].get_xydata() == pytest.approx(np.array([[1, 50.5], [2, 51.5], [4, 51.5]]))
+    alone = lines["mSAM, where an m has a rho of its own"]
+    assert alone.get_xydata() == pytest.approx(np.array([[4, 57.5]]))
+    assert (alone.get_linestyle(), alone.get_markerfacecolor()) == ("None", "none")
+    for axes, expected in ((anew, [61, 61, 61]), (flat, [90.5, 80.5, 60.5])):
+        drawn = {c.get_label(): c.lines[0] for c in axes.containers}
+        assert drawn["mSAM, rho 0.1 (SAM at m = 1)"].get_ydata() == pytest.approx(expected)
+    assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "2", "4"]
+
+
+def test_wrong_labels_are_drawn_by_method_and_the_title_has_msam_over_sam_at_both_ends():
+    cells = catalogue.cells("label_noise", "smoke")
+    runs = [made_up(spec, -spec.label_noise / 2 if spec.method != "msam" else 0) for spec in with_seeds(cells, 2)]
+    figure = against(Results.of(runs), cells, 2, field="label_noise", words="share of wrong training labels")
+    (axes,) = figure.axes
+    drawn = {c.get_label(): c.lines[0] for c in axes.containers}
+    assert drawn["SAM"].get_xydata() == pytest.approx(np.array([[0, 53.5], [0.4, 33.5]]))
+    assert drawn["mSAM"].get_ydata() == pytest.approx([55.5, 55.5])
+    title = "resnet8, cifar10\nmSAM over SAM: +2.0 ± 0.0 (n = 2) at 0, +22.0 ± 0.0 (n = 2) at 0.4"
+    assert axes.get_title() == title
+
+
+def test_a_network_that_was_trained_anew_to_be_measured_is_told_of():
+    t, runs = target("micro_batches", "smoke"), catalogue.runs("micro_batches", "smoke", 2)
+    trained = [made_up(spec) for spec in runs if spec.kind == "train"]
+    accuracy = {run.spec: run.summary["test_accuracy"] for run in trained}
+    for off, words in ((0.0, None), (0.01, f"{len(trained)} of {len(trained)} networks were trained anew")):
+        measured = [made_up(spec) for spec in runs if spec.kind == "curvature"]
+        for run in measured:
+            run.summary["test_accuracy"] = accuracy[run.spec.trained] + off
+        notes = " ".join(t.document(Results.of([*trained, *measured]).runs).notes)
+        assert ("trained anew" in notes) == bool(words)
+        assert words is None or words in notes
 
 
 def test_trajectories_are_compared_by_their_last_eigenvalue():

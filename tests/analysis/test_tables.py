@@ -186,7 +186,15 @@ def test_verdict(difference, words):
 
 def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
     write_run(tmp_path, SGD, 0.6)
-    write_run(tmp_path, SAM, 0.6, commit="fedcba9", dirty=True, data_checksum="other", torch_flags={"cpu_capability": "AVX512"})
+    write_run(
+        tmp_path,
+        SAM,
+        0.6,
+        commit="fedcba9",
+        dirty=True,
+        data_checksum="other",
+        torch_flags={"cpu_capability": "AVX512"},
+    )
     table = frame(collect(tmp_path).finished)
     warnings = tables.warnings(table, tables.table_1(table, CELLS, 1))
     assert warnings == [
