@@ -7,7 +7,8 @@ The ResNet of Table 1 on CIFAR-10 with 0, 20, 40 and 60 % of the training labels
 as likely (the table label_noise, drawn as a curve): the setting in which Foret et al. 2021 (section 3.3) saw SAM gain
 most. Test labels are right, and so are those of the held-out images that choose; which labels are wrong is the same for
 every method and seed. The train accuracy counts the wrong labels too: it shows what was learnt by heart. Learning rate
-and rho are Table 1's where `CHOSEN` has no others.
+and rho are Table 1's where `CHOSEN` has no others. As there, the learning rate is the one that is best for plain
+training; wrong labels bring it down, so that from share to share it is another recipe, which the table shows.
 """
 
 from dataclasses import replace

@@ -9,15 +9,12 @@ from statistics import fmean
 
 import pytest
 
-from experiments import micro_batches
 from experiments.harness import catalogue
 from experiments.harness.spec import METHODS, PROFILES, score_name
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
 AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]
 """Of texts SAM's best rho is the least that was tried: so say bert_glue.py, README and the grid's own table."""
-M_AT_THE_EDGE = set()
-"""Model and m whose best rho is the least or the greatest that was tried."""
 COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
 
 
@@ -76,20 +73,6 @@ def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
         best = max(rivals, key=scores.__getitem__)
         assert getattr(cell, field) == getattr(best, field), f"{cell.title}: the grid chose {best.title}"
         assert _inside(best, rivals, field) != (cell in AT_THE_EDGE), best.title
-
-
-def test_each_m_also_runs_at_the_rho_that_the_committed_grid_chose_for_it():
-    scores = _held_out("micro_batches-tuning")
-    tuned = micro_batches.TUNED["cpu"]
-    for model, m in {(cell.model, cell.micro_batches) for cell in scores if cell.rho}:
-        rivals = [c for c in scores if c.rho and (c.model, c.micro_batches) == (model, m)]
-        best = max(rivals, key=scores.__getitem__)
-        assert tuned[model].get(m, micro_batches.RHO["cpu"]) == best.rho, best.title
-        assert _inside(best, rivals, "rho") != ((model, m) in M_AT_THE_EDGE), best.title
-    plain = [c for c in scores if not c.rho]
-    best = max(plain, key=scores.__getitem__)
-    assert best.learning_rate == micro_batches.GROUPNORM["cpu"].learning_rate
-    assert _inside(best, plain, "learning_rate")
 
 
 def _held_out(grid):
