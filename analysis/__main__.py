@@ -72,13 +72,13 @@ def run(arguments: Arguments) -> str:
     targets = _targets(arguments, finished_runs(root))
     found = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
     results = Results.of(run for run in found.finished if run.spec.profile == arguments.profile)
-    told = documents(arguments.profile, targets, results, found.failures)
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
+    folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
-        publish(root / arguments.profile, arguments.profile, targets, results)
-        folder = root / arguments.profile
-    else:
-        folder = local
+        publish(folder, arguments.profile, targets, results)
+        results = Results.read(folder)
+    told = documents(arguments.profile, targets, results, found.failures)
+    if not arguments.publish:
         files = {**results.texts(), **everything(arguments.profile, targets, results, told)}
         write_files(folder, files)
     parts = [document.terminal(committed.get(document.name)) for document in told]

@@ -77,8 +77,9 @@ def publishable(profile: str) -> list[Target]:
 def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Results) -> list[Path]:
     """Write the chosen tables and their runs into the committed folder of a profile, all or nothing.
 
-    Rows of other tables that are committed already stay; other rows of the chosen tables go. Every committed
-    table is then drawn again from the committed files, as `redraw` does.
+    Rows of other tables that are committed already stay, and so do those of the chosen ones that are not among the
+    results: a block of a table can be trained anew alone. Other rows of the chosen tables go. Every committed table is
+    then drawn again from the committed files, as `redraw` does.
 
     Args:
         folder: `results/<profile>`.
@@ -94,11 +95,12 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
             from an unknown commit or (a grid's may) an unclean tree.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
-    reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, results), *mixed(t, results)]]
+    before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
+    wanted = {run.run_id for t in chosen for run in t.runs}
+    fresh = results.only(wanted).joined(before.only(wanted - set(results.runs["run_id"])))
+    reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, fresh), *mixed(t, fresh)]]
     if reasons:
         raise Refused("\n".join(reasons))
-    before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
-    fresh = results.only({run.run_id for t in chosen for run in t.runs})
     after = before.only(_kept(folder, before, profile, chosen)).joined(fresh)
     tables_now = drawn(folder, profile, after)
     for other in tables_now:

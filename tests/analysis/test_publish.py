@@ -203,6 +203,26 @@ def test_table_may_span_clean_commits_of_the_same_training_code_and_says_so(tmp_
     assert b"these runs come from several commits" in published(tmp_path, "table1")["tables/table1.md"]
 
 
+def test_a_block_of_a_table_can_be_trained_anew_alone(tmp_path, known):
+    known["one"] = experiment("one", "table1", [SGD, SAM, MSAM, OTHER])
+    fill(tmp_path, [SGD, SAM, MSAM, OTHER], seeds=3)
+    published(tmp_path, "table1", seeds=3)
+    later = tmp_path / "later"
+    fill(later, [SGD, SAM], seeds=3, code="0ther")
+    results = Results.of(collect(later).finished)
+    chosen = [target("table1", "smoke", seeds=3)]
+    with pytest.raises(Refused, match=r"table1 \(resnet8\) has runs from several versions of training code"):
+        publish(tmp_path / "smoke", "smoke", chosen, results)
+    fill(later, [MSAM], seeds=3, code="0ther")
+    publish(tmp_path / "smoke", "smoke", chosen, Results.of(collect(later).finished))
+    runs = Results.read(tmp_path / "smoke").runs
+    assert {(row.model, row.code) for row in runs.itertuples()} == {
+        ("resnet8", "0ther"),
+        ("wrn-10-1", "c0dec0dec0dec0de"),
+    }
+    assert len(runs) == 12
+
+
 def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_tables):
     fill(tmp_path, [SGD, SAM, MSAM])
     published(tmp_path, "table1")
