@@ -260,7 +260,7 @@ def cost_claims(numbers: pd.DataFrame) -> list[str]:
         fit, quality = _least_squares(design, np.log(rows["seconds"].to_numpy(dtype=float)))
         lines.append(
             f"Over {len(rows)} networks at batch {batch} the time of SAM's step goes as the number of parameters to "
-            f"the power of {fit[0]:.2f} (R2 {quality:.2f})."
+            f"the power of {fit[0]:.2f} (R2 {quality:.2f}{': this number alone does not tell it' * (quality < 0.5)})."
         )
     return lines
 

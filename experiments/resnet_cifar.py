@@ -6,8 +6,8 @@
 cpu: ResNet-8 of width 16 on 1,024 images of CIFAR-10, scored on all 10,000 test images. paper: ResNet-50 on CIFAR-10
 and CIFAR-100; no GPU has run it yet.
 
-Expected (n=8, +- 95 %): SGD 44.3 +- 0.9, over micro-batches 45.0 +- 0.7, SAM 43.8 +- 0.5, mSAM 46.4 +- 0.6; 37, 37, 72
-and 79 seconds a run on one core of an AMD EPYC, twice that on another one.
+Expected (n=8, +- 95 %): SGD 44.1 +- 0.6, over micro-batches 44.7 +- 0.7, SAM 44.6 +- 0.6, mSAM 46.3 +- 0.8; 50, 50, 85
+and 99 seconds a run on one core of an AMD EPYC with AVX512. On one with AVX2: 44.3, 45.0, 43.8 and 46.4.
 """
 
 from dataclasses import replace
