@@ -48,7 +48,7 @@ TUNING = {
             noisy(resnet_cifar.CPU, share),
             micro_batches=[8],
             learning_rates=(0.0125, 0.025, 0.05, 0.1),
-            rhos=(0.05, 0.1, 0.2, 0.4),
+            rhos=(0.025, 0.05, 0.1, 0.2, 0.4),
         )
     ],
 }
