@@ -91,8 +91,8 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         The files written.
 
     Raises:
-        Refused: if a run is missing, or the runs of a model come from several versions of the training code, or any
-            from an unknown commit or (a grid's may) an unclean tree.
+        Refused: if a run is missing, or the runs of a model come from several versions of the training code, of torch
+            or of the data, or any from an unknown commit or (a grid's may) an unclean tree.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])

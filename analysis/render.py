@@ -186,7 +186,7 @@ def document_1(
             "dataset": numbers["dataset"],
             "model": [LINEAR if row.model == "linear" else row.model for row in rows],
             "method": numbers["label"],
-            **_varied(numbers),
+            **_studied(numbers),
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
             "test accuracy %": [_score(row) + mark for row, mark in zip(rows, marks, strict=True)],
             "over base": [_signed(tables.interval(row, "over_base")) for row in rows],
@@ -445,7 +445,7 @@ def document_tuning(
             "dataset": numbers["dataset"],
             "model": numbers["model"],
             "method": numbers["label"],
-            **_varied(numbers),
+            **_studied(numbers),
             "learning rate": [f"{row.learning_rate:g}" for row in rows],
             "weight decay": [f"{row.weight_decay:g}" for row in rows],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
@@ -505,9 +505,9 @@ def significant(found: Interval, *, signed: bool = False) -> str:
     return f"{found.mean:{sign}.{digits}f} ± {found.half_width:.{digits}f} ({found.n})"
 
 
-def _varied(numbers: pd.DataFrame) -> dict[str, list[str]]:
+def _studied(numbers: pd.DataFrame) -> dict[str, list[str]]:
     """Columns of what a study varies from block to block, and of the learning rate, which changes with it."""
-    varied = {words: name for name, words in tables.BLOCK_WORDS.items() if name in tables.varied(numbers)}
+    varied = {words: name for name, words in tables.BLOCK_WORDS.items() if name in tables.studied(numbers)}
     if varied and "edge" not in numbers:  # a grid has the column anyway
         varied["learning rate"] = "learning_rate"
     return {words: [f"{value:g}" for value in numbers[name]] for words, name in varied.items()}

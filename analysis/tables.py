@@ -417,7 +417,7 @@ BLOCK_WORDS = {"batch_size": "batch", "label_noise": "wrong labels"}
 """Fields that tell a study's blocks apart, as its table calls them."""
 
 
-def varied(numbers: pd.DataFrame) -> list[str]:
+def studied(numbers: pd.DataFrame) -> list[str]:
     """Which of these fields a table varies for one model on one data set: it is a study of them."""
     models = numbers.groupby(["model", "dataset"])
     return [name for name in BLOCK_WORDS if name in numbers and models[name].nunique().gt(1).any()]
@@ -425,7 +425,7 @@ def varied(numbers: pd.DataFrame) -> list[str]:
 
 def of_blocks(numbers: pd.DataFrame) -> dict[int, str]:
     """By block what a study of the batch size or of wrong labels has there, to be put behind model and data set."""
-    names, found = varied(numbers), {}
+    names, found = studied(numbers), {}
     for number, block in numbers.groupby("block", sort=True):
         told = [name for name in names if block[name].nunique() == 1]
         found[number] = "".join(f", {BLOCK_WORDS[name]} {block[name].iloc[0]:g}" for name in told)
