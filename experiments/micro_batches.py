@@ -23,7 +23,7 @@ M = {"smoke": (2, 4), "cpu": (2, 4, 8, 16, 32), "paper": (2, 4, 8, 16, 32, 64)}
 RHO = {"smoke": 0.1, "cpu": 0.05, "paper": 0.05}
 """SAM's in Table 1, at every m."""
 
-TUNED: dict[str, dict[str, dict[int, float]]] = {"cpu": {"resnet8": {8: 0.1}}}
+TUNED: dict[str, dict[str, dict[int, float]]] = {"cpu": {"resnet8": {2: 0.2, 4: 0.1, 8: 0.1}}}
 """By profile and model, the rho of each m where the grid chose another one than `RHO`."""
 
 GROUPNORM = {
@@ -54,8 +54,9 @@ for profile, (examples, radius) in MEASURED.items():
     RUNS[profile] = [*networks, *curvature_of(networks, examples=examples, rho=radius)]
 
 USUAL = (0.025, 0.05, 0.1, 0.2)
-TRIED = {2: (*USUAL, 0.4), 4: USUAL, 16: USUAL, 32: (0.0125, *USUAL)}
-"""By m the rhos of ResNet-8's grid: Table 1's, and one more where the best was at their end."""
+LOWER = (0.00625, 0.0125)
+TRIED = {2: (*USUAL, 0.4), 4: USUAL, 16: USUAL, 32: (*LOWER, *USUAL)}
+"""By m the rhos of ResNet-8's grid: Table 1's, and more where the best was at their end."""
 
 TUNING = {
     "cpu": [
@@ -69,7 +70,7 @@ TUNING = {
             GROUPNORM["cpu"],
             micro_batches=[8],
             learning_rates=(0.05, 0.1, 0.2, 0.4),
-            rhos=USUAL,
+            rhos=(*LOWER, *USUAL),
         ),
     ],
 }
