@@ -556,7 +556,7 @@ def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
 
 def _gain(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, field: str) -> str:
     """For a title: mSAM over SAM at both ends of the axis."""
-    told = []
+    told, counts = [], []
     for end in (min, max):
         at = end((getattr(cell, field) for cell in cells), default=0)
         pair = [c for method in ("msam", "sam") for c in cells if (c.method, getattr(c, field)) == (method, at)]
@@ -564,8 +564,10 @@ def _gain(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, field: str) ->
         found = tables.paired_difference(*scores) if len(scores) == 2 else mean_interval([])
         if found.n:
             half = f" ± {found.half_width:.1f}" if found.n > 1 else ""
-            told.append(f"{found.mean:+.1f}{half} (n = {found.n}) at {at:g}")
-    return f"\nmSAM over SAM: {', '.join(dict.fromkeys(told))}" if told else ""
+            told.append(f"{found.mean:+.1f}{half} at {at:g}")
+            counts.append(str(found.n))
+    n = ", ".join(dict.fromkeys(counts))
+    return f"\nmSAM over SAM (n = {n}): {', '.join(dict.fromkeys(told))}" if told else ""
 
 
 def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
