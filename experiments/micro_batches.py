@@ -27,7 +27,7 @@ RHO = {"smoke": 0.1, "cpu": 0.05, "paper": 0.05}
 TUNED: dict[str, dict[str, dict[int, float]]] = {
     "cpu": {"resnet8": {2: 0.2, 4: 0.1, 8: 0.1, 32: 0.0125}, "resnet8-groupnorm": {1: 0.00625, 8: 0.00625}}
 }
-"""By profile and model, the rho of each m where the grid chose another one than `RHO`; GroupNorm's grid has m = 1 and 8."""
+"""By profile and model, the rho of each m where the grid chose another one than `RHO`; GroupNorm's has m = 1 and 8."""
 
 GROUPNORM = {
     "smoke": replace(resnet_cifar.SMOKE, model="resnet8-groupnorm"),

@@ -9,12 +9,15 @@ from statistics import fmean
 
 import pytest
 
+from experiments import micro_batches
 from experiments.harness import catalogue
 from experiments.harness.spec import METHODS, PROFILES, score_name
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
 AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]
 """Of texts SAM's best rho is the least that was tried: so say bert_glue.py, README and the grid's own table."""
+M_AT_THE_EDGE = {("resnet8-groupnorm", 1), ("resnet8-groupnorm", 8)}
+"""Model and m whose best rho is the least or the greatest that was tried: so says micro_batches.py."""
 COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
 
 
@@ -59,18 +62,34 @@ def test_a_grid_is_scored_on_held_out_images_and_never_shares_a_run_with_the_tab
         assert all(spec.holdout_examples == 0 for spec in table)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "linear_cifar", "bert_glue"])
+@pytest.mark.parametrize("name", [*FAMILIES, "linear_cifar", "bert_glue", "label_noise"])
 def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
     """Learning rate of the base, then rho of SAM and of mSAM: best mean held-out score, inside the grid."""
     scores = _held_out(f"{name}-tuning")
     for cell in catalogue.cells(name, "cpu"):
         if cell.method == "control":
             continue  # the base optimizer's learning rate, no hyper-parameter of its own
+        if name == "label_noise" and not cell.label_noise:
+            continue  # Table 1's own
         field = "learning_rate" if cell.method == "base" else "rho"
         rivals = [c for c in scores if _block(c) == _block(cell)]
         best = max(rivals, key=scores.__getitem__)
         assert getattr(cell, field) == getattr(best, field), f"{cell.title}: the grid chose {best.title}"
         assert _inside(best, rivals, field) != (cell in AT_THE_EDGE), best.title
+
+
+def test_each_m_also_runs_at_the_rho_that_the_committed_grid_chose_for_it():
+    scores = _held_out("micro_batches-tuning")
+    tuned = micro_batches.TUNED["cpu"]
+    for model, m in {(cell.model, cell.micro_batches) for cell in scores if cell.rho}:
+        rivals = [c for c in scores if c.rho and (c.model, c.micro_batches) == (model, m)]
+        best = max(rivals, key=scores.__getitem__)
+        assert tuned[model].get(m, micro_batches.RHO["cpu"]) == best.rho, best.title
+        assert _inside(best, rivals, "rho") != ((model, m) in M_AT_THE_EDGE), best.title
+    plain = [c for c in scores if not c.rho]
+    best = max(plain, key=scores.__getitem__)
+    assert best.learning_rate == micro_batches.GROUPNORM["cpu"].learning_rate
+    assert _inside(best, plain, "learning_rate")
 
 
 def _held_out(grid):
@@ -91,7 +110,7 @@ def _cell(spec):
 
 
 def _block(spec):
-    return spec.dataset, spec.method, spec.train_examples
+    return spec.dataset, spec.method, spec.train_examples, spec.label_noise
 
 
 def test_sam_and_msam_search_the_same_rhos():
