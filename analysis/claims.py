@@ -59,6 +59,10 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
     """The summary of the claims, ready to be written."""
     found = comparisons(results, shown)
     known = [name for name in ("table1", "table2", "table3", "table4", "theory") if name in shown]
+    others = [name for name in shown if name not in known]
+    beside = (
+        f" The comparisons of {', '.join(others)} stand in their own tables and count in no claim." if others else ""
+    )
     numbers = pd.DataFrame(
         [
             {
@@ -101,7 +105,7 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
     return Claims(
         name="claims",
         title=f"Which claims of the abstract hold (profile {profile})",
-        origin=f"From the runs of {', '.join(known) or 'no table'} alone; none of another profile.",
+        origin=f"From the runs of {', '.join(known) or 'no table'} alone; none of another profile.{beside}",
         cells=text,
         claims=_told(found),
         notes=NOTES,

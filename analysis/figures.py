@@ -69,8 +69,18 @@ def pages(results: Results, shown: Mapping[str, tuple[Sequence[Spec], int]]) -> 
         "trajectories": ("trajectories", trajectories),
         "micro_batches": ("micro_batches", against_m),
         "rho": ("rho", against_rho),
-        "batch_size": ("batch_size", partial(against, field="batch_size", words="batch size")),
-        "label_noise": ("label_noise", partial(against, field="label_noise", words="share of wrong training labels")),
+        "batch_size": (
+            "batch_size",
+            partial(against, field="batch_size", words="batch size (learning rate in proportion)"),
+        ),
+        "label_noise": (
+            "label_noise",
+            partial(
+                against,
+                field="label_noise",
+                words="share of wrong training labels (learning rate and rho chosen for each)",
+            ),
+        ),
     }
     for name, (title, figure) in drawn.items():
         if name in shown:
@@ -556,18 +566,19 @@ def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
 
 def _gain(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, field: str) -> str:
     """For a title: mSAM over SAM at both ends of the axis."""
-    told, counts = [], []
+    ends: dict[float, Interval] = {}
     for end in (min, max):
         at = end((getattr(cell, field) for cell in cells), default=0)
         pair = [c for method in ("msam", "sam") for c in cells if (c.method, getattr(c, field)) == (method, at)]
         scores = [tables.scores(cell, frame, seeds) for cell in pair]
         found = tables.paired_difference(*scores) if len(scores) == 2 else mean_interval([])
         if found.n:
-            half = f" ± {found.half_width:.1f}" if found.n > 1 else ""
-            told.append(f"{found.mean:+.1f}{half} at {at:g}")
-            counts.append(str(found.n))
-    n = ", ".join(dict.fromkeys(counts))
-    return f"\nmSAM over SAM (n = {n}): {', '.join(dict.fromkeys(told))}" if told else ""
+            ends[at] = found
+    told = [
+        f"{found.mean:+.1f}{f' ± {found.half_width:.1f}' if found.n > 1 else ''} (n = {found.n}) at {at:g}"
+        for at, found in ends.items()
+    ]
+    return f"\nmSAM over SAM:\n{', '.join(told)}" if told else ""
 
 
 def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:

@@ -33,7 +33,8 @@ TITLES = {
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 NOTES_1 = (
     f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
-    "comparison at a time. Time is the mean for one run, and its ratio to the base optimizer's.",
+    "comparison at a time. Time is the mean for one run, other work of the machine included, and its ratio to the base "
+    "optimizer's: Table 4 is what to compare costs by.",
     "The test accuracy is that of the last epoch, never of the best one.",
     "Seeds differ in initial weights and the order of batches. The images of a subset are the same for all seeds, and "
     "so are its wrong labels where there are some: intervals say nothing of other images.",

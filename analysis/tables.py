@@ -389,7 +389,7 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
 
 
 def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
-    """What each block of `table_1` says about SAM over its base optimizer, mSAM over SAM, and over the control.
+    """What each block of `table_1` says: the control and SAM over the base optimizer, mSAM over SAM and the control.
 
     Args:
         numbers: what `table_1`, `table_2` or `table_3` returned.
@@ -402,7 +402,7 @@ def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
         parts = []
         for row in block.itertuples():
             name = f"{row.label}, rho {row.rho:g}" if row.label in several else row.label
-            if row.method == "sam" and "base" in names:
+            if row.method in ("control", "sam") and "base" in names:
                 parts.append(f"{name} over {names['base']}: {verdict(interval(row, 'over_base'), expected)}")
             if row.method == "msam" and "sam" in names:
                 parts.append(f"{name} over {names['sam']}: {verdict(interval(row, 'over_sam'), expected)}")

@@ -8,8 +8,8 @@ as likely (the table label_noise, drawn as a curve): the setting in which Foret 
 most. Test labels are right, and so are those of the held-out images that choose; which labels are wrong is the same for
 every method and seed. The train accuracy counts the wrong labels too: it shows what was learnt by heart. Learning rate
 and rho are Table 1's where `CHOSEN` has no others. As there, the learning rate is the one that is best for plain
-training; wrong labels bring it down, so that from share to share it is another recipe, which the table shows. The grid
-is the committed table label_noise-tuning.
+training. It is lower than that of right labels, so that from share to share it is another recipe, and what the labels
+do cannot be told from what the learning rate does. The grid is the committed table label_noise-tuning.
 """
 
 from dataclasses import replace

@@ -67,7 +67,9 @@ def test_numbers_are_scipys(document):
 
 def test_claims_and_footnotes(document):
     assert document.claims == (
-        "resnet8, cifar10: SAM over SGD: +2.50 ± 6.35 (n=2): not separated; "
+        # 0, 1 and -1 over SGD: sd 1, half-width 4.3027 / sqrt(3).
+        "resnet8, cifar10: SGD, m=4 micro-batches over SGD: +0.00 ± 2.48 (n=3): not separated; "
+        "SAM over SGD: +2.50 ± 6.35 (n=2): not separated; "
         "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): not separated; "
         # 5, 6 and 5 over the control: sd 0.5774, half-width 4.3027 * 0.5774 / sqrt(3).
         "over the control: +5.33 ± 1.43 (n=3): separated.",
@@ -87,7 +89,7 @@ def test_markdown_holds_every_part(document):
     text = document.markdown()
     assert text.startswith("### Table 1: test accuracy\n\nProfile smoke")
     assert "| 66.33 ± 3.79 (3) " in text
-    assert "- resnet8, cifar10: SAM over SGD" in text
+    assert "- resnet8, cifar10: SGD, m=4 micro-batches over SGD" in text
     assert "\\[1\\] 1 of 3 runs missing" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {10}
@@ -128,7 +130,8 @@ def test_nothing_run_yet():
     assert set(document.cells["test accuracy %"]) == {"not run"}
     assert document.origin.endswith("nothing has run yet.")
     assert document.claims == (
-        "resnet8, cifar10: SAM over SGD: not run; mSAM, m=4 over SAM: not run; over the control: not run.",
+        "resnet8, cifar10: SGD, m=4 micro-batches over SGD: not run; SAM over SGD: not run; "
+        "mSAM, m=4 over SAM: not run; over the control: not run.",
     )
     assert "not run" in document.markdown()
 
