@@ -566,19 +566,16 @@ def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
 
 def _gain(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, field: str) -> str:
     """For a title: mSAM over SAM at both ends of the axis."""
-    ends: dict[float, Interval] = {}
+    told = []
     for end in (min, max):
         at = end((getattr(cell, field) for cell in cells), default=0)
         pair = [c for method in ("msam", "sam") for c in cells if (c.method, getattr(c, field)) == (method, at)]
         scores = [tables.scores(cell, frame, seeds) for cell in pair]
         found = tables.paired_difference(*scores) if len(scores) == 2 else mean_interval([])
         if found.n:
-            ends[at] = found
-    told = [
-        f"{found.mean:+.1f}{f' ± {found.half_width:.1f}' if found.n > 1 else ''} (n = {found.n}) at {at:g}"
-        for at, found in ends.items()
-    ]
-    return f"\nmSAM over SAM:\n{', '.join(told)}" if told else ""
+            half = f" ± {found.half_width:.1f}" if found.n > 1 else ""
+            told.append(f"{found.mean:+.1f}{half} (n = {found.n}) at {at:g}")
+    return f"\nmSAM over SAM:\n{', '.join(dict.fromkeys(told))}" if told else ""
 
 
 def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from analysis.collect import Results, Run
 from analysis.figures import against, against_m, against_rho, pages
@@ -149,7 +149,7 @@ def test_trajectories_are_compared_by_their_last_eigenvalue():
 @pytest.mark.parametrize("picture", sorted((COMMITTED / "figures").glob("*.png")), ids=lambda path: path.stem)
 def test_nothing_of_a_committed_figure_is_cut_off(picture):
     """The layout leaves 3 pixels or more at each side; what is too long for it goes into them."""
-    pixels = plt.imread(picture)[..., :3]
+    pixels = imread(picture)[..., :3]
     edges = [side[:3] for turned in (pixels, pixels.transpose(1, 0, 2)) for side in (turned, turned[::-1])]
     assert all((edge == 1).all() for edge in edges)
 
