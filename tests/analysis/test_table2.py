@@ -83,8 +83,8 @@ def test_radii_metrics_and_missing_runs_are_told(document):
     assert "1 of 2 runs missing (seed 1)" in text
     assert "minilm, sst2: AdamW over the majority class: +30.00 ± 12.71 (n=2): separated" in text
     assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not separated" in text
-    assert "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not separated; SAM over AdamW" in text
-    assert "SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
+    told = "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not separated; "
+    assert f"{told}SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
     assert all(form in document.files() for form in ("table2.md", "table2.csv", "table2.tex"))
 
 
