@@ -163,7 +163,8 @@ def against_rho(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
 def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
     """Accuracy, accuracy with BatchNorm estimated anew, and the largest eigenvalue, against m: a row a network.
 
-    Lines have one rho, that of SAM; open marks are where the grid chose another one for an m.
+    Lines have one rho, that of SAM; open marks are where the grid chose another one for an m. What has the same m is
+    drawn side by side.
     """
     measured = {cell.trained: cell for cell in cells if cell.trained}
     panels, frame = _models(cell for cell in cells if not cell.trained), results.runs.set_index("run_id")
@@ -174,12 +175,13 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
             rho = next((cell.rho for cell in rows if cell.method == "sam"), 0.0)
             fixed = [cell for cell in rows if cell.rho and cell.rho == rho]
             own = [cell for cell in rows if cell.rho and cell.rho != rho]
-            series = [(plain, "-", f"{tables.base_name(rows[0])} over m micro-batches")]
-            series += [(fixed, "-", f"mSAM, rho {rho:g} (SAM at m = 1)")]
-            series += [(own, "", "mSAM, where an m has a rho of its own")]
+            name = tables.base_name(rows[0])
+            series = [(plain, "-", f"{name} over m micro-batches" if len(plain) > 1 else name, 0.93)]
+            series += [(fixed, "-", f"mSAM, rho {rho:g}", 1.0)]
+            series += [(own, "", "mSAM, where an m has a rho of its own", 1.07)]
             score, anew, curvature = line
-            for found, style, label in series:
-                _points(score, frame, found, seeds, "micro_batches", label=label, style=style)
+            for found, style, label, shift in series:
+                _points(score, frame, found, seeds, "micro_batches", label=label, style=style, shift=shift)
                 known = [measured[cell] for cell in found if cell in measured]
                 for axes, column, factor in (
                     (anew, "test_reestimated_accuracy", 100),
@@ -195,6 +197,7 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                         style=style,
                         column=column,
                         factor=factor,
+                        shift=shift,
                     )
             seen = _seen(frame, rows, seeds)
             score.set(title=f"{title}{seen}", ylabel="test accuracy %")
@@ -207,7 +210,9 @@ def against_m(results: Results, cells: Sequence[Spec], seeds: int) -> Figure:
                 else:
                     axes.set_title("")
                     axes.set_axis_off()
-            _legend(score, fontsize=6)
+        keys = [axes.get_legend_handles_labels() for axes in figure.axes]
+        named = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
     return figure
 
 
@@ -522,8 +527,9 @@ def _points(
     style: str = "-",
     column: str | None = None,
     factor: float = 100,
+    shift: float = 1,
 ) -> None:
-    """Means with their intervals against a field of the spec, in the last cell's method's colour.
+    """Means with their intervals against a field of the spec times the shift, in the last cell's method's colour.
 
     They are joined by a line of the style; without one they are open marks.
     """
@@ -531,13 +537,12 @@ def _points(
         (getattr(cell, field), mean_interval(factor * tables.values(frame, cell, seeds, column or score_name(cell))))
         for cell in sorted(cells, key=lambda cell: getattr(cell, field))
     ]
-    own = [(getattr(cell, field), cell.method) for cell in cells]
     found = [(x, interval) for x, interval in found if interval.n]
     if not found:
         return
     method = cells[-1].method
     axes.errorbar(
-        [x for x, _ in found],
+        [shift * x for x, _ in found],
         [interval.mean for _, interval in found],
         [interval.half_width if interval.n > 1 else 0 for _, interval in found],
         fmt=f"{MARKS[method]}{style}",
@@ -548,9 +553,12 @@ def _points(
         mfc=COLOURS[method] if style else "none",
         label=label,
     )
-    for x, other in own:  # m = 1 of a line is the base optimizer or SAM: each method keeps its colour and mark
-        if other != method and x in dict(found):
-            axes.plot([x], [dict(found)[x].mean], MARKS[other], ms=5, color=COLOURS[other])
+    # m = 1 of a line is the base optimizer or SAM, which keeps its colour and mark
+    others = {getattr(cell, field): cell for cell in cells if cell.method != method}
+    for x, interval in found:
+        if x in others:
+            other, name = others[x].method, tables.method_name(others[x])
+            axes.plot([shift * x], [interval.mean], MARKS[other], ms=5, color=COLOURS[other], label=name, zorder=3)
 
 
 def _level(axes: Axes, frame: pd.DataFrame, cell: Spec, seeds: int) -> None:
@@ -588,7 +596,7 @@ def _seen(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
     rho = f", rho {best.rho:g}" if best.rho else ""
     half = f" ± {found[best].half_width:.1f}" if found[best].n > 1 else ""
     name = tables.method_name(best)
-    return f"\nhighest mean {found[best].mean:.1f}{half} %: {name}{rho} (n = {found[best].n})"
+    return f"\nhighest mean {found[best].mean:.1f}{half} %:\n{name}{rho} (n = {found[best].n})"
 
 
 def _legend(axes: Axes, **options: Any) -> None:

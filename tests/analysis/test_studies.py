@@ -90,7 +90,7 @@ def test_accuracy_against_rho_is_drawn_at_the_means_with_their_intervals_and_the
     assert axes.lines[0].get_ydata() == pytest.approx([50.5, 50.5])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.4"]
     assert axes.get_xticklabels(minor=True) == []
-    assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %: mSAM, m=4, rho 0.4 (n = 2)")
+    assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %:\nmSAM, m=4, rho 0.4 (n = 2)")
 
 
 def test_against_m_every_panel_has_its_numbers_and_an_m_with_its_own_rho_an_open_mark():
@@ -98,18 +98,24 @@ def test_against_m_every_panel_has_its_numbers_and_an_m_with_its_own_rho_an_open
     cells = [*M, *(c for c in own if c.model == "resnet8")]
     figure = against_m(Results.of([made_up(spec) for spec in with_seeds(cells, 2)]), cells, 2)
     score, anew, flat = figure.axes[:3]
-    assert score.get_title().startswith("resnet8, cifar10\nhighest mean 57.5 ± 6.4 %: mSAM, m=4, rho 0.3")
+    assert score.get_title().startswith("resnet8, cifar10\nhighest mean 57.5 ± 6.4 %:\nmSAM, m=4, rho 0.3")
     lines = {c.get_label(): c.lines[0] for c in score.containers}
-    assert lines["mSAM, rho 0.1 (SAM at m = 1)"].get_xydata() == pytest.approx(
-        np.array([[1, 53.5], [2, 55.5], [4, 55.5]])
-    )
-    assert lines["SGD over m micro-batches"].get_xydata() == pytest.approx(np.array([[1, 50.5], [2, 51.5], [4, 51.5]]))
+    assert lines["mSAM, rho 0.1"].get_xydata() == pytest.approx(np.array([[1, 53.5], [2, 55.5], [4, 55.5]]))
+    control = lines["SGD over m micro-batches"]
+    assert control.get_ydata() == pytest.approx([50.5, 51.5, 51.5])
     alone = lines["mSAM, where an m has a rho of its own"]
-    assert alone.get_xydata() == pytest.approx(np.array([[4, 57.5]]))
+    assert alone.get_ydata() == pytest.approx([57.5])
+    beside, its_own = control.get_xdata()[-1], alone.get_xdata()[0]
+    assert 3.5 < beside < 3.9 < 4.1 < its_own < 4.5, "none hides another's interval"
+    own_marks = {line.get_label(): line for line in score.lines if line.get_label() in ("SGD", "SAM")}
+    assert own_marks["SAM"].get_xydata() == pytest.approx(np.array([[1, 53.5]]))
+    assert own_marks["SGD"].get_ydata() == pytest.approx([50.5])
+    (legend,) = figure.legends
+    assert sorted(text.get_text() for text in legend.get_texts()) == sorted({*lines, *own_marks})
     assert (alone.get_linestyle(), alone.get_markerfacecolor()) == ("None", "none")
     for axes, expected in ((anew, [61, 61, 61]), (flat, [90.5, 80.5, 60.5])):
         drawn = {c.get_label(): c.lines[0] for c in axes.containers}
-        assert drawn["mSAM, rho 0.1 (SAM at m = 1)"].get_ydata() == pytest.approx(expected)
+        assert drawn["mSAM, rho 0.1"].get_ydata() == pytest.approx(expected)
     assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "2", "4"]
 
 
