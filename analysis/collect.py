@@ -333,7 +333,9 @@ def _provenance(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     parts = {key: [_mapping(session.get(name)) for session in sessions] for key, name in within.items()}
     told = {key: _together(parts.get(key, sessions), key) for key in PROVENANCE}
     told |= {key: told[key] or UNKNOWN for key in ("commit", "code")}
-    return told | {"dirty": _any([session.get("dirty") for session in sessions])}
+    # Of a measured network's training too: what it was trained by decides what is found.
+    networks = [session["network_dirty"] for session in sessions if "network_dirty" in session]
+    return told | {"dirty": _any([*(session.get("dirty") for session in sessions), *networks])}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

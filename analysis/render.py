@@ -70,8 +70,8 @@ NOTES_3 = (
 NOTES_4 = (
     "A step is zero_grad, the gradient and the optimizer, on batches that are there; median over rounds in which every "
     "method takes one step in a random order, in one process, with one thread on CPUs. Means ± half-width of the 95 % "
-    "Student t interval over repetitions (their number). Over base: the median of the ratios within a round. Over SAM: "
-    "the quotient of the two medians over the same rounds. Both of steps on as many workers. On several workers SAM "
+    "Student t interval over repetitions (their number). Over base and over SAM: the median "
+    "of the ratios within a round, of steps on as many workers. On several workers SAM "
     "has one perturbation for all, from the gradient averaged over them, as plain data parallelism would have it; each "
     "worker perturbs its own micro-batches with mSAM.",
     "Memory: the peak of what a step allocates above weights, data and what stood before it, in one worker. Reduced: "

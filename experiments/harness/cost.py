@@ -103,9 +103,9 @@ def timed(
         each: Called after each round with the number of those that are done.
 
     Returns:
-        A line for each step: `seconds` (the median over the rounds) and `ratio` (the median of the ratios to the base
-        optimizer within each round) with their 95 % intervals `_low` and `_high`, `examples_per_second`, the peak of
-        memory allocated in a step, and the bytes that it hands over to be reduced.
+        A line for each step: `seconds` (the median over the rounds), `ratio` and `over_sam` (the medians of the ratios
+        to the base optimizer and to SAM within each round) with their 95 % intervals `_low` and `_high`,
+        `examples_per_second`, the peak of memory allocated in a step, and the bytes that it hands over to be reduced.
     """
     sent = _Sent()
     if isinstance(model, DistributedDataParallel):
@@ -133,15 +133,16 @@ def timed(
             if number:
                 found[step].append(seconds)
         each(number + 1)
+    base, sam = (found[next(step for step in steps if step.method == method)] for method in ("base", "sam"))
     lines = []
     for step in steps:
         sent.bytes = 0
         memory = peak_bytes(partial(take, step, shares[0]), spec.device)
-        ratios = [a / b for a, b in zip(found[step], found[steps[0]], strict=True)]
         lines.append(
             {"measure": step.method, "m": step.micro_batches, "workers": workers}
             | median_interval("seconds", found[step])
-            | median_interval("ratio", ratios)
+            | median_interval("ratio", _within_rounds(found[step], base))
+            | median_interval("over_sam", _within_rounds(found[step], sam))
             | {
                 "examples_per_second": spec.batch_size / median(found[step]),
                 "memory_bytes": memory,
@@ -203,6 +204,10 @@ def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     first = max(int(binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
     return {name: median(ordered), f"{name}_low": ordered[first], f"{name}_high": ordered[-1 - first]}
+
+
+def _within_rounds(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(seconds, others, strict=True)]
 
 
 class _Sent:

@@ -102,7 +102,7 @@ def measure(
 
 
 def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Task, dict[str, Any]]:
-    """The task with its network trained, and for the record the commits that trained it.
+    """The task with its network trained, and for the record the code that trained it.
 
     Raises:
         RecordError: if the final weights are missing or do not fit.
@@ -117,8 +117,14 @@ def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Tas
             f"{source.checkpoint} does not hold the final weights of {spec.trained.title} ({type(error).__name__}): "
             f"delete {source.folder}, and it is trained again."
         ) from error
-    commits = [str(session.get("commit")) for session in source.environments()]
-    return task, {"network": source.run_id, "network_commit": "+".join(dict.fromkeys(commits))}
+    sessions = source.environments()
+    told = {
+        f"network_{name}": "+".join(dict.fromkeys(str(session.get(name)) for session in sessions))
+        for name in ("commit", "code")
+    }
+    unclean = [session.get("dirty") for session in sessions]
+    dirty = True if True in unclean else None if None in unclean else False
+    return task, {"network": source.run_id, **told, "network_dirty": dirty}
 
 
 def measured_on(part: str, seed: int) -> list[str]:

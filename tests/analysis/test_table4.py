@@ -28,6 +28,8 @@ def made_up(spec, shift=0.0):
             seconds = whole * size * (0.002 * step.micro_batches + 0.0005 * spec.batch_size)
             base = size * (0.002 + 0.0005 * spec.batch_size) / 2 / workers
             found = {"seconds": seconds, "ratio": seconds / base + spec.seed / 10 + shift, "reduced_bytes": 4e6}
+            sam = size * (0.002 + 0.0005 * spec.batch_size) / workers
+            found["over_sam"] = seconds / sam + spec.seed / 1000
             found |= {"examples_per_second": spec.batch_size / seconds, "memory_bytes": 1e6 / step.micro_batches}
             summary |= {f"{step.method}_m{step.micro_batches}_w{workers}_{key}": v for key, v in found.items()}
     return Run(spec, summary, [], [SESSION])
@@ -45,9 +47,9 @@ def test_each_step_has_a_row_with_its_ratios():
     assert msam.seconds == pytest.approx(0.024)
     assert msam.mean == pytest.approx(0.024 / 0.009 + 0.05, rel=1e-5)
     assert msam.half_width == pytest.approx(12.706205 * 0.05, rel=1e-5)
-    assert msam.over_sam == pytest.approx(24 / 18, rel=1e-5)
+    assert msam.over_sam == pytest.approx(24 / 18 + 0.0005, rel=1e-5)
     assert msam.memory_bytes == 250_000
-    assert rows["msam", 4, 2].over_sam == pytest.approx(24 / 18, rel=1e-5), "SAM's on two workers"
+    assert rows["msam", 4, 2].over_sam == pytest.approx(24 / 18 + 0.0005, rel=1e-5), "SAM's on two workers"
     assert (msam.n, msam.over_sam_n) == (2, 2)
 
 

@@ -41,8 +41,10 @@ def test_every_step_is_timed_alone_and_data_parallel(record):
         name = f"{method}_m{m}_w{workers}"
         assert summary[f"{name}_seconds"] > 0
         assert summary[f"{name}_ratio_low"] <= summary[f"{name}_ratio"] <= summary[f"{name}_ratio_high"]
+        assert summary[f"{name}_over_sam_low"] <= summary[f"{name}_over_sam"] <= summary[f"{name}_over_sam_high"]
         assert summary[f"{name}_examples_per_second"] == pytest.approx(32 / summary[f"{name}_seconds"])
     assert summary["base_m1_w1_ratio"] == summary["base_m1_w2_ratio"] == 1
+    assert summary["sam_m1_w1_over_sam"] == summary["sam_m1_w2_over_sam"] == 1
     assert score_name(RESNET) in summary
 
 

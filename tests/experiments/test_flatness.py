@@ -34,7 +34,7 @@ def numbers(root, spec):
 
 def test_a_curvature_run_trains_its_network_first_and_measures_the_final_weights(tmp_path):
     spec = measured(VIT)
-    execute(spec, tmp_path, environment={"commit": "abc"})
+    execute(spec, tmp_path, environment={"commit": "abc", "code": "def", "dirty": False})
     network = record_of(VIT, tmp_path)
     assert network.done
     found = numbers(tmp_path, spec)
@@ -59,6 +59,7 @@ def test_a_curvature_run_trains_its_network_first_and_measures_the_final_weights
     assert len(lines["train", "slices"]["plane_losses"]) == 121
     (session,) = record_of(spec, tmp_path).environments()
     assert (session["network"], session["network_commit"]) == (VIT.run_id, "abc")
+    assert (session["network_code"], session["network_dirty"]) == ("def", False)
 
 
 def test_a_second_call_computes_nothing(tmp_path):
