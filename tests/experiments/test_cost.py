@@ -1,5 +1,8 @@
 """Cost runs: every method's steps, timed beside each other, alone and data-parallel in real processes."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from statistics import median
 
@@ -89,6 +92,13 @@ def test_peak_bytes_counts_what_is_alive_at_once():
         del kept
 
     assert 2 * 2**20 <= peak_bytes(step) < 2.5 * 2**20
+
+
+def test_the_profiler_says_nothing_on_a_workers_terminal():
+    words = "import torch; from experiments.harness.cost import peak_bytes; print(peak_bytes(lambda: torch.ones(1000)))"
+    settings = {**os.environ, **pool.library_settings([])}
+    done = subprocess.run([sys.executable, "-c", words], env=settings, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("4000\n", "")
 
 
 def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thrown_away(monkeypatch):
