@@ -6,7 +6,6 @@ The pages are PDF and PNG without dates, so that the same numbers give the same 
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -484,8 +483,7 @@ def _band(axes: Axes, curves: pd.DataFrame, cell: Spec, seeds: int, column: str)
     nothing = mean_interval([])
     if column not in curves:
         return nothing
-    ids = [replace(cell, seed=seed).run_id for seed in range(seeds)]
-    rows = curves[curves["run_id"].isin(ids) & curves[column].notna()]
+    rows = curves[curves["run_id"].isin(tables.ids(cell, seeds)) & curves[column].notna()]
     found = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
     if not found:
         return nothing

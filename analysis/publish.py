@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +13,7 @@ from analysis.claims import document_claims
 from analysis.collect import UNKNOWN, Results, write_files
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import IMAGES, Spec, score_name, with_ranks, with_seeds
+from experiments.harness.spec import IMAGES, Spec, with_ranks, with_seeds
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 TABLES = ("table1", "table2", "table3", "table4", "theory", *STUDIES)
@@ -40,7 +41,7 @@ class Target:
         """Whether this is the grid of a table."""
         return self.name.endswith("-tuning")
 
-    @property
+    @cached_property
     def runs(self) -> list[Spec]:
         """The runs that the table expects."""
         return with_seeds(self.cells, self.seeds)
@@ -202,7 +203,8 @@ def mixed(t: Target, results: Results) -> list[str]:
 def missing(t: Target, results: Results) -> list[Spec]:
     """The runs that a table expects and has no score of."""
     rows = results.runs.set_index("run_id")
-    return [run for run in t.runs if run.seed not in tables.values(rows, run, t.seeds, score_name(run)).index]
+    known = {run_id for cell in t.cells for run_id in tables.run_ids(cell, rows, t.seeds)}
+    return [run for run in t.runs if run.run_id not in known]
 
 
 def missing_line(t: Target, gaps: Sequence[Spec]) -> str:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -510,10 +511,15 @@ def machines(rows: pd.DataFrame) -> list[str]:
     return sorted(set(rows["gpu"].fillna(rows["cpu"] + capability).dropna()))
 
 
+@lru_cache(maxsize=10_000)
+def ids(cell: Spec, seeds: int) -> tuple[str, ...]:
+    """The ids of a cell's runs at the seeds 0, 1, ..., whether they are there or not."""
+    return tuple(replace(cell, seed=seed).run_id for seed in range(seeds))
+
+
 def values(runs: pd.DataFrame, cell: Spec, seeds: int, column: str) -> pd.Series:
     """A column of a cell's finished runs, indexed by seed; runs without a number in it are left out."""
-    ids = {seed: replace(cell, seed=seed).run_id for seed in range(seeds)}
-    found = {seed: run_id for seed, run_id in ids.items() if run_id in runs.index}
+    found = {seed: run_id for seed, run_id in enumerate(ids(cell, seeds)) if run_id in runs.index}
     if column not in runs or not found:
         return pd.Series(dtype=float)
     numbers = pd.to_numeric(runs.loc[list(found.values()), column], errors="coerce")
@@ -522,7 +528,7 @@ def values(runs: pd.DataFrame, cell: Spec, seeds: int, column: str) -> pd.Series
 
 def run_ids(cell: Spec, runs: pd.DataFrame, seeds: int) -> list[str]:
     """The runs of a cell that have a score, in the order of their seeds."""
-    return [replace(cell, seed=seed).run_id for seed in scores(cell, runs, seeds).index]
+    return [ids(cell, seeds)[seed] for seed in scores(cell, runs, seeds).index]
 
 
 def interval(row: Any, name: str) -> Interval:
@@ -568,7 +574,7 @@ def _identity(cell: Spec, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
         "n": found.n,
         "expected": seeds,
         "missing_seeds": " ".join(map(str, missing)),
-        "missing_run_ids": " ".join(replace(cell, seed=seed).run_id for seed in missing),
+        "missing_run_ids": " ".join(ids(cell, seeds)[seed] for seed in missing),
         "run_ids": " ".join(run_ids(cell, runs, seeds)),
     }
 
