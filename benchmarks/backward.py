@@ -11,13 +11,15 @@ do not tell. The allocator keeps its memory, as it does where the suite trains, 
 would decide: it takes more time than any contender's bookkeeping. The contenders:
 
     floor m   the forward and backward passes of mSAM with m micro-batches, and no perturbation at all
+    shared m  the same with one ascent pass over the whole batch: what would be left if the m ascent gradients, which
+              are all taken at the same weights, came of one pass for nothing (a bound, no method)
     msam m    msam.backward
     two-step  SAM as an optimizer of two steps, after the loop of davda54/sam, written for this benchmark
     pytorch_optimizer  its SAM (from PyPI)
     ... m     a loop over m micro-batches around either
 
 Memory is the peak of torch's own allocations in a step above that of a plain step at the same weights and batch, in
-copies of the parameters.
+copies of the parameters. The last table is torch's profile of the passes alone: where m micro-batches take longer.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import os
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +154,15 @@ def floor(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
     optimizer.step()
 
 
+def shared(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
+    """The floor with one ascent pass for all micro-batches."""
+    optimizer.zero_grad()
+    torch.autograd.grad(work.loss_fn(work.batch), list(work.model.parameters()), allow_unused=True)
+    for part in msam.split(work.batch, m):
+        (work.loss_fn(part) / m).backward()
+    optimizer.step()
+
+
 def ours(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
     """msam.backward."""
     optimizer.zero_grad()
@@ -200,6 +212,8 @@ def contenders(work: Workload, sizes: Sequence[int]) -> dict[str, Callable[[], N
     for m in (1, *sizes):
         found[f"floor m={m}"] = lambda m=m: floor(work, optimizer, m)
         found[f"msam m={m}"] = lambda m=m: ours(work, optimizer, m)
+        if m > 1:
+            found[f"shared m={m}"] = lambda m=m: shared(work, optimizer, m)
         for name, peer in peers.items():
             if m == 1:
                 found[f"{name} m=1"] = lambda peer=peer: peer_sam(work, peer)
@@ -262,10 +276,28 @@ def rows(name: str, rounds: list[dict[str, float]], sizes: Sequence[int]) -> lis
                 0.9 if text else 1.0,
             ),
             (f"the floor at m={m} over that loop: no less can be had", ratio(rounds, f"floor m={m}", peer), None),
+            (f"one ascent pass for all {m}, over that loop: a bound", ratio(rounds, f"shared m={m}", peer), None),
             (f"m={m} over the floor", ratio(rounds, f"msam m={m}", f"floor m={m}"), over_floor),
             (f"mSAM m={m} over SAM (the floor's own: {own:.2f})", ratio(rounds, f"msam m={m}", "msam m=1"), over_sam),
+            (f"one ascent pass for all {m}, over SAM: a bound", ratio(rounds, f"shared m={m}", "msam m=1"), None),
         ]
     return found
+
+
+def profiled(step: Callable[[], None]) -> Counter[str]:
+    """Seconds that one step spends in each of torch's operators, without those that it calls."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    return Counter({event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()})
+
+
+def dearest(name: str, steps: dict[str, Callable[[], None]], m: int, count: int = 5) -> list[str]:
+    """Lines of all operators together, and of those that take the most longer in the floor at m than at 1."""
+    one, many = profiled(steps["floor m=1"]), profiled(steps[f"floor m={m}"])
+    longest = sorted(many, key=lambda key: one[key] - many[key])[:count]
+    told = [("all", one.total(), many.total()), *((key, one[key], many[key]) for key in longest)]
+    return [f"| {name} | {key} | {few:.2f} | m={m}: {more:.2f} |" for key, few, more in told]
 
 
 def _verdict(found: dict[str, float], bar: float) -> str:
@@ -281,7 +313,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="write the table to benchmarks/results/")
+    parser.add_argument("--save", nargs="?", const="backward.md", help="write the tables to benchmarks/results/SAVE")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -295,6 +327,7 @@ def main() -> None:
     ]
     memory = ["", "| model | m | memory above a plain step, in copies of the parameters |", "| --- | --- | --- |"]
     seconds = ["", "| model | seconds a step, the least |", "| --- | --- |"]
+    operators = ["", "| model | operator, in the floor | seconds at m=1 | at m |", "| --- | --- | --- | --- |"]
     for name in arguments.models:
         build, batch, sizes = WORKLOADS[name]
         torch.manual_seed(0)
@@ -312,12 +345,13 @@ def main() -> None:
         copies = sum(p.numel() * p.element_size() for p in work.model.parameters())
         usual = peak_bytes(steps["plain"])
         for m in (1, *sizes):
+            operators += dearest(name, steps, m) if m > 1 else []
             memory.append(f"| {name} | {m} | {(peak_bytes(steps[f'msam m={m}']) - usual) / copies:+.2f} |")
-    text = "\n".join([*lines, *memory, *seconds])
+    text = "\n".join([*lines, *memory, *seconds, *operators])
     print(text)
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "backward.md").write_text(f"# `python -m benchmarks.backward {' '.join(sys.argv[1:])}`\n\n{text}\n")
+        (RESULTS / arguments.save).write_text(f"# `python -m benchmarks.backward {' '.join(sys.argv[1:])}`\n\n{text}\n")
 
 
 if __name__ == "__main__":
