@@ -143,6 +143,13 @@ def test_several_sessions_show_all_their_commits(tmp_path):
     assert row["cpu"] == "Invented CPU"
 
 
+@pytest.mark.parametrize("network", [False, True, None])
+def test_a_measurement_is_as_unclean_as_its_networks_training(tmp_path, network):
+    write_run(tmp_path, SGD, 0.5, network_dirty=network)
+    dirty = frame(collect(tmp_path).finished)["dirty"].iloc[0]
+    assert pd.isna(dirty) if network is None else dirty == network
+
+
 def test_provenance_names_no_machine_and_no_folder_of_it(tmp_path):
     write_run(
         tmp_path,
