@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from msam.batchnorm import Statistics
 from msam.embedding import rows_only, tables
 from msam.mean import Mean, mean_and_weight
 from msam.microbatch import check_micro_batches, examples, fresh, split
+from msam.noise import Noise
 from msam.parallel import Replicas, unwrapped
 from msam.perturbation import Weights
+from msam.vectorized import Vectorized
 
 Loss = Tensor | tuple[Tensor, float | Tensor]
 """A mean loss, or a mean loss and the weight (the count) of what it is the mean of."""
@@ -31,7 +34,8 @@ class Step:
         loss: Mean loss at the weights w, as plain training would report it. Shape ().
         perturbed_loss: Mean of the losses at each micro-batch's own w + e_i, weighted alike. Shape ().
         gradient_norms: Norm ||g_i|| of each micro-batch's ascent gradient (ASAM: of |w| g_i), over the perturbed
-            parameters, without the scaler's factor. Shape (m,); None for rho = 0, which takes no ascent gradient.
+            parameters, without the scaler's factor. Shape (m,); None for rho = 0, which takes no ascent gradient, and
+            for `vectorized` if `loss_fn` returns weights, which are known for the mini-batch only.
     """
 
     loss: Tensor
@@ -54,6 +58,7 @@ def backward(
     adaptive: bool = False,
     perturb: Callable[[str], bool] | None = None,
     same_noise: bool = True,
+    vectorized: bool = False,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
     """Add the mSAM gradient of a mini-batch to `.grad`: use it in place of `loss.backward()`.
@@ -95,6 +100,13 @@ def backward(
         same_noise: Let both passes over a micro-batch see the same random numbers, so the same dropout masks. The
             CPU's and the GPUs' generators then end where one pass over each micro-batch would leave them;
             otherwise where two would.
+        vectorized: Take all micro-batches through the model in one pass at w and one at their own w + e_i, where the
+            default lets them take their turns. The result is the same up to rounding; it takes less time where
+            micro-batches are small, and more memory: the activations of the whole mini-batch, and up to m gradients of
+            each weight. `loss_fn` gets the whole batch, whose mean loss must be the mean of the micro-batches'.
+            `msam.vectorized` says what it asks of a model; what it cannot do it refuses. If m does not divide the
+            number of examples, m = 1 or rho = 0, micro-batches take their turns. Buffers other than BatchNorm's move
+            once a step, and hooks of a parameter see its perturbed gradient alone, once.
         scaler: The `GradScaler` of fp16 training. Both passes are scaled; `unscale_`, `step` and `update` stay the
             caller's. A step that overflows anywhere leaves values that are not finite in `.grad`, for it to skip.
 
@@ -106,7 +118,7 @@ def backward(
             parameters, a loss that is not a scalar or does not depend on them, or a negative weight.
         NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm or a static graph under
             DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
-            `parametrize.cached()`.
+            `parametrize.cached()`; if `vectorized`, for what cannot be done by micro-batch, by name.
 
     Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were. Signals
     with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler; timers and hang-ups) wait until the
@@ -120,13 +132,19 @@ def backward(
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
     replicas = Replicas(ddp)
-    weights = Weights(perturbed, rho, adaptive)
+    together = _together(model, perturbed, rho, adaptive, batch, sizes) if vectorized else None
+    if together:
+        parts, sizes = [batch], [examples(batch)]
+    weights = together or Weights(perturbed, rho, adaptive)
     statistics = Statistics(network)
-    sparse = [] if ddp else tables(model)
+    sparse = [] if ddp or together else tables(model)
+    noise = Noise(model, params) if rho and same_noise else None
     scaled = scaler.scale if scaler else lambda loss: loss
 
-    def forward(part: Any, layers: Sequence[nn.Embedding], reduced: bool) -> tuple[Tensor, float | Tensor | None]:
-        with replicas.silent(unless=reduced), rows_only(layers):
+    def forward(
+        part: Any, layers: Sequence[nn.Embedding], reduced: bool, noise: AbstractContextManager[None]
+    ) -> tuple[Tensor, float | Tensor | None]:
+        with replicas.silent(unless=reduced), rows_only(layers), together or nullcontext(), noise:
             return mean_and_weight(loss_fn(fresh(part)))
 
     def accumulate(loss: Tensor, share: float | Tensor, reduced: bool) -> None:
@@ -144,8 +162,8 @@ def backward(
             for number, part in enumerate(parts, start=1):
                 last = number == len(parts)
                 summed = [layer for layer in sparse if layer.weight.grad is not None]
-                noise = _generator_states(params) if rho and same_noise else None
-                loss, weight = forward(part, sparse if rho else summed, reduced=last and not rho)
+                first = noise.first() if noise else nullcontext()
+                loss, weight = forward(part, sparse if rho else summed, last and not rho, first)
                 replicas.check_used()
                 if weight is not None and number == 1:
                     for leaf in _leaves(loss):  # parameters outside the model are weighted alike
@@ -157,16 +175,17 @@ def backward(
                     accumulate(loss, share, reduced=last)
                     continue
 
-                gradient = _ascent_gradient(scaled(loss), perturbed)
+                if together:
+                    gradient = together.ascent(scaled(loss), empty=isinstance(weight, float) and weight == 0)
+                else:
+                    gradient = _ascent_gradient(scaled(loss), perturbed)
                 del loss  # and what the graph has kept for parameters that are not perturbed
                 with signals_held(), weights.moved(gradient) as norm, statistics.kept():
-                    if noise:
-                        _set_generator_states(noise)
-                    loss, _ = forward(part, summed, reduced=last)
+                    loss, _ = forward(part, summed, last, noise.second() if noise else nullcontext())
                     loss = _nothing_if(weight, loss, perturbed, ddp is not None)
                     # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
                     # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
-                    accumulate(loss * (1 + (norm - norm)).to(loss.device), share, reduced=last)
+                    accumulate(loss * (1 + (norm - norm).sum()).to(loss.device), share, reduced=last)
                     perturbed_losses.append(loss.detach().clone())
                 norms.append(norm)
     except BaseException:
@@ -180,8 +199,11 @@ def backward(
     loss = mean.of(losses)
     if not rho:
         return Step(loss, loss, None)
-    scale = scaled(torch.ones_like(norms[0]))
-    return Step(loss, mean.of(perturbed_losses), torch.stack(norms) / scale)
+    gradient_norms = torch.stack(norms).flatten() / scaled(torch.ones_like(norms[0]))
+    if together:  # in one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows
+        known = None if weight is not None else len(gradient_norms) * gradient_norms
+        return Step(loss, mean.of(perturbed_losses), known)
+    return Step(loss, mean.of(perturbed_losses), gradient_norms)
 
 
 def check_rho(rho: float) -> None:
@@ -210,6 +232,17 @@ def _parts(batch: Any, micro_batches: int | list[Any] | tuple[Any, ...]) -> tupl
         return list(micro_batches), [examples(part) for part in micro_batches]
     except ValueError:
         return list(micro_batches), None
+
+
+def _together(
+    model: nn.Module, perturbed: Sequence[Tensor], rho: float, adaptive: bool, batch: Any, sizes: Sequence[int] | None
+) -> Vectorized | None:
+    """All micro-batches in one pass; None where there is nothing to gain, or their sizes differ."""
+    if batch is None or sizes is None:
+        raise ValueError("vectorized=True needs the mini-batch itself: give batch, and the number m as micro_batches.")
+    if not rho or len(sizes) == 1 or min(sizes) < max(sizes):
+        return None
+    return Vectorized(model, perturbed, rho, adaptive, len(sizes), sum(sizes))
 
 
 def _parameters(
@@ -281,15 +314,3 @@ def _nothing_if(weight: float | Tensor | None, loss: Tensor, perturbed: Sequence
         return torch.where(weight > 0, loss, torch.zeros_like(loss)) if isinstance(weight, Tensor) else loss
     anchors = (_leaves(loss) if ddp else []) or perturbed[:1]
     return sum(((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors), torch.zeros_like(loss))
-
-
-def _generator_states(params: Sequence[Tensor]) -> tuple[Tensor, dict[torch.device, Tensor]]:
-    """States of the CPU's generator and of those of the GPUs that hold parameters."""
-    gpus = {p.device for p in params if p.device.type == "cuda"}
-    return torch.get_rng_state(), {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
-
-
-def _set_generator_states(states: tuple[Tensor, dict[torch.device, Tensor]]) -> None:
-    torch.set_rng_state(states[0])
-    for gpu, state in states[1].items():
-        torch.cuda.set_rng_state(state, gpu)

@@ -1,0 +1,123 @@
+"""The same random numbers in both passes over a micro-batch.
+
+The generators are put back for the second pass. On the CPU, where drawing dropout's masks takes as long as a matrix
+product, the masks of the first pass are kept as well, and the second draws none: the same bits, and the generator ends
+where it would have.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+KEPT = (torch.float32, torch.float64)
+"""Types whose dropout is done here; what is left to torch is drawn again."""
+
+
+class Noise:
+    """The random numbers of one micro-batch after the other."""
+
+    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+        self._gpus = {p.device for p in params if p.device.type == "cuda"}
+        self._states: tuple[Tensor, dict[torch.device, Tensor]] | None = None
+        self._masks = _Masks() if _drops_on_the_cpu(model) else nullcontext()
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The forward pass in the block draws them."""
+        self._states = torch.get_rng_state(), {gpu: torch.cuda.get_rng_state(gpu) for gpu in self._gpus}
+        if isinstance(self._masks, _Masks):
+            self._masks.drawn.clear()
+            self._masks.again = False
+        with self._masks:
+            yield
+
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """The forward pass in the block gets the same."""
+        cpu, gpus = self._states  # type: ignore[misc]
+        torch.set_rng_state(cpu)
+        for gpu, state in gpus.items():
+            torch.cuda.set_rng_state(state, gpu)
+        if isinstance(self._masks, _Masks):
+            self._masks.again = True
+        with self._masks:
+            yield
+
+
+class _Masks(TorchFunctionMode):
+    """Dropout on the CPU as torch does it, with masks that are kept, or those that were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = False
+        self.drawn: deque[tuple[float, Tensor, Tensor]] = deque()
+        """Of each dropout: its probability, its mask, and the generator's state after it was drawn."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or inplace or not self._ours(input, p):
+            return F.dropout(input, p, training, inplace)
+        return input * self._mask(input, p)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        scale = kwargs.pop("scale", None)
+        if is_causal or kwargs.get("enable_gqa") or not self._ours(query, dropout_p):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs
+            )
+        root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        scores = (query * root) @ (key.mT * root)
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+            scores = scores + attn_mask
+        attention = torch.ops.aten._safe_softmax(scores, -1)
+        return (attention * self._mask(attention, dropout_p)) @ value
+
+    def _ours(self, x: Tensor, p: float) -> bool:
+        return 0 < p < 1 and x.device.type == "cpu" and x.dtype in KEPT and not torch.is_autocast_enabled("cpu")
+
+    def _mask(self, like: Tensor, p: float) -> Tensor:
+        if self.again and self.drawn:
+            drawn_p, mask, state = self.drawn.popleft()
+            if drawn_p == p and mask.shape == like.shape and mask.dtype == like.dtype:
+                torch.set_rng_state(state)
+                return mask
+            self.drawn.clear()  # the second pass does something else than the first
+        mask = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
+        if not self.again:
+            self.drawn.append((p, mask, torch.get_rng_state()))
+        return mask
+
+
+def _drops_on_the_cpu(model: nn.Module) -> bool:
+    """Whether dropout layers are in use, and nothing is compiled, which would be compiled anew."""
+    modules = list(model.modules())
+    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in modules):
+        return False
+    cpu = any(p.device.type == "cpu" for p in model.parameters())
+    return cpu and any(isinstance(m, nn.Dropout) and m.training and 0 < m.p < 1 for m in modules)

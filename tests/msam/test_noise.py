@@ -1,0 +1,122 @@
+"""Both passes see the same random numbers, and on the CPU dropout's are drawn once."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import msam
+from tests.msam.small import data
+
+
+class Noisy(nn.Module):
+    """Dropout as a layer, within attention, in place, and other random numbers between them."""
+
+    def __init__(self, mask=None, checkpointed=False):
+        super().__init__()
+        self.into, self.out, self.drop = nn.Linear(5, 8), nn.Linear(8, 3), nn.Dropout(0.3)
+        self.mask, self.checkpointed = mask, checkpointed
+
+    def middle(self, x):
+        x = self.drop(x)
+        x = x * torch.bernoulli(torch.full_like(x, 0.8))
+        q = x.view(len(x), 2, 4)[:, None]
+        x = F.scaled_dot_product_attention(q, q.flip(-2), q, self.mask, dropout_p=0.25).reshape(x.shape)
+        return F.dropout(x + torch.rand(8), 0.2, inplace=True)
+
+    def forward(self, x):
+        x = torch.tanh(self.into(x))
+        x = checkpoint(self.middle, x, use_reentrant=False) if self.checkpointed else self.middle(x)
+        return self.out(self.drop(x))
+
+
+def by_hand(model, batch, m, rho):
+    """The loop with a generator that is put back, and nothing of the library but the split."""
+    params = list(model.parameters())
+    for part in msam.split(batch, m):
+        state = torch.get_rng_state()
+        g = torch.autograd.grad(F.cross_entropy(model(part[0]), part[1]), params)
+        scale = rho / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
+        w = [p.detach().clone() for p in params]
+        torch.set_rng_state(state)
+        with torch.no_grad():
+            for p, e in zip(params, g, strict=True):
+                p.addcmul_(e, scale)
+        (F.cross_entropy(model(part[0]), part[1]) * (len(part[1]) / len(batch[1]))).backward()
+        with torch.no_grad():
+            for p, value in zip(params, w, strict=True):
+                p.copy_(value)
+
+
+MASKS = {
+    "no mask": None,
+    "bool": torch.tensor([[True, False], [True, True]]),
+    "float": torch.tensor([[0.0, -1.0], [0.5, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_to_the_bit_what_a_loop_that_draws_again_gives(mask, checkpointed):
+    torch.manual_seed(0)
+    model = Noisy(MASKS[mask], checkpointed)
+    twin = copy.deepcopy(model)
+    x, y = data(12, 5)
+    batch = x.float(), y
+    torch.manual_seed(1)
+    by_hand(twin, batch, 3, 0.3)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    msam.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), batch, model, rho=0.3, micro_batches=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+class Draws(TorchDispatchMode):
+    """Counts how often dropout's numbers are drawn."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == "bernoulli_"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_masks_are_drawn_in_the_first_pass_alone(vectorized):
+    torch.manual_seed(0)
+    x, y = data(12, 5)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 3), nn.Dropout(0.1))
+    call = partial(
+        msam.backward,
+        lambda part: F.cross_entropy(model(part[0]), part[1]),
+        (x.float(), y),
+        model,
+        rho=0.3,
+        micro_batches=3,
+        vectorized=vectorized,
+    )
+    for same_noise, passes in ((True, 1), (False, 2)):
+        with Draws() as draws:
+            call(same_noise=same_noise)
+        assert draws.count == passes * 2 * (1 if vectorized else 3)
+
+
+def test_a_second_pass_that_does_something_else_draws_its_own():
+    x, y = data(12, 5)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    calls = iter(range(2))
+
+    def loss_fn(part):
+        wide = next(calls) == 0
+        x = torch.cat([part[0], part[0]], 1)[:, :5] if wide else part[0][:6]
+        return F.cross_entropy(model(x), part[1][: len(x)])
+
+    msam.backward(loss_fn, (x.float(), y), model, rho=0.3)
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -1,0 +1,294 @@
+"""`vectorized=True` against the algorithm as printed, and against the loop over micro-batches."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import msam
+from msam import operations
+from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, reference
+
+
+class Words(nn.Module):
+    """What a transformer does with parameters: tables, positions, a token of its own, scales, norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.positions = nn.Embedding(11, 6, padding_idx=0), nn.Embedding(4, 6)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.offset, self.scale = nn.Parameter(torch.randn(1, 5, 6)), nn.Parameter(torch.randn(6))
+        self.norm, self.root, self.groups = nn.LayerNorm(6), nn.RMSNorm(6), nn.GroupNorm(2, 6)
+        self.mix, self.bend = nn.Conv1d(6, 6, 3, padding=1, groups=2), nn.PReLU(6)
+        self.into, self.out = nn.Linear(6, 40, bias=False), nn.Linear(40, 3)
+
+    def forward(self, ids):
+        x = self.words(ids) + self.positions(torch.arange(4)[None])
+        x = torch.cat([self.token.expand(len(ids), -1, -1), x], 1) + self.offset
+        x = self.norm(x) * self.scale
+        x = x + self.bend(self.mix(self.groups(x.mT))).mT
+        return self.out(F.gelu(self.into(self.root(x)))).mean(1)
+
+
+class Pictures(nn.Module):
+    """Convolutions of each kind that is done in its own way, with BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+        self.small = nn.Conv2d(24, 40, 3, stride=2, padding=1)
+        self.holes = nn.Conv2d(40, 48, (3, 2), padding=(2, 1), dilation=2)
+        self.depth = nn.Conv2d(48, 48, 3, groups=48, padding="same")
+        self.up = nn.ConvTranspose2d(48, 8, 2)
+        self.first, self.second = nn.BatchNorm2d(24), nn.BatchNorm2d(48, affine=False)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu_(self.first(self.wide(x)))
+        x = self.second(self.holes(torch.tanh(self.small(x))))
+        return self.out(self.up(self.depth(x)).mean((2, 3)))
+
+
+def words(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Words().double()
+
+
+def pictures(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Pictures().double()
+
+
+def batch_for(make, examples: int, seed: int = 1):
+    x, y = data(examples, *{mlp: (5,), convnet: (3, 8, 8), pictures: (3, 4, 4), words: (4,)}[make], seed=seed)
+    return (x.abs().mul(4).long().clamp_max(10), y) if make is words else (x, y)
+
+
+def vectorized(model, batch, m, loss_fn=None, **options):
+    return msam.backward(loss_fn or loss_of(model), batch, model, micro_batches=m, vectorized=True, **options)
+
+
+MODELS = [mlp, convnet, words, pictures]
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("examples", "m"), [(12, 4), (12, 2), (12, 6), (3, 8), (11, 4), (4, 1)])
+@pytest.mark.parametrize("make", MODELS)
+def test_equals_the_reference(make, examples, m, adaptive):
+    if examples == 3 and make in (convnet, pictures):
+        examples = 9  # BatchNorm over one example of one position would be another test
+    model, batch = make(), batch_for(make, examples)
+    expected = reference(model, batch, m, 0.3, adaptive)
+    vectorized(model, batch, m, rho=0.3, adaptive=adaptive)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    make=st.sampled_from(MODELS),
+    size=st.integers(2, 5),
+    m=st.integers(2, 6),
+    rho=st.floats(1e-4, 3.0),
+    seed=st.integers(0, 5),
+)
+def test_all_of_a_step_is_that_of_the_loop(make, size, m, rho, seed):
+    model, batch = make(seed), batch_for(make, size * m, seed)
+    twin = copy.deepcopy(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    step = vectorized(model, batch, m, rho=rho)
+    expected = msam.backward(loss_of(twin), batch, twin, rho=rho, micro_batches=m)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-7, atol=1e-10)
+    for name in ("loss", "perturbed_loss", "gradient_norms"):
+        torch.testing.assert_close(getattr(step, name), getattr(expected, name), rtol=1e-8, atol=1e-10)
+    for b, c in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_the_model_is_called_once_for_each_pass_whatever_m():
+    model, batch = mlp(), data(12, 5)
+    sizes = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    vectorized(model, batch, 6, rho=0.1)
+    assert sizes == [12, 12]
+    sizes.clear()
+    vectorized(model, data(11, 5), 4, rho=0.1)
+    assert sizes == [3, 3, 3, 3, 3, 3, 2, 2], "sizes differ, so micro-batches take their turns"
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_products_are_right_both_ways(small, monkeypatch):
+    """The gradient as two factors, and worked out; which is taken is a matter of shapes."""
+    monkeypatch.setattr(operations.Product, "factorises", lambda *_: small)
+    for make in (mlp, words, pictures):
+        model, batch = make(), batch_for(make, 12)
+        expected = reference(model, batch, 4, 0.3)
+        vectorized(model, batch, 4, rho=0.3)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "worked_out"), [(2, False), (200, True)])
+def test_which_way_a_product_takes(rows, worked_out, monkeypatch):
+    taken, original = [], operations.Linear.gradients
+    monkeypatch.setattr(operations.Linear, "gradients", lambda *given: taken.append(1) or original(*given))
+    model = nn.Linear(40, 40).double()
+    vectorized(model, data(2 * rows, 40), 2, rho=0.1)
+    assert bool(taken) == worked_out
+
+
+@pytest.mark.parametrize("chosen", ["weight", "bias", "out", "norm"])
+def test_what_is_not_perturbed_gets_its_gradient_all_the_same(chosen):
+    for make in (words, pictures):
+        model, batch = make(), batch_for(make, 8)
+        model.out.bias.requires_grad_(False)
+        twin = copy.deepcopy(model)
+        names = [name for name, p in model.named_parameters() if chosen in name and p.requires_grad]
+        if names:
+            vectorized(model, batch, 4, rho=0.5, perturb=names.__contains__)
+            msam.backward(loss_of(twin), batch, twin, rho=0.5, micro_batches=4, perturb=names.__contains__)
+            torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_batchnorm_in_eval_mode_moves_nothing_and_is_perturbed():
+    model, batch = convnet(), batch_for(convnet, 8)
+    model.eval()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    expected = reference(model, batch, 4, 0.3)
+    vectorized(model, batch, 4, rho=0.3)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_micro_batches_weigh_by_what_loss_fn_counts():
+    def counted(model):
+        return lambda part: (
+            F.cross_entropy(model(part[0]), part[1], ignore_index=-100)
+            if (part[1] != -100).any()
+            else 0 * model(part[0]).sum(),
+            (part[1] != -100).sum(),
+        )
+
+    model, (x, y) = mlp(), data(12, 5)
+    twin = mlp()
+    y[[0, 4, 9, 10, 11]] = -100  # all of the last micro-batch
+    step = vectorized(model, (x, y), 4, counted(model), rho=0.3)
+    msam.backward(counted(twin), (x, y), twin, rho=0.3, micro_batches=4)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+    assert step.gradient_norms is None, "the micro-batches' own losses are not known"
+    model.zero_grad()
+    y[:] = -100
+    vectorized(model, (x, y), 4, counted(model), rho=0.3)
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_both_passes_see_the_same_dropout_masks():
+    model, batch = mlp(dropout=0.5), data(64, 5)
+    torch.manual_seed(3)
+    model(batch[0])
+    after_one_pass = torch.get_rng_state()
+    torch.manual_seed(3)
+    step = vectorized(model, batch, 8, rho=1e-9)
+    assert torch.equal(torch.get_rng_state(), after_one_pass)
+    assert step.sharpness.abs() < 1e-7
+    step = vectorized(model, batch, 8, rho=1e-9, same_noise=False)
+    assert step.sharpness.abs() > 1e-4
+
+
+def test_adds_to_gradients_already_there_and_serves_any_optimizer():
+    model, batch = mlp(), data(12, 5)
+    vectorized(model, batch, 4, rho=0.3)
+    once = {name: g.clone() for name, g in gradients(model).items()}
+    vectorized(model, batch, 4, rho=0.3)
+    torch.testing.assert_close(gradients(model), {name: 2 * g for name, g in once.items()})
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def test_no_host_synchronisation():
+    model, batch = words(), batch_for(words, 12)
+    with Waits() as waits:
+        vectorized(model, batch, 4, rho=0.3)
+    assert waits.found == []
+
+
+def test_a_norm_that_overflows_is_seen_in_the_gradient():
+    model, (x, y) = mlp().float(), data(8, 5)
+    vectorized(model, (x.float(), y), 4, lambda part: loss_of(model)(part) * 1e30, rho=0.1)
+    assert not all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class Uses(nn.Module):
+    """A linear layer, and one more use of parameters."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.bare = nn.Linear(5, 5), nn.Parameter(torch.randn(4, 5))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, self.first(x))
+
+
+REFUSED = {
+    "a second use of the parameter first.weight": Uses(lambda net, x: net.first(x)),
+    "cat on": Uses(lambda net, x: torch.cat([x, net.bare])[: len(x)]),
+    "matmul on the parameter bare": Uses(lambda net, x: x @ torch.matmul(net.bare.T, net.bare)),
+    "linear on the parameter bare": Uses(lambda net, x: F.linear(x.T.contiguous().T[None].flatten(0, 0), net.bare)[0]),
+    "exp on the parameter bare": Uses(lambda net, x: x + net.bare.exp().sum()),
+    "BatchNorm of anything but": Uses(
+        lambda net, x: F.batch_norm(x.reshape(-1, 1), None, None, training=True).view(-1, 5)
+    ),
+    "BatchNorm with momentum=None": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, momentum=None)),
+    "perturbed parameters of torch.bfloat16": nn.Linear(5, 3).bfloat16(),
+    "multi_head_attention_forward": nn.TransformerEncoderLayer(5, 1, 5, batch_first=True),
+    "torch.compile": torch.compile(nn.Linear(5, 3)),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refuses_by_name_and_leaves_everything_as_it_was(words):
+    model = REFUSED[words]
+    before = copy.deepcopy(model.state_dict())
+    x, y = data(8, 5)
+    x = (x if words != "perturbed parameters of torch.bfloat16" else x.bfloat16()).to(next(model.parameters()).dtype)
+    x = x[:, None] if "attention" in words else x
+    with pytest.raises(NotImplementedError, match=words):
+        vectorized(model, (x, y), 4, lambda part: model(part[0]).float().square().mean(), rho=0.1)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_refuses_autocast_checkpoints_and_passes_that_differ():
+    model, (x, y) = mlp().float(), data(8, 5)
+    batch = x.float(), y
+
+    def autocast(part):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(model)(part)
+
+    calls = iter(range(2))
+    for words, loss_fn in {
+        "torch.autocast": autocast,
+        "activation checkpointing": lambda part: F.cross_entropy(
+            checkpoint(model, part[0], use_reentrant=False), part[1]
+        ),
+        "calls other functions": lambda part: (
+            loss_of(model)(part) if next(calls) == 0 else F.cross_entropy(model[0](part[0]) + model[0].bias, part[1])
+        ),
+    }.items():
+        with pytest.raises(NotImplementedError, match=words):
+            vectorized(model, batch, 4, loss_fn, rho=0.1)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
+    model, batch = mlp(), data(8, 5)
+    with pytest.raises(ValueError, match="the mini-batch itself"):
+        msam.backward(loss_of(model), None, model, rho=0.1, micro_batches=msam.split(batch, 4), vectorized=True)
+    other = mlp()
+    with pytest.raises(ValueError, match="depends on no perturbed parameter"):
+        vectorized(model, batch, 4, loss_of(other), rho=0.1)
