@@ -330,7 +330,7 @@ class Convolution(Product):
         return padded.movedim(-1, 1)[:, :, top : top + height, left : left + width]
 
     def _windows(self, padded: Tensor) -> list[Tensor]:
-        """For each place in the window, what lies there for every output. Shape of each: (B, height, width, channels)."""
+        """For each place in the window, what lies there for every output. Shape: (B, height, width, channels)."""
         height, width = self._shape[2:]
         found = []
         for down, right in itertools.product(*map(range, self._window)):
