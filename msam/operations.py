@@ -65,14 +65,19 @@ class Operation(ABC):
             self.norms = torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
     def _weights(self, scale: Tensor, params: Sequence[Tensor | None]) -> list[Any]:
-        """Each parameter's w + e_i, in the memory of the gradients; w m times if it is not perturbed."""
+        """Each parameter's w + e_i; w m times if it is not perturbed. A stack of gradients becomes one of weights."""
         found: list[Any] = []
         for number, w in enumerate(params):
             own, self._own[number] = self._own[number], None
-            if w is not None and own is not None:
-                for g, factor in zip(own, scale, strict=True):
-                    torch.addcmul(w, g.mul_(w).mul_(w) if self._adaptive else g, factor, out=g)
-            found.append([w] * self.m if own is None else own)
+            if w is None or own is None:
+                found.append([w] * self.m)
+                continue
+            stacked = isinstance(own, Tensor)  # else autograd may have handed the same memory to others too
+            moved = [
+                torch.addcmul(w, g * w * w if self._adaptive else g, factor, out=g if stacked else None)
+                for g, factor in zip(own, scale, strict=True)
+            ]
+            found.append(own if stacked else moved)
         return found
 
 

@@ -16,7 +16,7 @@ EXAMPLES = re.findall(
 
 
 def test_the_page_has_its_examples():
-    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 7
+    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 8
 
 
 @pytest.mark.parametrize(("title", "how", "code"), EXAMPLES, ids=[title for title, _, _ in EXAMPLES])

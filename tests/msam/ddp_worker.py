@@ -32,7 +32,7 @@ def tensors(ddp):
     return {name.removeprefix("module."): g for name, g in gradients(ddp).items()}
 
 
-def equal(rank, **options):
+def equal(rank, vectorized=False, **options):
     """2 ranks x 2 micro-batches; what is sent, and when, by the second step: DDP cuts its buckets after the first."""
     ddp = DDP(mlp(), bucket_cap_mb=1e-4, **options)
     sent, before_pass = [], []
@@ -55,7 +55,8 @@ def equal(rank, **options):
         ddp.zero_grad()
         sent.clear()
         before_pass.clear()
-        msam.backward(loss_fn, shard(data(16, 5), [8, 8], rank), ddp, rho=RHO, micro_batches=2)
+        batch = shard(data(16, 5), [8, 8], rank)
+        msam.backward(loss_fn, batch, ddp, rho=RHO, micro_batches=2, vectorized=vectorized)
     return {"grad": tensors(ddp), "sent": sent, "before_pass": before_pass}
 
 
@@ -65,6 +66,10 @@ def bucket_views(rank):
 
 def find_unused(rank):
     return equal(rank, find_unused_parameters=True)
+
+
+def in_one_pass(rank):
+    return equal(rank, vectorized=True)
 
 
 def one_micro_batch(rank):
@@ -255,6 +260,7 @@ SCENARIOS = [
     equal,
     bucket_views,
     find_unused,
+    in_one_pass,
     one_micro_batch,
     control,
     uneven,

@@ -154,6 +154,25 @@ def test_what_is_not_perturbed_gets_its_gradient_all_the_same(chosen):
             torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
 
 
+def test_gradients_that_share_memory_do_not_move_each_other():
+    """With one example a micro-batch autograd hands one tensor to both parameters."""
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(1, 5)), nn.Parameter(torch.randn(1, 5))
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.out(torch.tanh((x + self.a) + (x.square() + self.b)))
+
+    torch.manual_seed(0)
+    model, batch = Sum().double(), data(4, 5)
+    expected = reference(model, batch, 4, 0.5)
+    vectorized(model, batch, 4, rho=0.5)
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_batchnorm_in_eval_mode_moves_nothing_and_is_perturbed():
     model, batch = convnet(), batch_for(convnet, 8)
     model.eval()
