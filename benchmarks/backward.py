@@ -17,7 +17,8 @@ would decide: it takes more time than any contender's bookkeeping. The contender
     pytorch_optimizer  its SAM (from PyPI)
     ... m     a loop over m micro-batches around either
 
-Memory is the peak of what torch allocates in a step that begins without gradients, in copies of the parameters. The last table is torch's profile of the passes alone: where m micro-batches take longer.
+Memory is the peak of what torch allocates in a step that begins without gradients, in copies of the parameters. The
+last table is torch's profile of the passes alone: where m micro-batches take longer.
 """
 
 import argparse

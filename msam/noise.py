@@ -1,8 +1,8 @@
 """The same random numbers in both passes over a micro-batch.
 
 The generators are put back for the second pass. On the CPU, where drawing dropout's masks takes as long as a matrix
-product, the masks of the first pass are kept as well, and the second draws none: the same bits, and the generator ends
-where it would have.
+product, most masks of the first pass are kept as well: the second takes one where its generator stands as the first
+one's did, and goes on where that one's then stood. The same bits, and the generator ends where it would have.
 """
 
 import math
@@ -57,8 +57,8 @@ class _Masks(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.again = False
-        self.drawn: deque[tuple[float, Tensor, Tensor]] = deque()
-        """Of each dropout: its probability, its mask, and the generator's state after it was drawn."""
+        self.drawn: deque[tuple[float, Tensor, Tensor, Tensor]] = deque()
+        """Of each dropout: its probability, its mask, and the generator's states before and after it was drawn."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -85,7 +85,8 @@ class _Masks(TorchFunctionMode):
         **kwargs: Any,
     ) -> Tensor:
         scale = kwargs.pop("scale", None)
-        if is_causal or kwargs.get("enable_gqa") or not self._ours(query, dropout_p):
+        negative = scale is not None and scale < 0
+        if is_causal or negative or kwargs.get("enable_gqa") or not self._ours(query, dropout_p):
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **kwargs
             )
@@ -99,19 +100,27 @@ class _Masks(TorchFunctionMode):
         return (attention * self._mask(attention, dropout_p)) @ value
 
     def _ours(self, x: Tensor, p: float) -> bool:
-        return 0 < p < 1 and x.device.type == "cpu" and x.dtype in KEPT and not torch.is_autocast_enabled("cpu")
+        plain = x.device.type == "cpu" and x.dtype in KEPT and not x.is_nested
+        return plain and 0 < p < 1 and not torch.is_autocast_enabled("cpu") and not _checkpointed()
 
     def _mask(self, like: Tensor, p: float) -> Tensor:
+        before = torch.get_rng_state()
         if self.again and self.drawn:
-            drawn_p, mask, state = self.drawn.popleft()
-            if drawn_p == p and mask.shape == like.shape and mask.dtype == like.dtype:
-                torch.set_rng_state(state)
+            drawn_p, mask, expected, after = self.drawn.popleft()
+            same = drawn_p == p and mask.shape == like.shape and mask.dtype == like.dtype
+            if same and torch.equal(before, expected):
+                torch.set_rng_state(after)
                 return mask
-            self.drawn.clear()  # the second pass does something else than the first
         mask = torch.empty_like(like, requires_grad=False).bernoulli_(1 - p).div_(1 - p)
         if not self.again:
-            self.drawn.append((p, mask, torch.get_rng_state()))
+            self.drawn.append((p, mask, before, torch.get_rng_state()))
         return mask
+
+
+def _checkpointed() -> bool:
+    """Whether what is computed now is to be computed again rather than kept, masks too."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch.is_grad_enabled() or (hooks is not None and hooks(False) is not None)
 
 
 def _drops_on_the_cpu(model: nn.Module) -> bool:

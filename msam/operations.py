@@ -10,7 +10,7 @@ import collections
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -392,12 +392,13 @@ class _Clean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, x: Any, *params: Any) -> Tensor:
         ctx.operation = operation
-        ctx.save_for_backward(x, *params)
-        return operation.clean(x, *params)
+        ctx.save_for_backward(x, *params, _mark())
+        return _own(operation.clean(x, *params))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *params = ctx.saved_tensors
+        x, *params, _ = ctx.saved_tensors
+        _once(ctx)
         return None, ctx.operation.ascent(dy, ctx.needs_input_grad[1], x, *params), *(None for _ in params)
 
 
@@ -407,12 +408,14 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, scale: Tensor, x: Any, *params: Any) -> Tensor:
         ctx.operation = operation
-        ctx.save_for_backward(x, *params)
-        return operation.moved(scale, x, *params)
+        ctx.save_for_backward(x, *params, _mark())
+        return _own(operation.moved(scale, x, *params))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.operation.descent(dy, ctx.needs_input_grad[2], *ctx.saved_tensors)
+        x, *params, _ = ctx.saved_tensors
+        _once(ctx)
+        return None, None, *ctx.operation.descent(dy, ctx.needs_input_grad[2], x, *params)
 
 
 def run(operation: Operation, scale: Tensor | None, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
@@ -420,6 +423,33 @@ def run(operation: Operation, scale: Tensor | None, x: Tensor | None, params: Se
     if scale is None:
         return _Clean.apply(operation, x, *params)
     return _Moved.apply(operation, scale, x, *params)
+
+
+def refuse(what: str) -> NoReturn:
+    """Say what cannot be done in one pass.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        f"msam.backward(vectorized=True) cannot do {what}: leave vectorized out, and micro-batches take their turns."
+    )
+
+
+def _mark() -> Tensor:
+    """One more saved tensor, by whose shape a checkpoint knows that this is not the function that it runs again."""
+    return torch.empty(0, 7, 13)
+
+
+def _once(ctx: Any) -> None:
+    if torch.is_grad_enabled() or getattr(ctx, "done", False):
+        refuse("a gradient within loss_fn")
+    ctx.done = True
+
+
+def _own(y: Tensor) -> Tensor:
+    """The same memory, but no view in autograd's eyes, so that it may be written to in place."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def _stacked(tensors: Stack) -> Tensor:
@@ -432,7 +462,7 @@ def _joined(parts: Iterable[Tensor], m: int) -> Tensor:
     for number, part in enumerate(parts):
         size = len(part)
         if not number:
-            outermost = part.stride(0) == part[0].numel()
+            outermost = part.stride(0) == part[0].numel() and 0 not in part.stride()
             strides = part.stride() if outermost else part.contiguous().stride()
             whole = part.new_empty_strided((m * size, *part.shape[1:]), strides)
         whole[number * size : (number + 1) * size] = part

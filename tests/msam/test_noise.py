@@ -108,15 +108,77 @@ def test_masks_are_drawn_in_the_first_pass_alone(vectorized):
         assert draws.count == passes * 2 * (1 if vectorized else 3)
 
 
-def test_a_second_pass_that_does_something_else_draws_its_own():
+class Changes(nn.Module):
+    """Draws more, or for another shape, or with another probability, in every second pass."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.into, self.out, self.drop, self.change = nn.Linear(5, 8), nn.Linear(8, 3), nn.Dropout(0.3), change
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = torch.tanh(self.into(x))
+        return self.out(self.change(self, x) if self.calls % 2 == 0 else self.drop(x))
+
+
+CHANGES = {
+    "more": lambda net, x: net.drop(x + torch.rand(8)),
+    "another seed": lambda net, x: net.drop(x) if torch.manual_seed(5) else x,
+    "another p": lambda net, x: F.dropout(x, 0.1),
+    "another shape": lambda net, x: net.drop(net.drop(x[:, :4]).repeat(1, 2)),
+    "less": lambda net, x: x,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_second_pass_that_draws_otherwise_gets_what_it_would_have_drawn(change):
+    torch.manual_seed(0)
+    model = Changes(CHANGES[change])
+    twin = copy.deepcopy(model)
     x, y = data(12, 5)
-    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3))
-    calls = iter(range(2))
+    batch = x.float(), y
+    torch.manual_seed(1)
+    by_hand(twin, batch, 3, 0.3)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    msam.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), batch, model, rho=0.3, micro_batches=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
 
-    def loss_fn(part):
-        wide = next(calls) == 0
-        x = torch.cat([part[0], part[0]], 1)[:, :5] if wide else part[0][:6]
-        return F.cross_entropy(model(x), part[1][: len(x)])
 
-    msam.backward(loss_fn, (x.float(), y), model, rho=0.3)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+def test_what_only_torch_can_do_is_left_to_it():
+    """Attention with a negative scale, causal, or with grouped heads."""
+    torch.manual_seed(0)
+    x, y = data(12, 8)
+    batch = x.float(), y
+    into, drop = nn.Linear(8, 16), nn.Dropout(0.1)
+    for options in ({"scale": -0.3}, {"is_causal": True}, {"enable_gqa": True}):
+
+        def loss_fn(part, options=options):
+            q = drop(into(part[0])).view(-1, 2, 2, 4)
+            return F.scaled_dot_product_attention(q, q, q, dropout_p=0.2, **options).square().mean()
+
+        model = nn.Sequential(into, drop)
+        twin_batch = msam.split(batch, 3)
+        torch.manual_seed(1)
+        msam.backward(loss_fn, batch, model, rho=0.3, micro_batches=3)
+        grad = into.weight.grad.clone()
+        model.zero_grad()
+        torch.manual_seed(1)
+        for part in twin_batch:
+            state = torch.get_rng_state()
+            g = torch.autograd.grad(loss_fn(part), list(into.parameters()))
+            w = [p.detach().clone() for p in into.parameters()]
+            scale = 0.3 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for p, e in zip(into.parameters(), g, strict=True):
+                    p.addcmul_(e, scale)
+            (loss_fn(part) / 3).backward()
+            with torch.no_grad():
+                for p, value in zip(into.parameters(), w, strict=True):
+                    p.copy_(value)
+        torch.testing.assert_close(grad, into.weight.grad)
+        model.zero_grad()

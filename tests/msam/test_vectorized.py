@@ -1,6 +1,7 @@
 """`vectorized=True` against the algorithm as printed, and against the loop over micro-batches."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -240,6 +241,64 @@ def test_a_norm_that_overflows_is_seen_in_the_gradient():
     assert not all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_the_first_passs_activations_are_gone_in_the_second():
+    model, batch = pictures(), batch_for(pictures, 8)
+    seen, alive = [], []
+
+    def note(module, inputs, output):
+        alive.append(sum(one() is not None for one in seen[:5]))
+        seen.append(weakref.ref(output))
+
+    for module in model.children():
+        module.register_forward_hook(note)
+    vectorized(model, batch, 4, rho=0.1)
+    second = len(seen) // 2
+    assert alive[second] == 0
+
+
+class Positions(nn.Module):
+    """A table of positions, which is the same for all examples, and one of labels."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.table, self.out, self.use = nn.Embedding(4, 6), nn.Linear(6, 3), use
+        self.words = nn.Embedding(11, 6)
+        self.register_buffer("numbers", torch.arange(4)[None])
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.use(self, self.words(ids))).mean(1))
+
+
+POSITIONS = {
+    "row": lambda net, x: x + net.table(torch.arange(4)[None]),
+    "bare": lambda net, x: net.table(torch.arange(4)) + x,
+    "buffer": lambda net, x: x.add_(net.table(net.numbers[:, :4])),
+    "expanded": lambda net, x: x * net.table(net.numbers.expand(len(x), -1)),
+}
+
+
+@pytest.mark.parametrize("examples", [4, 8])
+@pytest.mark.parametrize("use", POSITIONS)
+def test_positions_are_told_from_examples_if_there_are_as_many_too(use, examples):
+    torch.manual_seed(0)
+    model, batch = Positions(POSITIONS[use]).double(), batch_for(words, examples)
+    twin = copy.deepcopy(model)
+    vectorized(model, batch, 4, rho=0.5)
+    msam.backward(loss_of(twin), batch, twin, rho=0.5, micro_batches=4)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.Dropout(1e-9, inplace=True)])
+@pytest.mark.parametrize("rows", [2, 100])
+def test_layers_may_work_in_place(rows, layer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 40), layer, nn.Linear(40, 3)).double()
+    twin, batch = copy.deepcopy(model), data(2 * rows, 5)
+    vectorized(model, batch, 2, rho=0.5)
+    msam.backward(loss_of(twin), batch, twin, rho=0.5, micro_batches=2)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
 class Uses(nn.Module):
     """A linear layer, and one more use of parameters."""
 
@@ -258,6 +317,11 @@ REFUSED = {
     "matmul on the parameter bare": Uses(lambda net, x: x @ torch.matmul(net.bare.T, net.bare)),
     "linear on the parameter bare": Uses(lambda net, x: F.linear(x.T.contiguous().T[None].flatten(0, 0), net.bare)[0]),
     "exp on the parameter bare": Uses(lambda net, x: x + net.bare.exp().sum()),
+    "detach on the parameter first.weight, whose": Uses(lambda net, x: F.linear(x, net.first.weight.detach())),
+    ".data or another attribute on": Uses(lambda net, x: x * net.bare.data.norm()),
+    "embedding on the parameter bare": Uses(
+        lambda net, x: x + F.embedding(torch.arange(4)[None], net.bare).sum((0, 1))
+    ),
     "BatchNorm of anything but": Uses(
         lambda net, x: F.batch_norm(x.reshape(-1, 1), None, None, training=True).view(-1, 5)
     ),
@@ -289,19 +353,45 @@ def test_refuses_autocast_checkpoints_and_passes_that_differ():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return loss_of(model)(part)
 
-    calls = iter(range(2))
+    calls = iter(range(9))
+
+    def penalised(part):
+        x = part[0].clone().requires_grad_()
+        loss = F.cross_entropy(model(x), part[1])
+        return loss + torch.autograd.grad(loss, x, retain_graph=True)[0].norm()
+
     for words, loss_fn in {
         "torch.autocast": autocast,
         "activation checkpointing": lambda part: F.cross_entropy(
             checkpoint(model, part[0], use_reentrant=False), part[1]
         ),
         "calls other functions": lambda part: (
-            loss_of(model)(part) if next(calls) == 0 else F.cross_entropy(model[0](part[0]) + model[0].bias, part[1])
+            loss_of(model)(part) if next(calls) == 0 else F.cross_entropy(model[0](part[0])[:, :3], part[1])
         ),
+        "other functions in its second": lambda part: F.cross_entropy(
+            model(part[0]) + (part[0] @ model[0].weight.T[:, :3] if next(calls) % 2 else 0), part[1]
+        ),
+        "a gradient within loss_fn": lambda part: penalised(part),
     }.items():
         with pytest.raises(NotImplementedError, match=words):
             vectorized(model, batch, 4, loss_fn, rho=0.1)
         assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_checkpoint_whose_function_saves_as_much_is_refused_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = (nn.Conv2d(c, 16, 3, padding=1, bias=False) for c in (3, 16))
+            self.out = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.out(
+                checkpoint(lambda x: self.block(x.relu()).tanh(), self.stem(x), use_reentrant=False).mean((2, 3))
+            )
+
+    with pytest.raises(NotImplementedError, match="activation checkpointing"):
+        vectorized(Net().double(), data(8, 3, 8, 8), 4, rho=0.5)
 
 
 def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
