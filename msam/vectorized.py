@@ -150,8 +150,8 @@ class Vectorized(TorchFunctionMode):
         results = result if isinstance(result, list | tuple) else [result]
         if touched:
             self._other(func, touched, results)
-            if func is F.embedding and id(args[0]) in self._constants:
-                self._positions[id(result)] = ref(result), args[0], values
+            if func is F.embedding and isinstance(ids := values.get(0), Tensor) and self._constant(ids):
+                self._positions[id(result)] = ref(result), ids, values
         elif all(self._constant(t) for t in (*values.values(), *listed) if isinstance(t, Tensor)):
             self._constants |= {id(t): ref(t) for t in results if isinstance(t, Tensor)}
         return result

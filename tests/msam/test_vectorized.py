@@ -4,8 +4,10 @@ import copy
 import weakref
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -401,3 +403,54 @@ def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
     other = mlp()
     with pytest.raises(ValueError, match="depends on no perturbed parameter"):
         vectorized(model, batch, 4, loss_of(other), rho=0.1)
+
+
+def timm_model(name, **options):
+    return lambda: timm.create_model(name, num_classes=3, **options)
+
+
+def text_model(kind, **options):
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | options
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, num_labels=3, pad_token_id=0, **small)
+    return lambda: getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+LIBRARIES = {
+    "ResNet": timm_model("resnet18"),
+    "SE-ResNet": timm_model("seresnet18"),
+    "MobileNet": timm_model("mobilenetv3_small_050"),
+    "ViT": timm_model("vit_tiny_patch16_224", img_size=32, patch_size=8),
+    "DeiT III with LayerScale": timm_model("deit3_small_patch16_224", img_size=32, patch_size=8),
+    "BERT": text_model("Bert"),
+    "RoBERTa": text_model("Roberta"),
+    "Llama": text_model("Llama", num_key_value_heads=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [8, 6])  # 6 is the text's length, too
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_models_of_other_libraries(name, examples):
+    torch.manual_seed(0)
+    model = LIBRARIES[name]().double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model.train())
+    y = torch.arange(examples) % 3
+    if name in ("BERT", "RoBERTa", "Llama"):
+        ids = torch.randint(1, 50, (examples, 6))
+        ids[::2, 4:] = 0
+        batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": y}
+        losses = [lambda part, net=net: net(**part).loss for net in (model, twin)]
+    else:
+        batch = torch.randn(examples, 3, 32, 32).double(), y
+        losses = [loss_of(model), loss_of(twin)]
+    step = vectorized(model, batch, 2, losses[0], rho=0.01)
+    expected = msam.backward(losses[1], batch, twin, rho=0.01, micro_batches=2)
+    torch.testing.assert_close(step.gradient_norms, expected.gradient_norms, rtol=1e-8, atol=0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9 * q.grad.abs().max().item() + 1e-12)
+    for b, c in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(b, c, rtol=1e-9, atol=1e-10)
