@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import msam
-from tests.msam.small import data
+from tests.msam.small import data, loss_of
 
 
 class Noisy(nn.Module):
@@ -35,22 +35,36 @@ class Noisy(nn.Module):
         return self.out(self.drop(x))
 
 
-def by_hand(model, batch, m, rho):
+def by_hand(loss_fn, params, batch, m, rho):
     """The loop with a generator that is put back, and nothing of the library but the split."""
-    params = list(model.parameters())
     for part in msam.split(batch, m):
         state = torch.get_rng_state()
-        g = torch.autograd.grad(F.cross_entropy(model(part[0]), part[1]), params)
+        g = torch.autograd.grad(loss_fn(part), params)
         scale = rho / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
         w = [p.detach().clone() for p in params]
         torch.set_rng_state(state)
         with torch.no_grad():
             for p, e in zip(params, g, strict=True):
                 p.addcmul_(e, scale)
-        (F.cross_entropy(model(part[0]), part[1]) * (len(part[1]) / len(batch[1]))).backward()
+        (loss_fn(part) * (len(part[1]) / len(batch[1]))).backward()
         with torch.no_grad():
             for p, value in zip(params, w, strict=True):
                 p.copy_(value)
+
+
+def check_bits(model):
+    """The library's gradient and generator are, to the bit, those of the loop by hand."""
+    twin = copy.deepcopy(model)
+    x, y = data(12, 5)
+    batch = x.float(), y
+    torch.manual_seed(1)
+    by_hand(loss_of(twin), list(twin.parameters()), batch, 3, 0.3)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
 
 
 MASKS = {
@@ -64,18 +78,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_to_the_bit_what_a_loop_that_draws_again_gives(mask, checkpointed):
     torch.manual_seed(0)
-    model = Noisy(MASKS[mask], checkpointed)
-    twin = copy.deepcopy(model)
-    x, y = data(12, 5)
-    batch = x.float(), y
-    torch.manual_seed(1)
-    by_hand(twin, batch, 3, 0.3)
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    msam.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), batch, model, rho=0.3, micro_batches=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    check_bits(Noisy(MASKS[mask], checkpointed))
 
 
 class Draws(TorchDispatchMode):
@@ -95,7 +98,7 @@ def test_masks_are_drawn_in_the_first_pass_alone(vectorized):
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.Linear(8, 3), nn.Dropout(0.1))
     call = partial(
         msam.backward,
-        lambda part: F.cross_entropy(model(part[0]), part[1]),
+        loss_of(model),
         (x.float(), y),
         model,
         rho=0.3,
@@ -134,51 +137,19 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_second_pass_that_draws_otherwise_gets_what_it_would_have_drawn(change):
     torch.manual_seed(0)
-    model = Changes(CHANGES[change])
-    twin = copy.deepcopy(model)
-    x, y = data(12, 5)
-    batch = x.float(), y
-    torch.manual_seed(1)
-    by_hand(twin, batch, 3, 0.3)
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    msam.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), batch, model, rho=0.3, micro_batches=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+    check_bits(Changes(CHANGES[change]))
 
 
-def test_what_only_torch_can_do_is_left_to_it():
-    """Attention with a negative scale, causal, or with grouped heads."""
+@pytest.mark.parametrize("options", [{"scale": -0.3}, {"is_causal": True}, {"enable_gqa": True}], ids=str)
+def test_attention_that_only_torch_can_do_is_left_to_it(options):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.drop, self.out = nn.Linear(5, 16), nn.Dropout(0.1), nn.Linear(16, 3)
+
+        def forward(self, x):
+            q = self.drop(self.into(x)).view(-1, 2, 2, 4)
+            return self.out(F.scaled_dot_product_attention(q, q, q, dropout_p=0.2, **options).flatten(1))
+
     torch.manual_seed(0)
-    x, y = data(12, 8)
-    batch = x.float(), y
-    into, drop = nn.Linear(8, 16), nn.Dropout(0.1)
-    for options in ({"scale": -0.3}, {"is_causal": True}, {"enable_gqa": True}):
-
-        def loss_fn(part, options=options):
-            q = drop(into(part[0])).view(-1, 2, 2, 4)
-            return F.scaled_dot_product_attention(q, q, q, dropout_p=0.2, **options).square().mean()
-
-        model = nn.Sequential(into, drop)
-        twin_batch = msam.split(batch, 3)
-        torch.manual_seed(1)
-        msam.backward(loss_fn, batch, model, rho=0.3, micro_batches=3)
-        grad = into.weight.grad.clone()
-        model.zero_grad()
-        torch.manual_seed(1)
-        for part in twin_batch:
-            state = torch.get_rng_state()
-            g = torch.autograd.grad(loss_fn(part), list(into.parameters()))
-            w = [p.detach().clone() for p in into.parameters()]
-            scale = 0.3 / torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g)))
-            torch.set_rng_state(state)
-            with torch.no_grad():
-                for p, e in zip(into.parameters(), g, strict=True):
-                    p.addcmul_(e, scale)
-            (loss_fn(part) / 3).backward()
-            with torch.no_grad():
-                for p, value in zip(into.parameters(), w, strict=True):
-                    p.copy_(value)
-        torch.testing.assert_close(grad, into.weight.grad)
-        model.zero_grad()
+    check_bits(Attends())
