@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from msam.atomic import signals_held
+from msam.parallel import compiled
 
 SMALLEST = 2**16
 """Weights of a table for which the rows are worth their sorting."""
@@ -22,10 +23,9 @@ def tables(network: nn.Module) -> list[nn.Embedding]:
     Not on a GPU, where sorting the rows would wait for the device and memory is fast; not in a compiled model,
     which would be compiled anew; not under a hook, which would see gradients of another form.
     """
-    modules = list(network.modules())
-    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in modules):
+    if compiled(network):
         return []
-    return [m for m in modules if type(m) is nn.Embedding and _free(m)]
+    return [m for m in network.modules() if type(m) is nn.Embedding and _free(m)]
 
 
 def _free(layer: nn.Embedding) -> bool:

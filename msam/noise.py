@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from msam.parallel import compiled
+
 KEPT = (torch.float32, torch.float64)
 """Types whose dropout is done here; what is left to torch is drawn again."""
 
@@ -124,9 +126,7 @@ def _checkpointed() -> bool:
 
 
 def _drops_on_the_cpu(model: nn.Module) -> bool:
-    """Whether dropout layers are in use, and nothing is compiled, which would be compiled anew."""
-    modules = list(model.modules())
-    if any("_orig_mod" in m._modules or m._compiled_call_impl for m in modules):
-        return False
+    """Whether dropout layers are in use, and nothing is compiled."""
     cpu = any(p.device.type == "cpu" for p in model.parameters())
-    return cpu and any(isinstance(m, nn.Dropout) and m.training and 0 < m.p < 1 for m in modules)
+    drops = any(isinstance(m, nn.Dropout) and m.training and 0 < m.p < 1 for m in model.modules())
+    return cpu and drops and not compiled(model)

@@ -116,6 +116,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
     return model, ddp
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether torch.compile runs any part of the model, which a change of how it is run would compile anew."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules())
+
+
 def _refuse(what: str) -> None:
     raise NotImplementedError(
         f"{what} holds parts of the parameters only, and msam.backward perturbs whole ones: use "

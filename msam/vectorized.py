@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from msam.operations import Convolution, Each, Embedding, Linear, Operation, refuse, run
+from msam.parallel import compiled
 
 CONVOLUTIONS = {getattr(F, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 ON_EXAMPLES = CONVOLUTIONS | {F.linear, F.prelu, F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm}
@@ -68,9 +69,9 @@ class Vectorized(TorchFunctionMode):
         self._perturbed = {id(p): p for p in perturbed}
         self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._counters: dict[int, Tensor] = {}
+        if compiled(model):
+            refuse("torch.compile")
         for module in model.modules():
-            if "_orig_mod" in module._modules or module._compiled_call_impl:
-                refuse("torch.compile")
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
                 if module.momentum is None and module.training:
                     refuse("BatchNorm with momentum=None")
