@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", nargs="?", const="backward.md", help="write the tables to benchmarks/results/SAVE")
+    parser.add_argument("--save", action="store_true", help="write the tables to benchmarks/results/")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
@@ -340,7 +340,7 @@ def main() -> None:
     print(text)
     if arguments.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / arguments.save).write_text(f"# `python -m benchmarks.backward {' '.join(sys.argv[1:])}`\n\n{text}\n")
+        (RESULTS / "backward.md").write_text(f"# `python -m benchmarks.backward {' '.join(sys.argv[1:])}`\n\n{text}\n")
 
 
 if __name__ == "__main__":
