@@ -10,9 +10,11 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from analysis.unchanged import fingerprint, remember, remembered
-from experiments.harness import catalogue
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import PROFILES, Spec, SpecError, with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import PROFILES, Spec, SpecError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ from analysis import tables
 from analysis.collect import Results
 from analysis.render import Document, significant
 from analysis.statistics import Interval, bootstrap_interval, mean_interval, paired
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Spec
 
 Shown = Mapping[str, tuple[Sequence[Spec], int]]
 """Tables by name, each with its cells and its number of seeds."""

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.harness.record import Record, RecordError, replacing
-from experiments.harness.spec import METHODS, Spec
+from experiments.harness.runs.files import RecordError, replacing
+from experiments.harness.runs.record import Record
+from experiments.harness.runs.spec import METHODS, Spec
 
 FIRST = (
     "run_id",

@@ -19,7 +19,7 @@ from scipy import stats
 from analysis import tables
 from analysis.collect import Results
 from analysis.statistics import Interval, mean_interval
-from experiments.harness.spec import METHODS, Spec, score_name
+from experiments.harness.runs.spec import METHODS, Spec, score_name
 
 COLOURS = dict(zip(METHODS, ("#262626", "#b3b3ec", "#d98c26", "#1b7837"), strict=True))
 """Of the methods, everywhere: apart for the colour-blind, and from dark to light base, mSAM, SAM, control."""

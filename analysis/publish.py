@@ -11,9 +11,12 @@ import pandas as pd
 from analysis import render, tables
 from analysis.claims import document_claims
 from analysis.collect import UNKNOWN, Results, write_files
-from experiments.harness import catalogue
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import IMAGES, Spec, with_ranks, with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.facts import IMAGES
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_ranks, with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import Spec
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 TABLES = ("table1", "table2", "table3", "table4", "theory", *STUDIES)

@@ -15,7 +15,8 @@ from tabulate import tabulate
 from analysis import published, tables
 from analysis.collect import csv_text
 from analysis.statistics import Interval
-from experiments.harness.spec import IMAGES, METRICS, Spec
+from experiments.harness.runs.facts import IMAGES, METRICS
+from experiments.harness.runs.spec import Spec
 
 TITLES = {
     "table1": "Table 1: test accuracy",

@@ -14,8 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from analysis import tables
 from analysis.collect import Results
 from analysis.render import Document, WideDocument
-from experiments.harness.catalogue import catalogue
-from experiments.harness.spec import Spec
+from experiments.harness.runs.catalogue import catalogue
+from experiments.harness.runs.spec import Spec
 
 CAPTIONS = {
     "theory": "Stability boundaries, penalty P(m), and largest eigenvalues of trained networks.",

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import Interval, mean_interval, paired_difference
-from experiments.harness.spec import Spec, SpecError, in_percent, score_name, timed_steps
+from experiments.harness.runs.grids import timed_steps
+from experiments.harness.runs.spec import Spec, SpecError, in_percent, score_name
 
 DIGITS = 6
 """Of the numbers in a table's CSV: the last bits of a mean may differ from machine to machine."""

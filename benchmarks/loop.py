@@ -20,11 +20,11 @@ import torch
 
 import msam
 from experiments import bert_glue, resnet_cifar
-from experiments.harness.provenance import cpu
-from experiments.harness.record import record_of
-from experiments.harness.spec import Spec
-from experiments.harness.task import build_task
-from experiments.harness.train import build_optimizer, schedule, train
+from experiments.harness.runs.provenance import cpu
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Spec
+from experiments.harness.tasks.build import build_task
+from experiments.harness.work.train import build_optimizer, schedule, train
 
 RUNS = {
     "MiniLM on movie snippets": replace(bert_glue.CPU, train_examples=320, test_examples=16, epochs=1),

@@ -19,8 +19,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from experiments import bert_glue, resnet_cifar, vit_cifar, wrn_cifar
-from experiments.harness.spec import Spec
-from experiments.harness.task import build_task
+from experiments.harness.runs.spec import Spec
+from experiments.harness.tasks.build import build_task
 
 SIZES = {"test_examples": 4, "device": "cpu", "precision": "float32", "tf32": False, "label_smoothing": 0.0}
 SPECS = {

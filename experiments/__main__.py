@@ -7,53 +7,25 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from experiments.harness import catalogue
-from experiments.harness.estimate import Estimate, disk_bytes, gpu_hours, measured
-from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, duration, printable, record_of, state_of
-from experiments.harness.spec import PROFILES, Spec, SpecError, with_networks
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
+from experiments.harness.runs.files import RecordError, printable
+from experiments.harness.runs.grids import with_networks
+from experiments.harness.runs.process import default_jobs
+from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
+from experiments.harness.runs.selection import Runs
+from experiments.harness.runs.spec import PROFILES, Spec, SpecError
 
 if TYPE_CHECKING:
-    from experiments.harness.proof import Report
+    from experiments.harness.machine.proof import Report
 
 NIGHT_HOURS = 12
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Which runs a command is about, as it is told on the command line."""
-
-    target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]]
-    profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
-    seeds: Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")] = None
-    set: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
-    ] = ()
-    results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
-
-    @property
-    def specs(self) -> list[Spec]:
-        """The runs, and in front of those that measure a network the one that trains it.
-
-        Raises:
-            SpecError: if they are unknown, or cannot be run.
-        """
-        return with_networks(catalogue.runs(self.target, self.profile, self.seeds, self.set))
-
-    @property
-    def root(self) -> Path:
-        """The results root, whatever folder the command goes to."""
-        return self.results.absolute()
-
-    def __str__(self) -> str:
-        return f"{self.target} ({self.profile})"
 
 
 def list_() -> int:
@@ -77,8 +49,6 @@ def plan(
     Args:
         jobs: Workers at a time, so GPUs where these are needed; left out: one for each core, or a single GPU.
     """
-    from experiments.harness.pool import default_jobs
-
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
     estimate, left, alone, unknown = measured(results), 0.0, 0.0, 0
@@ -140,7 +110,7 @@ def run(
         data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
         redo: Train the target's runs anew, finished ones too; each keeps its result until its own turn comes.
     """
-    from experiments.harness.provenance import command_line, environment
+    from experiments.harness.runs.provenance import command_line, environment
 
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
@@ -154,7 +124,7 @@ def run(
         return 0
     session = environment(command_line())
 
-    from experiments.harness import pool
+    from experiments.harness.machine import pool
 
     _check_device(waiting)
     done = len(specs) - len(waiting)
@@ -168,7 +138,7 @@ def run(
     outcome = pool.run(
         waiting,
         results,
-        jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
+        jobs=min(jobs or default_jobs(waiting[0].device), len(waiting)),
         environment=session,
         estimate=measured(results),
         data_root=str(data_root) if data_root else None,
@@ -209,7 +179,7 @@ def check(
         jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
         gpu: Whose peak the times are estimated from: a100 or h100.
     """
-    from experiments.harness import proof
+    from experiments.harness.machine import proof
 
     _check_jobs(jobs)
     cells = proof.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
@@ -290,8 +260,8 @@ def verify(
     """
     from tqdm import tqdm
 
-    from experiments.harness import verify as verification
-    from experiments.harness.provenance import command_line, environment
+    from experiments.harness.machine import verify as verification
+    from experiments.harness.runs.provenance import command_line, environment
 
     record = _record(run, results)
     _check_device([record.spec()])
@@ -345,8 +315,6 @@ def _check_jobs(jobs: int | None) -> None:
 
 
 def _check_device(specs: list[Spec]) -> None:
-    from experiments.harness.pool import default_jobs
-
     if any(spec.ranks > 1 for spec in specs):
         raise SpecError(
             "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
@@ -365,8 +333,8 @@ def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[
     Raises:
         NotToBeHad: if that leaves nothing although some is `needed`.
     """
-    from experiments.harness.data import NotToBeHad
-    from experiments.harness.task import check
+    from experiments.harness.tasks.cifar import NotToBeHad
+    from experiments.harness.work.execute import check
 
     lacking: dict[str, NotToBeHad] = {}
     for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.max_length) for s in specs):
@@ -397,7 +365,7 @@ def main() -> None:
         "show": show,
         "verify": verify,
     }
-    from experiments.harness.data import DataError
+    from experiments.harness.tasks.cifar import DataError
 
     try:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)

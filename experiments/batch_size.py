@@ -11,7 +11,7 @@ batch size they were tuned for, so that one is favoured.
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Spec
 
 TABLE = "batch_size"
 

@@ -17,7 +17,9 @@ AMD EPYC (AVX2).
 
 from dataclasses import replace
 
-from experiments.harness.spec import GLUE_GRIDS, ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.facts import GLUE_GRIDS
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Spec
 
 TABLE = "table2"
 

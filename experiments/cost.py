@@ -2,7 +2,7 @@
 
     python -m experiments run cost --profile cpu        # one run at a time, whatever --jobs says
 
-Each run times the base optimizer, its control, SAM and mSAM beside each other, see `harness/cost.py`; seeds repeat it.
+Each run times the base optimizer, its control, SAM and mSAM in turn, see `harness/work/timing.py`; seeds repeat it.
 The networks are those of Table 1 at their batch size, and a deeper one (ResNet-20) for the scaling with size; ResNet-8
 also at half and twice the batch. On CPUs two data-parallel workers, a core each, follow; on GPUs one worker is timed.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments import resnet_cifar, vit_cifar, wrn_cifar
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Spec
 
 TABLE = "table4"
 

@@ -15,7 +15,8 @@ do cannot be told from what the learning rate does. The grid is the committed ta
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec, tuning_grid
+from experiments.harness.runs.grids import tuning_grid
+from experiments.harness.runs.spec import Spec
 
 TABLE = "label_noise"
 

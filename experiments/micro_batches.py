@@ -16,7 +16,8 @@ is drawn, both did worse. Two seeds choose, among four to six rhos, so that an m
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec, curvature_of, tuning_grid
+from experiments.harness.runs.grids import curvature_of, tuning_grid
+from experiments.harness.runs.spec import Spec
 
 TABLE = "micro_batches"
 

@@ -10,7 +10,7 @@ unnormalised perturbations and all the data in each step, where the prediction i
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Spec
 
 TABLE = "theory"
 

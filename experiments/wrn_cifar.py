@@ -12,7 +12,8 @@ and 81 seconds a run on one core of an AMD EPYC, twice that on another one.
 
 from dataclasses import replace
 
-from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Spec
 
 TABLE = "table1"
 

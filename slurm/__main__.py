@@ -14,11 +14,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-import experiments.__main__ as experiments_cli
-from experiments.harness.estimate import Estimate, gpu_hours, measured
-from experiments.harness.provenance import checkout
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import Spec, SpecError, with_ranks
+from experiments.harness.runs import selection
+from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_ranks
+from experiments.harness.runs.provenance import checkout
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import Spec, SpecError
 from slurm import scheduler, site
 from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
@@ -33,7 +35,7 @@ PATIENCE = 30
 
 
 @dataclass(frozen=True)
-class Runs(experiments_cli.Runs):
+class Runs(selection.Runs):
     """Which runs a command is about, and on how many GPUs each."""
 
     gpus: Annotated[
@@ -99,10 +101,11 @@ def submit(
     if cluster == "local":
         if runs.gpus > 1:
             raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
-        from experiments.harness.data import DataError
+        from experiments.__main__ import run as train_here
+        from experiments.harness.tasks.cifar import DataError
 
         try:
-            return experiments_cli.run(runs, data_root=data_root)
+            return train_here(runs, data_root=data_root)
         except DataError as error:
             raise SlurmError(str(error)) from error
     _check_paths(specs)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.pool import Flag
-from experiments.harness.provenance import code_hash, machine
-from experiments.harness.record import RunLocked, read_json, record_of, write_json
-from experiments.harness.spec import Spec
+from experiments.harness.runs.files import read_json, write_json
+from experiments.harness.runs.process import Flag
+from experiments.harness.runs.provenance import code_hash, machine
+from experiments.harness.runs.record import RunLocked, record_of
+from experiments.harness.runs.spec import Spec
 from slurm.resources import SIGNAL_SECONDS
 
 PACKAGES = ("msam", "experiments", "slurm")
@@ -69,8 +70,8 @@ class Work:
         session = {**self.submitted, **machine(), **_job()}
         print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
 
-        from experiments.harness.execute import execute
-        from experiments.harness.train import Interrupted
+        from experiments.harness.work.execute import execute
+        from experiments.harness.work.session import Interrupted
 
         failed, stepped = [], False
 

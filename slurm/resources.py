@@ -6,8 +6,9 @@ Nothing here belongs to one site: partition, account and the like stand in the s
 import math
 from dataclasses import dataclass, replace
 
-from experiments.harness.estimate import Estimate
-from experiments.harness.spec import TEXTS, Spec
+from experiments.harness.runs.estimate import Estimate
+from experiments.harness.runs.facts import TEXTS
+from experiments.harness.runs.spec import Spec
 
 SIGNAL_SECONDS = 120
 """How long before the time limit a job is told to write its checkpoint and queue again."""

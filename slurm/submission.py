@@ -21,11 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.estimate import Estimate
-from experiments.harness.pool import library_settings
-from experiments.harness.provenance import ROOT, code_hash
-from experiments.harness.record import RecordError, read_json, record_of, state_of, write_json
-from experiments.harness.spec import Spec
+from experiments.harness.runs.estimate import Estimate
+from experiments.harness.runs.files import RecordError, read_json, write_json
+from experiments.harness.runs.process import library_settings
+from experiments.harness.runs.provenance import ROOT, code_hash
+from experiments.harness.runs.record import record_of, state_of
+from experiments.harness.runs.spec import Spec
 from slurm import scheduler
 from slurm.job import PACKAGES, Work, perform
 from slurm.resources import SIGNAL_SECONDS, Resources, resources

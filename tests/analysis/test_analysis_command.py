@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import Arguments, run
-from experiments.harness import catalogue
-from experiments.harness.spec import with_ranks
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import with_ranks
 from tests.fixtures.make_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]

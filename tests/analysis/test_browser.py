@@ -12,7 +12,7 @@ import pytest
 
 from analysis.collect import Results
 from analysis.publish import everything, target
-from experiments.harness.spec import with_seeds
+from experiments.harness.runs.grids import with_seeds
 from tests.analysis import test_studies, test_table3, test_table4
 
 AXE = "axe-core@4.14.1"

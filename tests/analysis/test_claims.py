@@ -12,8 +12,8 @@ from analysis.claims import CLAIMS, comparisons
 from analysis.collect import Results, Run
 from analysis.publish import documents, everything, publish, redraw, target
 from analysis.statistics import bootstrap_interval
-from experiments.harness import catalogue
-from experiments.harness.spec import with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import with_seeds
 from tests.analysis import test_table3, test_table4
 
 SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}

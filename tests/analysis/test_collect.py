@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.collect import Results, collect, csv_text, curves, finished_runs, frame, parse, write_files
-from experiments.harness.record import RecordError, write_json
+from experiments.harness.runs.files import RecordError, write_json
 from tests.fixtures import make_runs
 from tests.fixtures.make_runs import LINEAR, MSAM, ROOT, SAM, SGD, write_run
 

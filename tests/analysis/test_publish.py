@@ -10,9 +10,10 @@ from analysis import publish as module
 from analysis.__main__ import main
 from analysis.collect import Results, collect, csv_text
 from analysis.publish import Refused, drawn, mixed, publish, redraw, target
-from experiments.harness import catalogue
-from experiments.harness.record import RecordError
-from experiments.harness.spec import SpecError, with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.spec import SpecError
 from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
 
 GRID = [replace(SGD, holdout_examples=50, learning_rate=rate) for rate in (0.05, 0.1, 0.2)]

@@ -10,8 +10,8 @@ from matplotlib.image import imread
 from analysis.collect import Results, Run
 from analysis.figures import against, against_m, against_rho, pages
 from analysis.publish import STUDIES, publish, redraw, target
-from experiments.harness import catalogue
-from experiments.harness.spec import with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import with_seeds
 
 SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
 GAIN = {"base": 0.0, "control": 0.01, "sam": 0.02, "msam": 0.04}

@@ -7,8 +7,9 @@ import pytest
 from analysis.__main__ import Arguments, run
 from analysis.collect import Results, collect
 from analysis.render import WideDocument, document_2, wide
-from experiments.harness.record import record_of
-from experiments.harness.spec import Spec, four_methods
+from experiments.harness.runs.grids import four_methods
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Spec
 from tests.fixtures.make_runs import SESSION
 
 SST2 = Spec(

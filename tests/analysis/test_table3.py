@@ -10,8 +10,8 @@ from analysis.publish import publish, redraw, target
 from analysis.render import document_3, document_theory, significant
 from analysis.statistics import Interval
 from analysis.tables import table_3, theory_table
-from experiments.harness import catalogue
-from experiments.harness.spec import with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import with_seeds
 
 CELLS = catalogue.cells("hessian", "smoke")
 RESNET = [cell for cell in CELLS if cell.model == "resnet8"]

@@ -8,8 +8,8 @@ from analysis.collect import Results, Run
 from analysis.figures import pages
 from analysis.publish import publish, redraw, target
 from analysis.tables import cost_claims, table_4
-from experiments.harness import catalogue
-from experiments.harness.spec import timed_steps, with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import timed_steps, with_seeds
 
 SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
 CELLS = catalogue.cells("cost", "smoke")

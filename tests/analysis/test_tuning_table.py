@@ -7,7 +7,7 @@ import pytest
 from analysis import tables
 from analysis.collect import collect, frame
 from analysis.render import document_tuning
-from experiments.harness.spec import SpecError
+from experiments.harness.runs.spec import SpecError
 from tests.fixtures.make_runs import BASE, MSAM, SAM, SGD, write_run
 
 GRID = replace(BASE, holdout_examples=50)

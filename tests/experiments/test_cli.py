@@ -175,7 +175,7 @@ def test_rows_whose_data_no_source_has_stay_not_run_and_the_others_go_on(tmp_pat
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "MSAM_DATA": ""}
     code = (
         "import sys; from dataclasses import replace; from experiments import __main__, bert_glue; "
-        "from experiments.harness import catalogue; "
+        "from experiments.harness.runs import catalogue; "
         "small = replace(bert_glue.SMOKE, train_examples=16, epochs=1, test_examples=8); "
         "bert_glue.RUNS['smoke'] = [small, replace(small, dataset='rte')]; __main__.main()"
     )

@@ -10,8 +10,8 @@ from statistics import fmean
 import pytest
 
 from experiments import micro_batches
-from experiments.harness import catalogue
-from experiments.harness.spec import METHODS, PROFILES, score_name
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.spec import METHODS, PROFILES, score_name
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
 AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]

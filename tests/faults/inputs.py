@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from experiments.__main__ import show
-from experiments.harness.checkpoint import load_weights, save_weights
-from experiments.harness.estimate import measured
-from experiments.harness.record import Record, RecordError, record_of, state_of
-from experiments.harness.spec import Spec
+from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.record import Record, record_of, state_of
+from experiments.harness.runs.spec import Spec
+from experiments.harness.work.checkpoint import load_weights, save_weights
 
 SPEC = Spec(
     profile="smoke",

@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import checkpoint
-from experiments.harness.record import Record, RecordError, record_of
-from experiments.harness.spec import Spec
-from experiments.harness.verify import TIMES
+from experiments.harness.machine.verify import TIMES
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.record import Record, record_of
+from experiments.harness.runs.spec import Spec
+from experiments.harness.work import checkpoint
 from tests.faults import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -147,12 +148,12 @@ def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
 def _nursery() -> Any:
     """Processes are forked from one that has imported torch once and computed nothing, as those of the pool are."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.harness.worker"])
+    context.set_forkserver_preload(["experiments.harness.machine.worker"])
     return context
 
 
 def _train(spec: Spec, root: str) -> None:
-    from experiments.harness.train import train
+    from experiments.harness.work.train import train
 
     train(spec, Path(root), checkpoint_seconds=0)
 

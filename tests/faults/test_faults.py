@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness.checkpoint import load_weights
-from experiments.harness.record import LARGEST_TEXT, Record, RecordError, record_of, state_of
-from experiments.harness.train import Interrupted, train
+from experiments.harness.runs.files import LARGEST_TEXT, RecordError
+from experiments.harness.runs.record import Record, record_of, state_of
+from experiments.harness.work.checkpoint import load_weights
+from experiments.harness.work.session import Interrupted
+from experiments.harness.work.train import train
 from tests.faults import inputs, soak
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +211,7 @@ def test_clocks_that_jump_change_no_number(tmp_path):
         "real = time.time\n"
         "time.time = lambda: real() + next(jumps)\n"
         "from pathlib import Path\n"
-        "from experiments.harness.train import train\n"
+        "from experiments.harness.work.train import train\n"
         "from tests.faults.test_faults import SPEC\n"
         "train(SPEC, Path(sys.argv[1]), checkpoint_seconds=0)\n"
     )
@@ -257,9 +259,9 @@ def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
         "import resource, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from experiments.harness import pool\n"
-        "from experiments.harness.estimate import measured\n"
-        "from experiments.harness.record import record_of\n"
+        "from experiments.harness.machine import pool\n"
+        "from experiments.harness.runs.estimate import measured\n"
+        "from experiments.harness.runs.record import record_of\n"
         "from tests.faults.test_faults import SPEC\n"
         "if __name__ == '__main__':\n"
         "    root = Path(sys.argv[1])\n"

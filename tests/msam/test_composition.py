@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import msam
-from experiments.harness.cost import peak_bytes
+from experiments.harness.work.timing import peak_bytes
 from msam.reference import msam_gradient
 from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, pure_loss, reference
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.harness.provenance import ROOT
+from experiments.harness.runs.provenance import ROOT
 from tests.slurm.loopback import Loopback, missing
 
 LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=24")

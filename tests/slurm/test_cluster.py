@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.harness import catalogue
-from experiments.harness.provenance import ROOT, code_hash
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.provenance import ROOT, code_hash
 from tests.slurm.conftest import LONG, Command, numbers, train_here
 from tests.slurm.loopback import Loopback
 

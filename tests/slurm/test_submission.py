@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from experiments import bert_glue, resnet_cifar, wrn_cifar
-from experiments.harness import catalogue
-from experiments.harness.estimate import Estimate, gpu_hours, measured
-from experiments.harness.provenance import ROOT, code_hash
-from experiments.harness.record import record_of
-from experiments.harness.spec import SpecError
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.provenance import ROOT, code_hash
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import SpecError
 from slurm import scheduler, site
 from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, resources
 from slurm.submission import SlurmError, alone, arrays, script, snapshot, standings
@@ -199,7 +199,7 @@ def test_submitting_and_looking_need_no_torch(tmp_path, command):
 
 def test_the_snapshot_is_the_training_code_and_is_made_once(tmp_path):
     folder = snapshot(tmp_path)
-    told = "from experiments.harness.provenance import code_hash; print(code_hash())"
+    told = "from experiments.harness.runs.provenance import code_hash; print(code_hash())"
     done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code_hash()
     before = (folder / "msam" / "gradient.py").stat().st_mtime_ns, folder.stat().st_ino

@@ -1,0 +1,148 @@
+"""Whether a finished run can be had again, bit for bit: it is made anew elsewhere and compared, file by file."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.harness.runs.files import RecordError, printable
+from experiments.harness.runs.record import Record, record_of
+from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.work.checkpoint import load_weights
+from experiments.harness.work.execute import execute
+from experiments.harness.work.session import Interrupted
+
+TIMES = ("seconds", "wall_seconds", "step_seconds")
+"""What is never the same twice."""
+
+EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
+"""Entries of a session that may explain a difference, the likeliest first."""
+
+
+def verify(
+    record: Record,
+    *,
+    epochs: int | None = None,
+    data_root: str | None = None,
+    environment: Mapping[str, Any] | None = None,
+    report: Callable[[int, int], None] = lambda step, steps: None,
+) -> list[str]:
+    """Make a finished run anew in a temporary folder and compare what it left.
+
+    Args:
+        record: The finished run.
+        epochs: Train only so many; None: all, and compare the scores and the final weights too.
+        data_root: A folder to look for data in first.
+        environment: Provenance of this session, to tell what differs.
+        report: Called with (steps done, steps in all) as the run goes on.
+
+    Returns:
+        A sentence for each difference, the first place where the lines part among them; empty if there is none.
+
+    Raises:
+        RecordError: if the run is not finished, or damaged.
+        SpecError: if it cannot be compared: it timed something, or other epochs are asked for than it has.
+    """
+    if not record.done:
+        raise RecordError(f"Run {record.run_id} is not finished: run it first.")
+    spec = record.spec()
+    _check(spec, epochs)
+    with tempfile.TemporaryDirectory(prefix="msam-verify-") as folder:
+        again = record_of(spec, Path(folder))
+        if spec.trained:  # what is measured anew is the measurement, not the network's training
+            _copy_network(record_of(spec.trained, record.root), again.root)
+        try:
+            execute(spec, again.root, data_root=data_root, environment=environment, **_until(spec, epochs, report))
+        except Interrupted:
+            if epochs is None:
+                raise
+        return _differences(record, again, epochs)
+
+
+def _copy_network(network: Record, root: Path) -> None:
+    """What a measurement needs of the network's run, read as any stranger's record is."""
+    copy = record_of(network.spec(), root)
+    copy.create(network.spec())
+    for session in network.environments():
+        copy.add_environment(session)
+    weights = network.read_checkpoint(network.checkpoint)
+    if weights is None:
+        raise RecordError(f"{network.checkpoint} is not there: train run {network.run_id} again with --redo.")
+    copy.write_checkpoint(weights)
+    copy.finish(network.summary())
+
+
+def _check(spec: Spec, epochs: int | None) -> None:
+    if spec.kind == "cost":
+        raise SpecError("A cost run is of times, which are never the same twice: run it again with --redo and compare.")
+    if spec.ranks > 1:
+        raise SpecError("A data-parallel run needs its processes: submit it again to another --results and compare.")
+    if epochs is not None and spec.kind != "train":
+        raise SpecError("Only a training has epochs: leave --epochs out.")
+    if epochs is not None and not 0 < epochs <= spec.epochs:
+        raise SpecError(f"epochs is {epochs}, but this run has 1 to {spec.epochs}.")
+
+
+def _until(spec: Spec, epochs: int | None, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """`report` and `stop` for a run that is to end after so many epochs."""
+    done = False
+
+    def reached(step: int, steps: int) -> None:
+        nonlocal done
+        wanted = steps if epochs is None else steps * epochs // spec.epochs
+        done = epochs is not None and step >= wanted
+        report(min(step, wanted), wanted)
+
+    return {"report": reached, "stop": lambda: done}
+
+
+def _differences(record: Record, again: Record, epochs: int | None) -> list[str]:
+    before, now = record.metrics(), again.metrics()
+    if epochs is not None:
+        before, now = before[:epochs], now[:epochs]
+    found = []
+    if len(before) != len(now):
+        found.append(f"metrics.jsonl has {len(before)} lines there and {len(now)} here.")
+    for number, (line, other) in enumerate(zip(before, now, strict=False), start=1):
+        if words := _parted(line, other):
+            found.append(f"metrics.jsonl parts in line {number}: {words}.")
+            break
+    if epochs is None:
+        if words := _parted(record.summary(), again.summary()):
+            found.append(f"summary.json: {words}.")
+        if record.spec().kind == "train":
+            found += _weights(load_weights(record), load_weights(again))
+    return [printable(words) for words in [*found, *_explanations(record, again)]] if found else []
+
+
+def _parted(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    names = [n for n in dict.fromkeys([*there, *here]) if n not in TIMES and there.get(n) != here.get(n)]
+    return ", ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names)
+
+
+def _weights(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[str]:
+    parted = [name for name in dict.fromkeys([*before, *now]) if not _same(before.get(name), now.get(name))]
+    return [f"{len(parted)} of {len(before)} tensors of the final weights differ, {parted[0]} first."] if parted else []
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Bit for bit: NaN equals NaN and 0.0 is not -0.0."""
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
+
+
+def _explanations(record: Record, again: Record) -> list[str]:
+    try:
+        sessions, here = record.environments(), again.environments()[-1]
+    except RecordError as error:
+        return [str(error)]
+    found = []
+    for name in EXPLAINS:
+        values = [session.get(name) for session in sessions]
+        if any(value != here.get(name) for value in values):
+            told = " and ".join(dict.fromkeys(str(value) for value in values))
+            found.append(f"It may be the {name}: {told} there, {here.get(name)} here.")
+    return found
