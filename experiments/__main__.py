@@ -20,7 +20,7 @@ from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import default_jobs
 from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
 from experiments.harness.runs.selection import Runs
-from experiments.harness.runs.spec import PROFILES, Spec, SpecError
+from experiments.harness.runs.spec import PROFILES, Run, SpecError, Timing
 
 if TYPE_CHECKING:
     from experiments.harness.machine.proof import Report
@@ -57,7 +57,7 @@ def plan(
         seconds = estimate.seconds(spec)
         if not done:
             unknown += seconds is None
-            if spec.kind == "cost":  # these run one at a time
+            if isinstance(spec, Timing):  # these run one at a time
                 alone += seconds or 0
             else:
                 left += seconds or 0
@@ -77,7 +77,7 @@ def plan(
     return 0
 
 
-def _print_gpu_plan(runs: Runs, waiting: list[Spec], estimate: Estimate, gpus: int) -> None:
+def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: int) -> None:
     """GPU-hours of each table and in all, nights and disk."""
     print("\nGPU-hours by measured times where there are any, else guessed for an A100-class GPU:")
     tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
@@ -198,8 +198,8 @@ def check(
     return 1 if failed else 0
 
 
-def _checked(spec: Spec, report: "Report") -> str:
-    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.kind == 'curvature' else ''}"
+def _checked(spec: Run, report: "Report") -> str:
+    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
     if report.failure:
         return f"{what}: FAILED: {report.failure}"
     least, most = (duration(seconds) for seconds in report.run_seconds)
@@ -314,8 +314,8 @@ def _check_jobs(jobs: int | None) -> None:
         raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
 
 
-def _check_device(specs: list[Spec]) -> None:
-    if any(spec.ranks > 1 for spec in specs):
+def _check_device(specs: list[Run]) -> None:
+    if any(spec.processes > 1 for spec in specs):
         raise SpecError(
             "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
             "with python -m slurm submit, or leave ranks out."
@@ -327,22 +327,22 @@ def _check_device(specs: list[Spec]) -> None:
         )
 
 
-def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[Spec]:
+def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[Run]:
     """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has.
 
     Raises:
-        NotToBeHad: if that leaves nothing although some is `needed`.
+        DataUnavailable: if that leaves nothing although some is `needed`.
     """
-    from experiments.harness.tasks.cifar import NotToBeHad
+    from experiments.harness.tasks.data import DataUnavailable
     from experiments.harness.work.execute import check
 
-    lacking: dict[str, NotToBeHad] = {}
-    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.max_length) for s in specs):
-        first = next(s for s in specs if (s.dataset, s.model, s.max_length) == (dataset, model, max_length))
+    lacking: dict[str, DataUnavailable] = {}
+    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
+        first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
         try:
             if dataset not in lacking:
                 check(first, str(data_root) if data_root else None)
-        except NotToBeHad as error:
+        except DataUnavailable as error:
             lacking[dataset] = error
     found = [spec for spec in specs if spec.dataset not in lacking]
     if needed and not found:
@@ -365,7 +365,7 @@ def main() -> None:
         "show": show,
         "verify": verify,
     }
-    from experiments.harness.tasks.cifar import DataError
+    from experiments.harness.tasks.data import DataError
 
     try:
         code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)

@@ -19,11 +19,11 @@ from dataclasses import replace
 
 from experiments.harness.runs.facts import GLUE_GRIDS
 from experiments.harness.runs.grids import four_methods, tuning_grid
-from experiments.harness.runs.spec import ON_GPU, Spec
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table2"
 
-SMOKE = Spec(
+SMOKE = Training(
     profile="smoke",
     dataset="snippets",
     model="minilm",

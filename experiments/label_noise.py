@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from experiments import resnet_cifar
 from experiments.harness.runs.grids import tuning_grid
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Training
 
 TABLE = "label_noise"
 
@@ -32,7 +32,7 @@ CHOSEN: dict[str, dict[float, dict[str, float]]] = {
 """By profile and share what the grid chose: `learning_rate`, and the rho of `sam` and of `msam`."""
 
 
-def noisy(cell: Spec, share: float) -> Spec:
+def noisy(cell: Training, share: float) -> Training:
     """The cell of Table 1 with wrong labels."""
     chosen = CHOSEN.get(cell.profile, {}).get(share, {})
     learning_rate = chosen.get("learning_rate", cell.learning_rate)

@@ -20,7 +20,7 @@ from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks
 from experiments.harness.runs.provenance import checkout
 from experiments.harness.runs.record import DEFAULT_ROOT
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import Run, SpecError
 from slurm import scheduler, site
 from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
@@ -43,14 +43,14 @@ class Runs(selection.Runs):
     ] = 1
 
     @property
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[Run]:
         """The runs, those on several GPUs where `gpus` divides their micro-batches."""
         _check(gpus=self.gpus)
         specs = super().specs
         if self.gpus > 1 and any(spec.device == "cpu" for spec in specs):
             raise SlurmError(f"gpus is {self.gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
         found = with_ranks(specs, self.gpus)
-        if single := sum(spec.ranks == 1 for spec in found) * (self.gpus > 1):
+        if single := sum(spec.processes == 1 for spec in found) * (self.gpus > 1):
             print(
                 f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the "
                 "ranks must divide m.",
@@ -102,7 +102,7 @@ def submit(
         if runs.gpus > 1:
             raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
         from experiments.__main__ import run as train_here
-        from experiments.harness.tasks.cifar import DataError
+        from experiments.harness.tasks.data import DataError
 
         try:
             return train_here(runs, data_root=data_root)
@@ -205,7 +205,7 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
     return 0
 
 
-def _check_paths(specs: Sequence[Spec]) -> None:
+def _check_paths(specs: Sequence[Run]) -> None:
     """Jobs run in a folder of their own: what is relative to this one must not be."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
@@ -214,7 +214,7 @@ def _check_paths(specs: Sequence[Spec]) -> None:
             raise SlurmError(f"model is {spec.model!r}, but jobs run elsewhere: name the folder by its absolute path.")
 
 
-def _to_submit(found: Sequence[Standing]) -> list[Spec]:
+def _to_submit(found: Sequence[Standing]) -> list[Run]:
     for run in found:
         if run.state == "damaged":
             raise RecordError(f"{run.spec.run_id} is damaged{run.words}")

@@ -22,7 +22,7 @@ from experiments.harness.runs.files import read_json, write_json
 from experiments.harness.runs.process import Flag
 from experiments.harness.runs.provenance import code_hash, machine
 from experiments.harness.runs.record import RunLocked, record_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Run, from_dict
 from slurm.resources import SIGNAL_SECONDS
 
 PACKAGES = ("msam", "experiments", "slurm")
@@ -62,10 +62,10 @@ class Work:
         signal.signal(signal.SIGUSR2, requeue.set)
         signal.signal(signal.SIGTERM, ending.set)
         begun = time.monotonic()
-        specs = [Spec.from_dict(fields) for fields in self.runs]
+        specs = [from_dict(fields) for fields in self.runs]
         if code_hash(folders=PACKAGES) != self.code:
             raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
-        if specs[0].ranks > 1:
+        if specs[0].processes > 1:
             _join(specs[0], Path(self.results))
         session = {**self.submitted, **machine(), **_job()}
         print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
@@ -108,7 +108,7 @@ class Work:
                         raise RunsFailed(f"{spec.run_id}: {words}") from None
                     _leave(requeue)
                 except Exception as error:
-                    if spec.ranks > 1:
+                    if spec.processes > 1:
                         raise  # the other ranks wait for this one: end the job
                     print(f"FAILED {spec.run_id}", file=sys.stderr)
                     traceback.print_exception(error)
@@ -165,7 +165,7 @@ def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID", 0))
 
 
-def _join(spec: Spec, results: Path) -> None:
+def _join(spec: Run, results: Path) -> None:
     """Bring the job's processes together as the ranks of a run.
 
     Rank 0 takes a free port and tells the others in a file of the shared folder: nodes need not know each other's
@@ -179,7 +179,7 @@ def _join(spec: Spec, results: Path) -> None:
     meeting = results / "slurm" / "ranks" / f"{job['slurm_job']}-{job['requeues']}.json"
     if rank == 0:
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
-        store = dist.TCPStore(host, 0, spec.ranks, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, spec.processes, is_master=True, wait_for_workers=False)
         meeting.parent.mkdir(parents=True, exist_ok=True)
         write_json(meeting, {"host": host, "port": store.port})
     else:
@@ -189,10 +189,12 @@ def _join(spec: Spec, results: Path) -> None:
                 raise RunsFailed(f"Rank 0 has not written {meeting}: the results folder must be on a shared disk.")
             time.sleep(0.1)
         told = read_json(meeting)
-        store = dist.TCPStore(told["host"], told["port"], spec.ranks, is_master=False, wait_for_workers=False)
+        store = dist.TCPStore(told["host"], told["port"], spec.processes, is_master=False, wait_for_workers=False)
     if spec.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", 0)))
-    dist.init_process_group("nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.ranks)
+    dist.init_process_group(
+        "nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.processes
+    )
     dist.barrier()
     if rank == 0:
         meeting.unlink()  # a cluster may count its jobs anew

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass, replace
 
 from experiments.harness.runs.estimate import Estimate
-from experiments.harness.runs.facts import TEXTS
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.facts import DATASETS, TextSet
+from experiments.harness.runs.spec import Run, Timing
 
 SIGNAL_SECONDS = 120
 """How long before the time limit a job is told to write its checkpoint and queue again."""
@@ -41,7 +41,7 @@ ENCODER = Resources(gpus=1, cpus=4, memory_gb=32, minutes=240)
 """BERT-base and RoBERTa-base at up to 128 tokens."""
 
 
-def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None = None) -> Resources:
+def resources(spec: Run, estimate: Estimate | None = None, minutes: int | None = None) -> Resources:
     """What a run asks for.
 
     Args:
@@ -50,12 +50,12 @@ def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None 
         minutes: Asked for instead.
     """
     if spec.device == "cpu":
-        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * spec.workers))
-    elif spec.dataset in TEXTS:
+        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * (spec.workers if isinstance(spec, Timing) else 1)))
+    elif isinstance(DATASETS[spec.dataset], TextSet):
         family = ENCODER
     else:
         family = next((r for start, r in (("wrn", WIDE_RESNET), ("vit", VIT)) if spec.model.startswith(start)), RESNET)
-    family = replace(family, exclusive=spec.kind == "cost")
+    family = replace(family, exclusive=isinstance(spec, Timing))
     seconds = estimate.seconds(spec) if estimate and not minutes else None
     if seconds is not None:
         needed = LEAST_MINUTES + seconds / 30

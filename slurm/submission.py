@@ -26,7 +26,7 @@ from experiments.harness.runs.files import RecordError, read_json, write_json
 from experiments.harness.runs.process import library_settings
 from experiments.harness.runs.provenance import ROOT, code_hash
 from experiments.harness.runs.record import record_of, state_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Run
 from slurm import scheduler
 from slurm.job import PACKAGES, Work, perform
 from slurm.resources import SIGNAL_SECONDS, Resources, resources
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class Array:
     """Jobs of one size, submitted together."""
 
-    jobs: tuple[tuple[Spec, ...], ...]
+    jobs: tuple[tuple[Run, ...], ...]
     """The runs of each job, which it trains one after the other."""
     size: Resources
     """Of one process."""
@@ -55,7 +55,7 @@ class Array:
     @property
     def ranks(self) -> int:
         """Processes of each job."""
-        return self.jobs[0][0].ranks
+        return self.jobs[0][0].processes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Place:
 class Standing:
     """How a run stands, on the disk and in the queue."""
 
-    spec: Spec
+    spec: Run
     state: str
     """done, running, queued, failed, cancelled, lost (it was submitted; there is neither record nor job), begun, not
     begun, damaged; submitted where the queue cannot be asked."""
@@ -92,7 +92,7 @@ class Standing:
 
 
 def arrays(
-    specs: Sequence[Spec],
+    specs: Sequence[Run],
     estimate: Estimate,
     *,
     largest: int = 1001,
@@ -107,21 +107,21 @@ def arrays(
     Raises:
         SlurmError: if the ranks of a run do not divide among the nodes.
     """
-    groups: dict[tuple, list[tuple[Spec, Resources]]] = {}
+    groups: dict[tuple, list[tuple[Run, Resources]]] = {}
     for spec in specs:
         size = resources(spec, estimate, minutes)
-        if spec.ranks % nodes and spec.ranks > 1:
-            raise SlurmError(f"nodes is {nodes}, but must divide the {spec.ranks} ranks of {spec.title}.")
-        groups.setdefault((replace(size, minutes=0), spec.ranks, spec.threads), []).append((spec, size))
+        if spec.processes % nodes and spec.processes > 1:
+            raise SlurmError(f"nodes is {nodes}, but must divide the {spec.processes} ranks of {spec.title}.")
+        groups.setdefault((replace(size, minutes=0), spec.processes, spec.threads), []).append((spec, size))
     found = []
-    for group in sorted(groups.values(), key=lambda group: -group[0][0].ranks):
+    for group in sorted(groups.values(), key=lambda group: -group[0][0].processes):
         jobs = [
             tuple(spec for spec, _ in group[first : first + runs_per_job])
             for first in range(0, len(group), runs_per_job)
         ]
         size = replace(group[0][1], minutes=runs_per_job * max(size.minutes for _, size in group))
         for first in range(0, len(jobs), largest):
-            several = jobs[0][0].ranks > 1
+            several = jobs[0][0].processes > 1
             found.append(Array(tuple(jobs[first : first + largest]), size, nodes if several else 1))
     return found
 
@@ -189,7 +189,7 @@ def script(array: Array, root: Path, site: Site, parallelism: int | None = None)
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def standings(specs: Sequence[Spec], root: Path, need_queue: bool = False) -> list[Standing]:
+def standings(specs: Sequence[Run], root: Path, need_queue: bool = False) -> list[Standing]:
     """How each run stands. The queue is asked before the disk is read: a job may end in between.
 
     Raises:
@@ -387,7 +387,7 @@ def _by_index(ids: Sequence[str], count: int) -> list[str | None]:
 
 
 def _standing(
-    spec: Spec, root: Path, place: Place | None, queue: Mapping[str, Job] | None, fates: Mapping[str, str]
+    spec: Run, root: Path, place: Place | None, queue: Mapping[str, Job] | None, fates: Mapping[str, str]
 ) -> Standing:
     state, words = state_of(spec, root)
     if place is None or state in ("done", "running", "damaged"):
@@ -415,7 +415,7 @@ def _standing(
     return Standing(spec, "lost", f": job {place.job} {how}. Submit again to go on{words}", place)
 
 
-def _failed_since(spec: Spec, root: Path, place: Place) -> bool:
+def _failed_since(spec: Run, root: Path, place: Place) -> bool:
     """Whether the failure on the disk is of this submission or of a later attempt, not of an earlier one."""
     try:
         failure = record_of(spec, root).folder / "failure.json"
@@ -424,7 +424,7 @@ def _failed_since(spec: Spec, root: Path, place: Place) -> bool:
         return False
 
 
-def _worked_on_by(spec: Spec, root: Path, job: str) -> bool:
+def _worked_on_by(spec: Run, root: Path, job: str) -> bool:
     """Whether a job of several runs has come to this one."""
     try:
         return record_of(spec, root).environments()[-1].get("slurm_job") == job

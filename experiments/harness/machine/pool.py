@@ -19,10 +19,10 @@ from typing import Any
 
 from experiments.harness.machine.progress import Display
 from experiments.harness.runs.estimate import Estimate
-from experiments.harness.runs.facts import TEXTS
+from experiments.harness.runs.facts import DATASETS, TextSet
 from experiments.harness.runs.process import Flag, library_settings
 from experiments.harness.runs.record import RunLocked, record_of
-from experiments.harness.runs.spec import KINDS, Spec
+from experiments.harness.runs.spec import Run, Timing
 
 REPORT_SECONDS = 0.5
 """Least time between a worker's reports of where it is."""
@@ -35,8 +35,8 @@ INTERRUPTED = 130
 class Outcome:
     """What became of the runs that `run` was given."""
 
-    trained: list[Spec] = field(default_factory=list)
-    failed: dict[Spec, str] = field(default_factory=dict)
+    trained: list[Run] = field(default_factory=list)
+    failed: dict[Run, str] = field(default_factory=dict)
     """Each with its traceback, or with how its process ended."""
     interrupted: bool = False
 
@@ -45,7 +45,7 @@ class Outcome:
 class _Worker:
     process: multiprocessing.process.BaseProcess
     reports: Connection
-    spec: Spec
+    spec: Run
     slot: int
     fraction: float = 0.0
     failure: str | None = None
@@ -55,7 +55,7 @@ class _Worker:
 
 
 def run(
-    specs: Sequence[Spec],
+    specs: Sequence[Run],
     root: Path,
     *,
     jobs: int,
@@ -79,8 +79,9 @@ def run(
         What was trained, what failed and why.
     """
     context = multiprocessing.get_context("forkserver")
-    domains = ["experiments.harness.tasks.texts"] if any(spec.dataset in TEXTS for spec in specs) else []
-    domains += sorted({f"experiments.harness.work.{KINDS[spec.kind]}" for spec in specs})
+    texts = any(isinstance(DATASETS[spec.dataset], TextSet) for spec in specs)
+    domains = ["experiments.harness.tasks.texts"] if texts else []
+    domains += sorted({f"experiments.harness.{spec.module}" for spec in specs})
     context.set_forkserver_preload(["experiments.harness.machine.worker", *domains])
     workers: list[_Worker] = []
     waiting, outcome = list(specs), Outcome()
@@ -108,14 +109,14 @@ def run(
     return outcome
 
 
-def _together(spec: Spec, workers: Sequence[_Worker], jobs: int) -> int:
+def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
     """How many workers there may be with this run among them: what is timed has the machine for itself."""
-    return 1 if any(s.kind == "cost" for s in (spec, *(w.spec for w in workers))) else jobs
+    return 1 if any(isinstance(s, Timing) for s in (spec, *(w.spec for w in workers))) else jobs
 
 
 def _start(
     context: Any,
-    spec: Spec,
+    spec: Run,
     root: Path,
     slot: int,
     environment: Mapping[str, Any],
@@ -133,7 +134,7 @@ def _start(
 
 def _work(
     reports: Connection,
-    spec: Spec,
+    spec: Run,
     root: str,
     slot: int,
     environment: dict[str, Any],
@@ -265,7 +266,7 @@ def _killed_at_the_end(workers: Sequence[_Worker]) -> Iterator[None]:
 
 
 @contextmanager
-def _worker_environment(specs: Sequence[Spec]) -> Iterator[None]:
+def _worker_environment(specs: Sequence[Run]) -> Iterator[None]:
     """Set `library_settings` for the block, before the workers' server starts."""
     settings = library_settings(specs)
     before = {name: os.environ.get(name) for name in settings}

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from experiments.harness.runs.estimate import Estimate
 from experiments.harness.runs.record import duration, record_of
-from experiments.harness.runs.spec import Spec, in_percent, score_name
+from experiments.harness.runs.spec import Run, in_percent
 
 
 class Display:
@@ -20,7 +20,7 @@ class Display:
         estimate: How long each will take, for the bar.
     """
 
-    def __init__(self, specs: Sequence[Spec], estimate: Estimate) -> None:
+    def __init__(self, specs: Sequence[Run], estimate: Estimate) -> None:
         self.seconds = {spec: estimate.weight(spec) for spec in specs}
         self.done, self.begun = 0.0, time.monotonic()
         self.count = 0
@@ -31,14 +31,14 @@ class Display:
             leave=False,
         )
 
-    def update(self, fractions: Mapping[Spec, float]) -> None:
+    def update(self, fractions: Mapping[Run, float]) -> None:
         """Show how far each run at work is, from 0 to 1."""
         done = self.done + sum(self.seconds[spec] * fraction for spec, fraction in fractions.items())
         self.bar.n = min(done, self.bar.total)
         names = "; ".join(f"{spec.title} {fraction:.0%}" for spec, fraction in fractions.items())
         self.bar.set_description_str(f"{self.count}/{len(self.seconds)} runs, {self._left(done)} left: {names}")
 
-    def finished(self, spec: Spec, failure: str | None, root: Path) -> None:
+    def finished(self, spec: Run, failure: str | None, root: Path) -> None:
         """Print what came out of a run, or the last line of why it failed."""
         self.done += self.seconds[spec]
         self.count += 1
@@ -47,7 +47,7 @@ class Display:
             words = f"FAILED: {failure.strip().splitlines()[-1]}"
         elif record.done:
             summary = record.summary()
-            name = score_name(spec)
+            name = spec.score
             found = f"{100 * summary[name]:.1f} %" if in_percent(name) else f"{summary[name]:.4g}"
             words = f"{name.replace('_', ' ')} {found} in {summary['wall_seconds']:.0f} s"
         else:

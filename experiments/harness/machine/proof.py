@@ -17,15 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.runs.estimate import PARAMETERS, work
-from experiments.harness.runs.facts import IMAGES, SIMULATED
+from experiments.harness.runs.estimate import work
+from experiments.harness.runs.facts import MODELS, image_set, is_images, text_set
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.provenance import used
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import Spec, SpecError
-from experiments.harness.tasks.cifar import CLASSES, Cifar
-from experiments.harness.tasks.glue_files import TASKS
+from experiments.harness.runs.spec import Curvature, Run, SpecError, Timing, Training
+from experiments.harness.tasks.data import ImageData
 
 BATCH, STEPS = 4, 2
 
@@ -43,8 +42,8 @@ UTILISATION = (0.05, 0.4)
 class Cell:
     """A cell to check: the spec that stands for it, and the one that is trained in its place."""
 
-    spec: Spec
-    reduced: Spec
+    spec: Training
+    reduced: Training
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,14 @@ class Report:
     """Of the whole run on the named GPU."""
 
 
-def distinct(specs: Iterable[Spec]) -> list[Cell]:
+def distinct(specs: Iterable[Run]) -> list[Cell]:
     """The cells that a check can tell apart, in order."""
     cells: dict[Any, Cell] = {}
     for spec in specs:
-        if spec.dataset in SIMULATED:
-            continue  # solved on the CPU, in full, by their own runs
-        for one in timed_steps(spec) if spec.kind == "cost" else [spec]:
+        trainings = timed_steps(spec) if isinstance(spec, Timing) else [spec]
+        for one in trainings:
+            if not isinstance(one, Training):
+                continue  # a simulation: solved on the CPU, in full, by its own run
             reduced = _reduced(one)
             key = replace(reduced, learning_rate=1.0, weight_decay=float(reduced.weight_decay > 0))
             blind = {**key.to_dict(), "dataset": _outputs(key)}
@@ -128,29 +128,31 @@ def prove_one(cell: Cell, gpu: str) -> Report:
     )
 
 
-def published(spec: Spec) -> tuple[float, str] | None:
+def published(spec: Training) -> tuple[float, str] | None:
     """How many parameters the spec's model has by its source, and that; None for our own small ones."""
     if spec.model == "resnet50":
         stem, head = 7 * 7 * 3 * 64 - 3 * 3 * 3 * 64, 2049 * (1000 - _outputs(spec))
         return 25_557_032 - stem - head, "torchvision's, with CIFAR's stem and head"
-    return PARAMETERS.get(spec.model)
+    known = MODELS.get(spec.model)
+    return (known.parameters, known.source) if known and known.parameters else None
 
 
-def _outputs(spec: Spec) -> int:
+def _outputs(spec: Training) -> int:
     """Of the spec's network: one for each label, and one for a regression."""
-    return CLASSES[spec.dataset] if spec.dataset in IMAGES else max(1, len(TASKS[spec.dataset].labels))
+    return image_set(spec.dataset).classes if is_images(spec.dataset) else text_set(spec.dataset).outputs
 
 
-def _reduced(spec: Spec) -> Spec:
+def _reduced(spec: Training) -> Training:
     """What is trained in a spec's place: the same model and method, two small batches."""
     several = spec.micro_batches > 1
+    if isinstance(spec, Curvature):
+        spec = replace(spec, measured_examples=BATCH, measured_rho=0.01)
     return replace(
         spec,
         seed=0,
         micro_batches=2 if several else 1,
         rho=0.01 if spec.rho else 0.0,
         ranks=1,
-        workers=1,
         batch_size=BATCH,
         train_examples=BATCH * STEPS,
         test_examples=BATCH * STEPS,
@@ -159,12 +161,10 @@ def _reduced(spec: Spec) -> Spec:
         epochs=1,
         warmup_epochs=0.5 if spec.warmup_epochs else 0.0,
         curvature_every=1 if spec.curvature_every else 0,
-        measured_examples=BATCH if spec.kind == "curvature" else 0,
-        measured_rho=0.01 if spec.kind == "curvature" else 0.0,
     )
 
 
-def _carried_out(spec: Spec, root: Path) -> int:
+def _carried_out(spec: Training, root: Path) -> int:
     """Train the spec in two goes, with a checkpoint between them; returns the number of parameters."""
     import torch
 
@@ -173,7 +173,7 @@ def _carried_out(spec: Spec, root: Path) -> int:
 
     if not torch.cuda.is_available():
         spec = replace(spec, device="cpu", tf32=False, deterministic=False)
-    training = spec.trained or spec
+    training = spec.network or spec
     asked = iter([False] * (STEPS - 1) + [True])
     with contextlib.suppress(Interrupted):
         train(training, root, stop=lambda: next(asked), build=made_up)
@@ -183,12 +183,12 @@ def _carried_out(spec: Spec, root: Path) -> int:
     train(training, root, build=made_up)
     if [session["first_step"] for session in record.environments()] != [1, STEPS]:
         raise RecordError("The run did not go on from its checkpoint.")
-    if spec.kind == "curvature":
+    if isinstance(spec, Curvature):
         _multiplied(spec, training)
     return int(record.summary()["parameters"])
 
 
-def _multiplied(spec: Spec, training: Spec) -> None:
+def _multiplied(spec: Curvature, training: Training) -> None:
     """One product with the Hessian."""
     import torch
 
@@ -204,19 +204,19 @@ def _multiplied(spec: Spec, training: Spec) -> None:
         raise RuntimeError("A product with the Hessian is not finite.")
 
 
-def made_up(spec: Spec, data_root: str | None = None) -> Any:
+def made_up(spec: Training, data_root: str | None = None) -> Any:
     """The spec's task with new weights, on random pixels or random tokens of the greatest length."""
     import numpy as np
     import torch
 
     draws = np.random.default_rng(0)
     count = spec.examples
-    if spec.dataset in IMAGES:
+    if is_images(spec.dataset):
         from experiments.harness.tasks.images import task_of
 
         images = draws.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         labels: np.ndarray = draws.integers(0, _outputs(spec), count)
-        return task_of(spec, Cifar(images, labels, images, labels, "made up", "none"), loaders=0)
+        return task_of(spec, ImageData(images, labels, images, labels, "made up", "none"), loaders=0)
     from experiments.harness.tasks import texts
 
     model = encoder(spec)
@@ -228,7 +228,7 @@ def made_up(spec: Spec, data_root: str | None = None) -> Any:
     return texts.task_of(spec, model, examples, {"test": examples}, data)
 
 
-def encoder(spec: Spec) -> Any:
+def encoder(spec: Training) -> Any:
     """A text model of the spec's architecture with random weights; nothing is fetched for those of the hub."""
     import transformers
 
@@ -241,7 +241,7 @@ def encoder(spec: Spec) -> Any:
         ),
     }
     if spec.model not in configs:
-        return texts.encoder(spec, TASKS[spec.dataset])[1]
+        return texts.encoder(spec, text_set(spec.dataset))[1]
     config = configs[spec.model](num_labels=_outputs(spec))
     return transformers.AutoModelForSequenceClassification.from_config(
         texts.with_dropout(config, spec), attn_implementation=spec.attention
@@ -269,7 +269,7 @@ class _Tokens:
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def costs(spec: Spec) -> tuple[float, float]:
+def costs(spec: Training) -> tuple[float, float]:
     """Of one forward and backward pass of one example: FLOP, and bytes kept in between if all are float32.
 
     Counted on torch's meta device, without computing anything.
@@ -277,7 +277,7 @@ def costs(spec: Spec) -> tuple[float, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    if spec.dataset in IMAGES:
+    if is_images(spec.dataset):
         from experiments.harness.tasks.image_models import build
 
         model = build(spec.model, _outputs(spec), spec.image_size).to("meta")

@@ -9,7 +9,7 @@ import torch
 
 from experiments.harness.runs.files import RecordError, printable
 from experiments.harness.runs.record import Record, record_of
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import Run, SpecError, Timing, Training
 from experiments.harness.work.checkpoint import load_weights
 from experiments.harness.work.execute import execute
 from experiments.harness.work.session import Interrupted
@@ -51,8 +51,8 @@ def verify(
     _check(spec, epochs)
     with tempfile.TemporaryDirectory(prefix="msam-verify-") as folder:
         again = record_of(spec, Path(folder))
-        if spec.trained:  # what is measured anew is the measurement, not the network's training
-            _copy_network(record_of(spec.trained, record.root), again.root)
+        if spec.network:  # what is measured anew is the measurement, not the network's training
+            _copy_network(record_of(spec.network, record.root), again.root)
         try:
             execute(spec, again.root, data_root=data_root, environment=environment, **_until(spec, epochs, report))
         except Interrupted:
@@ -74,24 +74,26 @@ def _copy_network(network: Record, root: Path) -> None:
     copy.finish(network.summary())
 
 
-def _check(spec: Spec, epochs: int | None) -> None:
-    if spec.kind == "cost":
+def _check(spec: Run, epochs: int | None) -> None:
+    if isinstance(spec, Timing):
         raise SpecError("A cost run is of times, which are never the same twice: run it again with --redo and compare.")
-    if spec.ranks > 1:
+    if spec.processes > 1:
         raise SpecError("A data-parallel run needs its processes: submit it again to another --results and compare.")
-    if epochs is not None and spec.kind != "train":
+    if epochs is None:
+        return
+    if type(spec) is not Training:
         raise SpecError("Only a training has epochs: leave --epochs out.")
-    if epochs is not None and not 0 < epochs <= spec.epochs:
+    if not 0 < epochs <= spec.epochs:
         raise SpecError(f"epochs is {epochs}, but this run has 1 to {spec.epochs}.")
 
 
-def _until(spec: Spec, epochs: int | None, report: Callable[[int, int], None]) -> dict[str, Any]:
+def _until(spec: Run, epochs: int | None, report: Callable[[int, int], None]) -> dict[str, Any]:
     """`report` and `stop` for a run that is to end after so many epochs."""
     done = False
 
     def reached(step: int, steps: int) -> None:
         nonlocal done
-        wanted = steps if epochs is None else steps * epochs // spec.epochs
+        wanted = steps if epochs is None else steps * epochs // spec.flat["epochs"]
         done = epochs is not None and step >= wanted
         report(min(step, wanted), wanted)
 
@@ -112,7 +114,7 @@ def _differences(record: Record, again: Record, epochs: int | None) -> list[str]
     if epochs is None:
         if words := _parted(record.summary(), again.summary()):
             found.append(f"summary.json: {words}.")
-        if record.spec().kind == "train":
+        if type(record.spec()) is Training:
             found += _weights(load_weights(record), load_weights(again))
     return [printable(words) for words in [*found, *_explanations(record, again)]] if found else []
 

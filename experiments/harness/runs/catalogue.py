@@ -5,22 +5,26 @@ An experiment is a module of `experiments/` with a docstring and
     TABLE     the table its runs fill, "table1" say
     RUNS      profile -> cells: the runs of the table, each written once, at seed 0
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
+    VARIES    the fields that a study varies, ("batch_size",) say (optional): a cell is compared with the cell that
+              equals it in everything else, and so by default in every field that does not define the arms
 
 Targets are an experiment's name, a table's name, or either followed by "-tuning"; and "all", every table without the
 grids.
 """
 
-import dataclasses
 import importlib
 import json
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import experiments
+from experiments.harness.runs.checks import PROFILES, SpecError
 from experiments.harness.runs.grids import with_seeds
-from experiments.harness.runs.spec import PROFILES, SEEDS, Spec, SpecError
+from experiments.harness.runs.run import Run, from_dict, names
+from experiments.harness.runs.spec import SEEDS
 
 TUNING_SEEDS = 2
 """Seeds of a grid, in every profile."""
@@ -33,8 +37,9 @@ class Experiment:
     name: str
     table: str
     summary: str
-    runs: Mapping[str, Sequence[Spec]]
-    tuning: Mapping[str, Sequence[Spec]]
+    runs: Mapping[str, Sequence[Run]]
+    tuning: Mapping[str, Sequence[Run]]
+    varies: tuple[str, ...]
 
 
 def catalogue() -> dict[str, Experiment]:
@@ -50,6 +55,7 @@ def catalogue() -> dict[str, Experiment]:
             summary=(module.__doc__ or "").strip().split("\n")[0],
             runs=module.RUNS,
             tuning=getattr(module, "TUNING", {}),
+            varies=_varies(module),
         )
     return dict(sorted(found.items(), key=lambda item: (item[1].table, item[0])))
 
@@ -62,7 +68,7 @@ def targets() -> list[str]:
     return [*names, *grids, "all"]
 
 
-def cells(target: str, profile: str) -> list[Spec]:
+def cells(target: str, profile: str) -> list[Run]:
     """The cells (specs at seed 0) of an experiment, a table, or one of their grids.
 
     Raises:
@@ -78,7 +84,7 @@ def cells(target: str, profile: str) -> list[Spec]:
     return list(dict.fromkeys(cell for cells_of_one in lists for cell in cells_of_one))
 
 
-def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Spec]:
+def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Run]:
     """The runs of a target: its cells at every seed of the profile, or at seeds 0, ..., seeds - 1.
 
     Args:
@@ -99,16 +105,30 @@ def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[
     if not changes:
         return specs
     fields = dict(_change(text) for text in changes)
-    return list(dict.fromkeys(Spec.from_dict({**spec.to_dict(), **fields}) for spec in specs))
+    return list(dict.fromkeys(from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def varies(target: str) -> tuple[str, ...]:
+    """The fields that the experiments of a target vary, in the order of their declarations."""
+    name = target.removesuffix("-tuning")
+    chosen = [e for e in catalogue().values() if name in (e.name, e.table)]
+    return tuple(dict.fromkeys(field for e in chosen for field in e.varies))
+
+
+def _varies(module: ModuleType) -> tuple[str, ...]:
+    fields = tuple(getattr(module, "VARIES", ()))
+    if unknown := [field for field in fields if field not in names()]:
+        known = ", ".join(names())
+        raise SpecError(f"{module.__name__} varies {unknown[0]!r}, which is not a field; the fields are: {known}.")
+    return fields
 
 
 def _change(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
-    if name not in {field.name for field in dataclasses.fields(Spec)}:
-        known = ", ".join(field.name for field in dataclasses.fields(Spec))
-        raise SpecError(f"Unknown field {name!r}; the fields are: {known}.")
+    if name not in names():
+        raise SpecError(f"Unknown field {name!r}; the fields are: {', '.join(names())}.")
     try:
         return name, json.loads(value)
     except ValueError:

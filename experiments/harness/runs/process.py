@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Run
 
 
 def default_jobs(device: str) -> int:
@@ -35,7 +35,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str
 about a sixth off a step of the `cpu` ResNet at batch 128."""
 
 
-def library_settings(specs: Sequence[Spec]) -> dict[str, str]:
+def library_settings(specs: Sequence[Run]) -> dict[str, str]:
     """Environment variables for whoever trains these runs, which libraries read when they are loaded.
 
     Threads: no more than a run is allowed. Memory: see `ALLOCATOR`. Torch's profiler, by which cost runs count memory,

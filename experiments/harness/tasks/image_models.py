@@ -5,6 +5,7 @@ al. 2016 (arXiv 1512.03385, section 4.2), the Wide ResNet of Zagoruyko and Komod
 libraries' ResNet-50 and ViT at CIFAR's resolution.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.harness.tasks.cifar import MEAN, STD, DataError
+from experiments.harness.runs.facts import ImageSet
+from experiments.harness.tasks.data import DataError
 
 Norm = Callable[[int], nn.Module]
 """A normalisation of so many channels."""
@@ -27,15 +29,37 @@ def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
     """The model of that name, freshly initialised from torch's global generator.
 
     Args:
-        name: One of `MODELS`, or `hf-hub:OWNER/NAME`, or the path of a folder with a model of timm (as its
-            `save_for_hf` writes it): these come with their weights and get a new last layer.
+        name: One of `MODELS`, or `module:callable`, which is called with `num_classes=`, or `hf-hub:OWNER/NAME`, or
+            the path of a folder with a model of timm (as its `save_for_hf` writes it): these come with their weights
+            and get a new last layer.
         classes: Outputs.
         image_size: Side of the images in pixels, for timm's models.
 
     Raises:
-        DataError: if timm's model cannot be had, with what to do.
+        DataError: if the model is unavailable, with what to do.
     """
-    return pretrained(name, classes, image_size) if "/" in name else MODELS[name](classes)
+    if "/" in name:
+        return pretrained(name, classes, image_size)
+    return from_callable(name, classes) if ":" in name else MODELS[name](classes)
+
+
+def from_callable(name: str, classes: int) -> nn.Module:
+    """The model that `module:callable` makes, called with `num_classes=`.
+
+    Raises:
+        DataError: if there is no such callable, or it makes no `nn.Module`.
+    """
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)(num_classes=classes)
+    except (AttributeError, ImportError, TypeError) as error:
+        raise DataError(
+            f"The model {name} could not be made ({error}): name an importable callable that takes num_classes and "
+            "returns an nn.Module."
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise DataError(f"The model {name} is of type {type(made).__name__}: the callable must return an nn.Module.")
+    return made
 
 
 def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
@@ -63,10 +87,10 @@ def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
         ) from error
 
 
-def pixel_statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, by channel, of the pixels that a model was trained on; CIFAR's for one that is new."""
+def pixel_statistics(model: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, by channel, of the pixels that a model was trained on; the data set's for a new model."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    return tuple(config.get("mean", MEAN)), tuple(config.get("std", STD))
+    return tuple(config.get("mean", data.mean)), tuple(config.get("std", data.std))
 
 
 class BasicBlock(nn.Module):

@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.harness.runs.facts import CIFAR_MEAN, CIFAR_STD, image_set
 from experiments.harness.runs.process import default_jobs
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Network
 from experiments.harness.tasks.augment import augmented, has_policy, loaded
-from experiments.harness.tasks.cifar import CLASSES, MEAN, STD, Cifar, load_cifar
-from experiments.harness.tasks.image_models import build, pixel_statistics
+from experiments.harness.tasks.data import ImageData, load
+from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
 from experiments.harness.tasks.task import Task, generator, sent, subsets
 
 EVALUATION_BATCH = 250
@@ -22,7 +22,7 @@ NOISE_SEED = 1
 """Of the labels that are made wrong: the same for every run."""
 
 
-def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = None) -> Task:
+def image_task(spec: Network, data_root: str | None = None, loaders: int | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `image_models.py`.
 
     Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
@@ -34,32 +34,43 @@ def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = N
         loaders: Processes that do so, which changes no number; None: one for each core but one, and 4 at most, if
             there is a GPU to keep busy, and none on a CPU, which has nothing else to do.
     """
-    return task_of(spec, load_cifar(spec.dataset, Path(data_root) if data_root else None), loaders)
+    return task_of(spec, load(spec.dataset, data_root), loaders)
 
 
-def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
+def check(spec: Network, data_root: str | None = None) -> None:
+    """Fetch and verify the images, and a model that is not one of ours.
+
+    Raises:
+        DataError: if something is unavailable or does not fit.
+    """
+    load(spec.dataset, data_root)
+    if spec.model not in MODELS:
+        build(spec.model, image_set(spec.dataset).classes, spec.image_size)
+
+
+def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
     """The task of a spec on these images."""
-    train, holdout = subsets(spec, len(cifar.train_labels))
+    train, holdout = subsets(spec, len(data.train_labels))
     device = torch.device(spec.device)
 
     def on_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
 
-    classes = CLASSES[spec.dataset]
-    noisy = with_wrong_labels(cifar.train_labels[train], spec.label_noise, classes)
-    on_host = cifar.train_images[train]
+    classes = image_set(spec.dataset).classes
+    noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, classes)
+    on_host = data.train_images[train]
     images, labels = on_device(on_host, noisy)
     if spec.holdout_examples:
-        scored = "holdout", on_device(cifar.train_images[holdout], cifar.train_labels[holdout])
+        scored = "holdout", on_device(data.train_images[holdout], data.train_labels[holdout])
     else:
         scored = (
             "test",
-            on_device(cifar.test_images[: spec.test_examples], cifar.test_labels[: spec.test_examples]),
+            on_device(data.test_images[: spec.test_examples], data.test_labels[: spec.test_examples]),
         )
 
     model = build(spec.model, classes, spec.image_size)
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    mean, std = pixel_statistics(model)
+    mean, std = pixel_statistics(model, image_set(spec.dataset))
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
     if loaders is None:
@@ -106,7 +117,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
         sample=sample,
-        data={"data_checksum": cifar.checksum, "data_source": cifar.source},
+        data={"data_checksum": data.checksum, "data_source": data.source},
     )
 
 
@@ -125,8 +136,8 @@ def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndar
 
 def normalised(
     images: Tensor,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
+    mean: tuple[float, ...] = CIFAR_MEAN,
+    std: tuple[float, ...] = CIFAR_STD,
     size: int = 32,
     layout: torch.memory_format = torch.channels_last,
 ) -> Tensor:

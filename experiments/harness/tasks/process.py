@@ -5,20 +5,21 @@ from typing import Any
 
 import torch
 
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Run
 
 
-def set_torch(spec: Spec) -> None:
+def set_torch(spec: Run) -> None:
     """Make this process compute as the spec says; call it before anything is computed."""
+    tf32, deterministic = spec.flat["tf32"], spec.flat["deterministic"]
     torch.set_num_threads(spec.threads)
-    torch.set_float32_matmul_precision("high" if spec.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = spec.tf32
-    if spec.deterministic:
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    torch.use_deterministic_algorithms(spec.deterministic)
+    torch.use_deterministic_algorithms(deterministic)
 
 
-def here(spec: Spec) -> dict[str, Any]:
+def here(spec: Run) -> dict[str, Any]:
     """What this process computes with, for the record; call it after `set_torch`."""
     on_gpu = spec.device == "cuda"
     return {

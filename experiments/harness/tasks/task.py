@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Network
 
 SUBSET_SEED = 0
 """Of the one permutation that subsets and held-out examples are cut from: the same for every run."""
@@ -35,7 +35,7 @@ class Task:
     """`data_checksum` and `data_source`, for the record."""
 
 
-def subsets(spec: Spec, available: int) -> tuple[np.ndarray, np.ndarray]:
+def subsets(spec: Network, available: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training examples and of the held-out ones, which never overlap.
 
     Training examples are the first of a fixed permutation, held-out ones its last.

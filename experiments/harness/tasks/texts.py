@@ -18,11 +18,11 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
-from experiments.harness.runs.facts import TEXT_MODELS
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.facts import MODELS, TextSet, text_set
+from experiments.harness.runs.spec import Network
 from experiments.harness.tasks import glue_files
-from experiments.harness.tasks.cifar import DataError
-from experiments.harness.tasks.glue_files import TASKS, Glue, Texts
+from experiments.harness.tasks.data import DataError, load
+from experiments.harness.tasks.glue_files import Texts
 from experiments.harness.tasks.task import Task, generator, sent, subsets
 
 EVALUATION_BATCH = 64
@@ -34,10 +34,10 @@ transformers.logging.set_verbosity_error()  # of new classifiers and long texts,
 transformers.utils.logging.disable_progress_bar()
 
 
-def text_task(spec: Spec, data_root: str | None = None) -> Task:
+def text_task(spec: Network, data_root: str | None = None) -> Task:
     """A task of GLUE, or the movie snippets, with an encoder of transformers and a new head."""
-    task = TASKS[spec.dataset]
-    data = glue_files.load_texts(spec.dataset, Path(data_root) if data_root else None)
+    task = text_set(spec.dataset)
+    data = load(spec.dataset, data_root)
     tokenizer, model, origin = encoder(spec, task)
     weights = checksum(model)
 
@@ -61,10 +61,10 @@ def text_task(spec: Spec, data_root: str | None = None) -> Task:
 
 
 def task_of(
-    spec: Spec, model: nn.Module, trained: "_Examples", scored: Mapping[str, "_Examples"], data: dict[str, str]
+    spec: Network, model: nn.Module, trained: "_Examples", scored: Mapping[str, "_Examples"], data: dict[str, str]
 ) -> Task:
     """The task of a spec with this model, on these tokens; `data` is for the record."""
-    task = TASKS[spec.dataset]
+    task = text_set(spec.dataset)
     device = torch.device(spec.device)
     model = model.to(device)
 
@@ -88,7 +88,7 @@ def task_of(
         model.eval()
         found: dict[str, float] = {}
         for part, examples in scored.items():
-            outputs = torch.empty(len(examples), max(1, len(task.labels)))
+            outputs = torch.empty(len(examples), task.outputs)
             for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
                 outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
             values = scores(task, outputs.numpy(), examples.labels)
@@ -113,7 +113,7 @@ def task_of(
     )
 
 
-def encoder(spec: Spec, task: Glue) -> tuple[Any, transformers.PreTrainedModel, str]:
+def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedModel, str]:
     """Tokenizer and model of a spec, its head freshly drawn from torch's global generator; and where they came from.
 
     Raises:
@@ -124,7 +124,7 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, transformers.PreTrainedModel, 
     options = {"local_files_only": True} if folder is None and not glue_files.hub_answers() else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        config = transformers.AutoConfig.from_pretrained(place, num_labels=max(1, len(task.labels)), **options)
+        config = transformers.AutoConfig.from_pretrained(place, num_labels=task.outputs, **options)
         config = with_dropout(config, spec)
         _fit(spec, config, tokenizer)
         kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
@@ -151,7 +151,7 @@ def encoder(spec: Spec, task: Glue) -> tuple[Any, transformers.PreTrainedModel, 
     return tokenizer, model, origin
 
 
-def with_dropout(config: Any, spec: Spec) -> Any:
+def with_dropout(config: Any, spec: Network) -> Any:
     """The configuration of a model of transformers with the spec's dropout."""
     if spec.dropout is not None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
@@ -159,17 +159,17 @@ def with_dropout(config: Any, spec: Spec) -> Any:
     return config
 
 
-def check(spec: Spec, data_root: str | None = None) -> None:
+def check(spec: Network, data_root: str | None = None) -> None:
     """Find out before any training whether data, tokenizer and configuration of a spec can be had and fit.
 
     Raises:
-        DataError: if not. `texts.NotToBeHad` if it is the data that no source has.
+        DataError: if not. `texts.DataUnavailable` if it is the data that no source has.
     """
-    glue_files.load_texts(spec.dataset, Path(data_root) if data_root else None)
-    encoder(spec, TASKS[spec.dataset])
+    load(spec.dataset, data_root)
+    encoder(spec, text_set(spec.dataset))
 
 
-def scores(task: Glue, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The task's official metrics, each in [-1, 1], from the model's outputs.
 
     Args:
@@ -190,7 +190,7 @@ def scores(task: Glue, outputs: np.ndarray, labels: np.ndarray) -> dict[str, flo
     return {name: float(known[name]()) for name in task.metrics}
 
 
-def majority(task: Glue, trained: np.ndarray, labels: np.ndarray) -> float:
+def majority(task: TextSet, trained: np.ndarray, labels: np.ndarray) -> float:
     """The score of whoever always answers with the commonest training label (of a regression, with the mean)."""
     if not task.labels:
         return 0.0
@@ -248,7 +248,7 @@ def _checkpoint(model: str) -> tuple[Path | None, str]:
     """The folder of a checkpoint, None for a name of the hub; and what it is, for people."""
     if model == "minilm":
         return glue_files.minilm(), glue_files.MINILM
-    if model in TEXT_MODELS:
+    if model in MODELS:
         return None, f"{model} from the hub"
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
@@ -260,7 +260,7 @@ def _checkpoint(model: str) -> tuple[Path | None, str]:
     return folder, f"the folder {folder.name}"
 
 
-def _fit(spec: Spec, config: Any, tokenizer: Any) -> None:
+def _fit(spec: Network, config: Any, tokenizer: Any) -> None:
     """Refuse texts longer than the model has positions, and tokens that it does not know."""
     if len(tokenizer) > config.vocab_size:
         raise DataError(

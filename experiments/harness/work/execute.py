@@ -6,15 +6,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.runs.facts import IMAGES, SIMULATED
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import KINDS, Spec
+from experiments.harness.runs.spec import Network, Run, Stability, Training
 from experiments.harness.work.session import Interrupted
 from experiments.harness.work.train import train
 
 
 def execute(
-    spec: Spec,
+    spec: Run,
     root: Path,
     *,
     data_root: str | None = None,
@@ -48,17 +47,17 @@ def execute(
         "report": report,
         "stop": stop,
     }
-    if spec.kind == "train":
+    if type(spec) is Training:
         return train(spec, root, redo=redo, **settings)
     record = record_of(spec, root)
-    if spec.trained and (redo or not record.done):
-        train(spec.trained, root, **settings)
+    if spec.network and (redo or not record.done):
+        train(spec.network, root, **settings)
     with record.locked():
         if not record.begin(spec, redo=redo):
             return None
         try:
             with record.session():
-                import_module(f"experiments.harness.work.{KINDS[spec.kind]}").measure(spec, record, **settings)
+                import_module(f"experiments.harness.{spec.module}").measure(spec, record, **settings)
         except Interrupted:
             raise
         except Exception as error:
@@ -67,25 +66,17 @@ def execute(
     return None
 
 
-def check(spec: Spec, data_root: str | None = None) -> None:
+def check(spec: Run, data_root: str | None = None) -> None:
     """Fetch and verify what a spec's task is made from, before any run starts.
 
     Raises:
-        DataError: if it does not fit; `NotToBeHad` if no source has the data.
+        DataError: if it does not fit; `DataUnavailable` if no source has the data.
     """
-    if spec.dataset in SIMULATED:
+    if isinstance(spec, Network):
+        from experiments.harness.tasks.build import check_task
+
+        check_task(spec, data_root)
+    elif isinstance(spec, Stability):
         from experiments.harness.work import stability
 
         stability.check(spec)
-    elif spec.dataset in IMAGES:
-        from experiments.harness.tasks.cifar import load_cifar
-
-        load_cifar(spec.dataset, Path(data_root) if data_root else None)
-        if "/" in spec.model:
-            from experiments.harness.tasks.image_models import pretrained
-
-            pretrained(spec.model, 10, spec.image_size)
-    else:
-        from experiments.harness.tasks import texts
-
-        texts.check(spec, data_root)

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 import msam
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of
-from experiments.harness.runs.spec import Spec, score_name
+from experiments.harness.runs.spec import Curvature
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.process import here, set_torch
 from experiments.harness.tasks.task import Task
@@ -50,7 +50,7 @@ SLICE = tuple(round(x, 3) for x in np.linspace(-1, 1, 21))
 
 
 def measure(
-    spec: Spec,
+    spec: Curvature,
     record: Record,
     *,
     data_root: str | None,
@@ -58,7 +58,7 @@ def measure(
     report: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> None:
-    """Measure the network of `spec.trained`; what an earlier session has written down is not measured again.
+    """Measure the network of `spec.network`; what an earlier session has written down is not measured again.
 
     Each line of metrics.jsonl is one measurement. The summary holds the numbers of all of them, by the part of the
     data and their own names: `train_lambda_1`, `test_trace`, ...
@@ -104,20 +104,20 @@ def measure(
     record.finish({**scalars, "wall_seconds": round(seconds + time.monotonic() - since, 3)})
 
 
-def trained_task(spec: Spec, record: Record, data_root: str | None) -> tuple[Task, dict[str, Any]]:
+def trained_task(spec: Curvature, record: Record, data_root: str | None) -> tuple[Task, dict[str, Any]]:
     """The task with its network trained, and for the record the code that trained it.
 
     Raises:
         RecordError: if the final weights are missing or do not fit.
     """
-    assert spec.trained is not None
-    source = record_of(spec.trained, record.root)
-    task = build_task(replace(spec.trained, precision="float32"), data_root)
+    assert spec.network is not None
+    source = record_of(spec.network, record.root)
+    task = build_task(replace(spec.network, precision="float32"), data_root)
     try:
         task.model.load_state_dict(load_weights(source))
     except (RecordError, RuntimeError) as error:
         raise RecordError(
-            f"{source.checkpoint} does not hold the final weights of {spec.trained.title} ({type(error).__name__}): "
+            f"{source.checkpoint} does not hold the final weights of {spec.network.title} ({type(error).__name__}): "
             f"delete {source.folder}, and it is trained again."
         ) from error
     sessions = source.environments()
@@ -139,7 +139,7 @@ def measured_on(part: str, seed: int) -> list[str]:
 class _Look:
     """What all measurements on one part of the data share."""
 
-    def __init__(self, spec: Spec, task: Task, part: str, check: Callable[[], None]) -> None:
+    def __init__(self, spec: Curvature, task: Task, part: str, check: Callable[[], None]) -> None:
         self.spec, self.task, self.model = spec, task, task.model
         self.batch = task.sample(part, spec.measured_examples)
         self.loss_fn = partial(task.loss_fn, task.model)
@@ -220,9 +220,9 @@ def _slices(look: _Look) -> dict[str, Any]:
 
 def _scores(look: _Look) -> dict[str, Any]:
     """Of the whole test set; and once more with BatchNorm's statistics averaged over one epoch more of mini-batches."""
-    trained, model = look.spec.trained, look.model
+    trained, model = look.spec.network, look.model
     assert trained is not None
-    score = score_name(replace(trained, curvature_every=0))
+    score = replace(trained, curvature_every=0).score
     name = score.partition("_")[2]
     found = {name: look.task.evaluate()[score]}
     if any(isinstance(module, BatchNorm) for module in model.modules()):

