@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class Run:
     def flat(self) -> Mapping[str, Any]:
         """Every field of every kind by its name in records; those that this kind lacks have their defaults."""
         own = {self.renamed.get(name, name): getattr(self, name) for name in hints(type(self))}
-        return types.MappingProxyType({**defaults(), "kind": self.kind, **own})
+        return {**defaults(), "kind": self.kind, **own}
 
     def to_dict(self) -> dict[str, Any]:
         """`flat`, ready for JSON."""

@@ -18,32 +18,23 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import measured, work
 from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Training, from_dict
+from tests.specs import BASE
 
 ROOT = Path(__file__).parents[3]
 
-BASE = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=2,
-    batch_size=32,
-    train_examples=64,
-    test_examples=50,
-)
-FOUR = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.1)
-LONG = replace(BASE, epochs=2000)
+SMALL = replace(BASE, train_examples=64, test_examples=50)
+FOUR = four_methods(SMALL, micro_batches=4, sam_rho=0.1, msam_rho=0.1)
+LONG = replace(SMALL, epochs=2000)
 
 TIMES = {"wall_seconds", "step_seconds"}
 
 
-def run(specs: list[Spec], root: Path, jobs: int = 2) -> pool.Outcome:
+def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
     return pool.run(specs, root, jobs=jobs, environment={"commit": "abc"}, estimate=measured(root))
 
 
-def scores(specs: list[Spec], root: Path) -> list[dict]:
+def scores(specs: list[Training], root: Path) -> list[dict]:
     return [{k: v for k, v in record_of(s, root).summary().items() if k not in TIMES} for s in specs]
 
 
@@ -54,7 +45,7 @@ def test_the_number_of_workers_changes_no_number(tmp_path):
 
 
 def test_a_run_that_fails_stops_no_other_and_comes_with_its_traceback(tmp_path, capfd):
-    bad = replace(BASE, learning_rate=1e20)
+    bad = replace(SMALL, learning_rate=1e20)
     outcome = run([bad, *FOUR], tmp_path)
     assert set(outcome.trained) == set(FOUR)
     assert list(outcome.failed) == [bad]
@@ -137,7 +128,7 @@ def test_workers_stop_when_the_pool_is_killed(tmp_path):
             time.sleep(0.05)
         process.kill()
     (folder,) = (tmp_path / "runs").iterdir()
-    record = record_of(Spec.from_dict(json.loads((folder / "spec.json").read_text())["spec"]), tmp_path)
+    record = record_of(from_dict(json.loads((folder / "spec.json").read_text())["spec"]), tmp_path)
     deadline = time.monotonic() + 30
     while record.busy:
         assert time.monotonic() < deadline, "the worker outlived the pool"
@@ -156,14 +147,14 @@ def test_two_commands_at_once_train_each_run_once(tmp_path):
 
 
 def test_estimates_come_from_measured_runs(tmp_path):
-    assert measured(tmp_path).seconds(BASE) is None
+    assert measured(tmp_path).seconds(SMALL) is None
     run(FOUR[:1], tmp_path)
-    seconds = record_of(BASE, tmp_path).summary()["wall_seconds"]
+    seconds = record_of(SMALL, tmp_path).summary()["wall_seconds"]
     estimate = measured(tmp_path)
-    assert estimate.seconds(replace(BASE, seed=5)) == pytest.approx(seconds)
+    assert estimate.seconds(replace(SMALL, seed=5)) == pytest.approx(seconds)
     assert estimate.seconds(FOUR[2]) == pytest.approx(2 * seconds)  # SAM: each example twice
-    assert work(with_seeds([BASE], 2)[1]) == 128
-    assert estimate.seconds(replace(BASE, model="wrn-10-1")) is None
+    assert work(with_seeds([SMALL], 2)[1]) == 128
+    assert estimate.seconds(replace(SMALL, model="wrn-10-1")) is None
 
 
 def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):

@@ -11,11 +11,11 @@ import torch
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar
 from experiments.harness.machine import proof
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import PARAMETERS, disk_bytes, gpu_hours, measured
-from experiments.harness.runs.facts import TEXTS
+from experiments.harness.runs.estimate import disk_bytes, gpu_hours, measured
+from experiments.harness.runs.facts import MODELS, ImageSet, Model, is_images
 from experiments.harness.runs.grids import curvature_of
 from experiments.harness.runs.record import Record
-from experiments.harness.runs.spec import METHODS, SpecError
+from experiments.harness.runs.spec import SpecError
 from experiments.harness.tasks.image_models import build
 
 ROOT = Path(__file__).parents[3]
@@ -49,8 +49,9 @@ def test_cells_are_told_apart_by_what_a_check_can_see():
 
 def test_the_tables_of_the_paper_profile_have_cells_of_every_model_and_method():
     cells = [cell.spec for t in ("table1", "table2") for cell in proof.distinct(catalogue.runs(t, "paper", 1))]
-    assert {spec.model for spec in cells} == set(PARAMETERS)
-    assert {(s.model, s.method) for s in cells} == {(m, k) for m in PARAMETERS for k in METHODS}
+    published = {name for name, model in MODELS.items() if model.parameters}
+    four = ("base", "control", "sam", "msam")
+    assert {(s.model, s.method) for s in cells} == {(m, k) for m in published for k in four}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def test_flops_and_parameters_against_the_published_ones(spec):
     assert saved / 4 == pytest.approx(activations(spec), rel=0.25)
     wanted, _ = proof.published(spec)
     with torch.device("meta"):
-        model = proof.encoder(spec) if spec.dataset in TEXTS else build(spec.model, 10)
+        model = build(spec.model, 10) if is_images(spec.dataset) else proof.encoder(spec)
     count = sum(p.numel() for p in model.parameters())
     assert abs(count - wanted) < 0.005 * wanted
-    assert count == pytest.approx(PARAMETERS[spec.model][0], rel=0.01)
+    assert count == pytest.approx(MODELS[spec.model].parameters, rel=0.01)
 
 
 def activations(spec):
@@ -112,7 +113,7 @@ def test_the_smoke_cells_pass_by_the_command():
 def test_what_does_not_fit_is_caught(monkeypatch):
     (cell,) = proof.distinct([replace(resnet_cifar.SMOKE, model="wrn-10-1")])
     assert proof.prove_one(cell, "a100").failure is None
-    monkeypatch.setitem(PARAMETERS, "wrn-10-1", (1e6, "somebody"))
+    monkeypatch.setitem(MODELS, "wrn-10-1", Model(ImageSet, 1e6, "somebody"))
     assert "1000000 were published (somebody)" in proof.prove_one(cell, "a100").failure
     monkeypatch.undo()
     monkeypatch.setattr(Record, "read_checkpoint", lambda self, path: None)

@@ -14,23 +14,13 @@ import torch
 from experiments.harness.runs.files import write_json
 from experiments.harness.runs.provenance import PACKAGES, code_hash, environment
 from experiments.harness.runs.record import Record, record_of
-from experiments.harness.runs.spec import Spec
 from experiments.harness.work.session import Interrupted
 from experiments.harness.work.train import train
+from tests.specs import BASE
 
 ROOT = Path(__file__).parents[3]
 
-SPEC = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="linear",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=2,
-    batch_size=32,
-    train_examples=64,
-    test_examples=50,
-)
+SPEC = replace(BASE, model="linear", train_examples=64, test_examples=50)
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:

@@ -3,22 +3,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import FORMAT, Record, RunLocked, record_of
-from experiments.harness.runs.spec import Spec
+from tests.specs import BASE
 
-SPEC = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="linear",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=2,
-    batch_size=32,
-)
+SPEC = replace(BASE, model="linear")
 
 
 @pytest.fixture

@@ -8,21 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.harness.runs.facts import IMAGE_MODELS
-from experiments.harness.runs.grids import curvature_of, four_methods, tuning_grid, with_seeds
-from experiments.harness.runs.spec import METHODS, Spec, SpecError
+from experiments.harness.runs.facts import models_of
+from experiments.harness.runs.grids import curvature_of, four_methods, timing_of, tuning_grid, with_seeds
+from experiments.harness.runs.spec import Curvature, SpecError, Stability, Timing, from_dict, from_text
+from tests.specs import BASE
 
-BASE = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=2,
-    batch_size=32,
-)
-
-
+KINDS = [
+    BASE,
+    *curvature_of([BASE], examples=16, rho=0.1),
+    timing_of(BASE, rho=0.1, micro_batches=4, rounds=3, workers=2),
+    Stability(
+        profile="smoke",
+        dataset="interpolation",
+        model="regression",
+        base_optimizer="sgd",
+        learning_rate=0.1,
+        epochs=8,
+        batch_size=32,
+        train_examples=32,
+    ),
+]
 TEXT = replace(BASE, dataset="sst2", model="minilm", base_optimizer="adamw")
 
 
@@ -32,7 +37,7 @@ TEXT = replace(BASE, dataset="sst2", model="minilm", base_optimizer="adamw")
     seed=st.integers(0, 1000),
     holdout=st.integers(0, 5000),
     clip=st.none() | st.floats(0.1, 10),
-    model=st.sampled_from(IMAGE_MODELS),
+    model=st.sampled_from(models_of("cifar10")),
 )
 def test_json_round_trip(rho, micro_batches, seed, holdout, clip, model):
     spec = replace(
@@ -44,7 +49,7 @@ def test_json_round_trip(rho, micro_batches, seed, holdout, clip, model):
         clip_norm=clip,
         model=model,
     )
-    again = Spec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    again = from_dict(json.loads(json.dumps(spec.to_dict())))
     assert again == spec
     assert again.run_id == spec.run_id
 
@@ -82,24 +87,71 @@ def test_every_field_is_part_of_the_name():
         "decay": "matrices",
         "dropout": 0.1,
         "attention": "sdpa",
+        "weight_decay": 0.1,
     }
+    assert len({run.run_id for run in KINDS}) == len(KINDS)
+    for run in KINDS:
+        for field in dataclasses.fields(run):
+            value = others[field.name] if field.name in others else not_the_same(getattr(run, field.name))
+            base = replace(run, **needed(run, field.name))
+            try:
+                changed = replace(base, **{field.name: value})
+            except SpecError:
+                continue  # a field that this kind has one value of
+            assert changed.run_id != base.run_id, field.name
+
+
+def not_the_same(value):
+    return not value if isinstance(value, bool) else value + 1
+
+
+def needed(run, name):
+    """What else must change for a field to be free."""
+    if name in ("dropout", "attention", "max_length"):
+        return {"dataset": "sst2", "model": "minilm"}
+    if name in ("tf32", "deterministic"):
+        return {"device": "cuda"} | ({"workers": 1} if isinstance(run, Timing) else {})
+    return {"ranks": {"micro_batches": 2}, "image_size": {"model": "hf-hub:timm/a"}, "adaptive": {"rho": 0.1}}.get(
+        name, {}
+    )
+
+
+def test_records_of_a_run_keep_its_kind_and_refuse_the_fields_of_others():
+    for run in KINDS:
+        fields = json.loads(json.dumps(run.to_dict()))
+        assert from_dict(fields) == run
+        assert type(from_dict(fields)) is type(run)
+        assert set(fields) == set(BASE.to_dict()), "the same flat form for every kind"
+    timed = next(run for run in KINDS if isinstance(run, Timing))
+    assert timed.to_dict()["epochs"] == timed.rounds
+    for changes, words in (
+        ({"measured_examples": 16}, "measured_examples is 16, but must be 0, or left out, in a Training run"),
+        ({"workers": 2}, "workers is 2, but must be 1, or left out, in a Training run"),
+        ({"normalised": False}, "normalised is False, but must be True, or left out, in a Training run"),
+        ({"kind": "guess"}, "kind is 'guess', but must be one of train, curvature, cost, theory"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            from_dict(BASE.to_dict() | changes)
+
+
+def test_a_measurement_names_the_training_that_it_measures():
     (measured,) = curvature_of([BASE], examples=16, rho=0.1)
-    theory = replace(BASE, kind="theory", dataset="interpolation", model="regression", base_optimizer="sgd")
-    assert len({BASE.run_id, measured.run_id, theory.run_id}) == 3
-    assert replace(theory, normalised=False).run_id != theory.run_id
-    timed = replace(BASE, kind="cost", rho=0.1, micro_batches=2)
-    assert replace(timed, workers=2).run_id != timed.run_id
-    for field in dataclasses.fields(Spec):
-        if field.name in ("kind", "normalised", "workers"):
-            continue
-        value = others[field.name] if field.name in others else getattr(BASE, field.name) + 1
-        base = TEXT if field.name in ("dropout", "attention", "max_length") else BASE
-        base = replace(base, micro_batches=2) if field.name == "ranks" else base
-        base = replace(BASE, device="cuda") if field.name in ("tf32", "deterministic") else base
-        base = replace(BASE, model="hf-hub:timm/a") if field.name == "image_size" else base
-        base = measured if field.name in ("measured_examples", "measured_rho") else base
-        changed = replace(base, **{field.name: value})
-        assert changed.run_id != base.run_id, field.name
+    assert isinstance(measured, Curvature)
+    assert measured.network == BASE
+    assert BASE.network is None
+    with pytest.raises(SpecError, match="interpolation for a stability run"):
+        replace(KINDS[-1], dataset="cifar10")
+    with pytest.raises(SpecError, match="a set of images or texts"):
+        replace(BASE, dataset="interpolation", model="regression")
+
+
+def test_a_model_may_be_any_callable_or_folder():
+    for model in ("torchvision.models:shufflenet_v2_x0_5", "/models/mine"):
+        assert replace(BASE, model=model).model == model
+    with pytest.raises(SpecError, match=r"model is 'resnet9', but must be one of linear, .* or module:callable"):
+        replace(BASE, model="resnet9")
+    with pytest.raises(SpecError, match="model is 'a:b c'"):
+        replace(BASE, model="a:b c")
 
 
 def test_an_int_may_stand_for_a_float_without_changing_the_name():
@@ -158,16 +210,16 @@ def test_refuses_by_field_and_value(field, value):
 
 def test_refuses_unknown_and_missing_fields():
     with pytest.raises(SpecError, match="Unknown field 'rhoo'"):
-        Spec.from_dict({**BASE.to_dict(), "rhoo": 1})
+        from_dict({**BASE.to_dict(), "rhoo": 1})
     fields = BASE.to_dict()
     del fields["model"]
     with pytest.raises(SpecError, match="lacks the field 'model'"):
-        Spec.from_dict(fields)
+        from_dict(fields)
 
 
 def test_the_four_methods():
     cells = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
-    assert tuple(cell.method for cell in cells) == METHODS
+    assert [cell.method for cell in cells] == ["base", "control", "sam", "msam"]
     assert [(c.rho, c.micro_batches) for c in cells] == [(0, 1), (0, 4), (0.1, 1), (0.2, 4)]
 
 
@@ -192,6 +244,6 @@ def test_a_row_of_runs_csv_is_the_spec_again():
     (measured,) = curvature_of([replace(BASE, nesterov=True, clip_norm=0.5)], examples=16, rho=0.1)
     for spec in (BASE, TEXT, measured, replace(BASE, train_examples=64)):
         row = {name: "" if value is None else str(value) for name, value in spec.to_dict().items()}
-        assert Spec.from_text({**row, "test_accuracy": "0.5", "method": spec.method}) == spec
+        assert from_text({**row, "test_accuracy": "0.5", "method": spec.method}) == spec
     with pytest.raises(ValueError, match="many"):
-        Spec.from_text({**row, "epochs": "many"})
+        from_text({**row, "epochs": "many"})

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.harness.runs.facts import METRICS, TEXTS
+from experiments.harness.runs.facts import DATASETS
 from experiments.harness.tasks import glue_files
 from experiments.harness.tasks.data import DataError, DataUnavailable
-from experiments.harness.tasks.glue_files import TASKS, load_texts
+from experiments.harness.tasks.glue_files import TASKS, load_snippets, load_texts
 
 ROOT = Path(__file__).parents[3]
 ROWS = 12
@@ -57,10 +57,9 @@ def write(folder: Path, task: str, **changed) -> Path:
     return folder
 
 
-def test_every_set_of_texts_has_its_size_its_task_and_its_metric():
-    assert set(TEXTS) == set(TASKS) == set(METRICS)
-    for name, words in METRICS.items():
-        assert words.split()[0].lower() in TASKS[name].metrics[0].replace("_", " ")
+def test_every_set_of_texts_calls_its_score_by_its_first_metric():
+    for name, task in TASKS.items():
+        assert task.metric.split()[0].lower() in task.metrics[0].replace("_", " "), name
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "snippets"])
@@ -108,7 +107,7 @@ def test_files_that_are_not_their_task_are_refused(task, changed, words, tmp_pat
 def test_a_part_of_a_split_is_refused(tmp_path, monkeypatch):
     """Subsets are cut from a permutation of all rows: of a part of them they would be others."""
     write(tmp_path, "rte")
-    monkeypatch.setattr(glue_files, "TEXTS", TEXTS)
+    monkeypatch.setitem(glue_files.TASKS, "rte", DATASETS["rte"])
     with pytest.raises(DataError, match=r"12 rows, but GLUE's rte has 2490\. Get the file anew"):
         load_texts("rte", tmp_path)
 
@@ -177,9 +176,9 @@ def test_a_proxy_stands_for_the_hub(tmp_path):
 
 
 def test_the_snippets_are_split_once_and_equal_texts_stay_together():
-    data = load_texts("snippets")
+    data = load_snippets("snippets")
     validation = data.validation["validation"]
-    assert (len(data.train.labels), len(validation.labels)) == TEXTS["snippets"]
+    assert (len(data.train.labels), len(validation.labels)) == (TASKS["snippets"].train, TASKS["snippets"].test)
     plain = [{" ".join(t.lower().split()) for t in split.sentences[0]} for split in (data.train, validation)]
     assert not plain[0] & plain[1]
     assert 0.45 < data.train.labels.mean() < 0.55
@@ -210,7 +209,7 @@ def test_a_package_that_cannot_be_had_stops_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DataUnavailable, match=r"vaderSentiment==3\.3\.2 could not be downloaded .* or put"):
-        load_texts("snippets")
+        load_snippets("snippets")
 
 
 def test_an_altered_package_is_refused_by_name(tmp_path, monkeypatch):
@@ -218,4 +217,4 @@ def test_an_altered_package_is_refused_by_name(tmp_path, monkeypatch):
     (tmp_path / "msam").mkdir()
     (tmp_path / "msam" / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"something else")
     with pytest.raises(DataError, match=r"vaderSentiment-3.3.2.tar.gz is truncated or altered"):
-        load_texts("snippets")
+        load_snippets("snippets")

@@ -8,24 +8,16 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import chisquare
 
-from experiments.harness.runs.facts import IMAGE_MODELS
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.facts import models_of
 from experiments.harness.tasks.augment import by_policy, crop_and_flip, cut_out
 from experiments.harness.tasks.data import DataError
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
 from experiments.harness.tasks.images import image_task, normalised, with_wrong_labels
 from experiments.harness.tasks.task import subsets
 from experiments.harness.work.execute import check
+from tests.specs import BASE
 
-SPEC = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=1,
-    batch_size=16,
-)
+SPEC = replace(BASE, epochs=1, batch_size=16)
 
 
 def images(count: int) -> torch.Tensor:
@@ -151,7 +143,7 @@ def test_the_subset_does_not_depend_on_seed_or_method_or_on_holding_out():
 
 
 def test_specs_and_models_know_the_same_names():
-    assert set(MODELS) == set(IMAGE_MODELS)
+    assert set(MODELS) == set(models_of("cifar10"))
 
 
 @pytest.mark.parametrize(

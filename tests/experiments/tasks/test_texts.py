@@ -24,7 +24,7 @@ from transformers import (
 import msam
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import Spec, SpecError
+from experiments.harness.runs.spec import SpecError, Training
 from experiments.harness.tasks import texts
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.data import DataError
@@ -97,8 +97,8 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def spec(model: Path, dataset: str = "rte", **changes) -> Spec:
-    return Spec(
+def spec(model: Path, dataset: str = "rte", **changes) -> Training:
+    return Training(
         **{
             "profile": "smoke",
             "dataset": dataset,
@@ -189,7 +189,7 @@ def test_micro_batches_of_a_batch_agree_in_shape_and_padding_changes_no_loss(ber
 
 
 def test_the_head_is_paired_by_seed_and_batches_do_not_depend_on_the_method(bert, data):
-    def first(run: Spec):
+    def first(run: Training):
         torch.manual_seed(run.seed)
         task = build_task(run, str(data))
         return task.model.classifier.weight, [b["input_ids"] for b in task.batches(1, 0)]
@@ -215,7 +215,7 @@ def test_dropout_attention_and_decay_are_the_specs(bert, data):
 
 
 def test_the_linear_schedule_warms_up_and_ends_at_zero():
-    factor = schedule(Spec(**{**spec(Path("/x")).to_dict(), "epochs": 4, "warmup_epochs": 1.0}), 5)
+    factor = schedule(replace(spec(Path("/x")), epochs=4, warmup_epochs=1.0), 5)
     assert [factor(step) for step in (0, 4, 5, 20)] == pytest.approx([1 / 6, 5 / 6, 1, 0])
     assert factor(10) - factor(11) == pytest.approx(1 / 15)
 
@@ -316,7 +316,7 @@ def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
     with pytest.raises(DataError, match="could not be had"):
         texts.check(spec(mixed), str(data))
     for changes, words in (
-        ({"augmentation": "crop-flip"}, "none for texts"),
+        ({"augmentation": "crop-flip"}, "left out, except for images"),
         ({"dataset": "stsb", "label_smoothing": 0.1}, "a regression"),
     ):
         with pytest.raises(SpecError, match=words):

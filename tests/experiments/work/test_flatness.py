@@ -145,7 +145,7 @@ def test_the_last_epoch_is_measured_whatever_its_number(tmp_path):
 def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_weights(tmp_path):
     spec = replace(measured(replace(RESNET, seed=1)), measured_examples=1)
     execute(spec, tmp_path)
-    network = spec.trained
+    network = spec.network
     task = build_task(network)
     task.model.load_state_dict(torch.load(record_of(network, tmp_path).checkpoint, weights_only=True)["model"])
     task.model.train()
@@ -180,14 +180,14 @@ def test_each_network_comes_before_what_measures_it():
     places = {spec: i for i, spec in enumerate(specs)}
     curvatures = [spec for spec in specs if spec.kind == "curvature"]
     assert len(specs) == 2 * len(curvatures) == 2 * 3 * 12
-    assert all(places[spec.trained] == places[spec] - 1 for spec in curvatures)
+    assert all(places[spec.network] == places[spec] - 1 for spec in curvatures)
     table1 = set(catalogue.runs("table1", "cpu"))
-    assert {spec.trained for spec in curvatures} <= table1, "Table 3 would train networks of its own"
+    assert {spec.network for spec in curvatures} <= table1, "Table 3 would train networks of its own"
 
 
 def test_a_network_that_is_measured_keeps_its_ranks():
     shared = replace(RESNET, seed=5)
-    assert [s.ranks for s in with_ranks([shared, RESNET, measured(RESNET)], 2)] == [2, 1, 1]
+    assert [s.processes for s in with_ranks([shared, RESNET, measured(RESNET)], 2)] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,11 @@ def test_a_network_that_is_measured_keeps_its_ranks():
         ({"measured_examples": 0}, "measured_examples is 0, but must be greater than 0"),
         ({"measured_rho": 0.0}, "measured_rho is 0.0, but must be greater than 0"),
         ({"measured_examples": 65}, "at most 64"),
-        ({"kind": "train"}, "must be 0 but for curvature runs"),
         ({"holdout_examples": 10}, "holdout_examples is 10, but must be 0"),
-        ({"kind": "theory"}, "must be theory for interpolation"),
+        ({"kind": "train"}, r"measured_examples is 16, but must be 0, or left out, in a Training run"),
+        ({"kind": "theory"}, "Stability run"),
         ({"normalised": False}, "normalised is False"),
+        ({"ranks": 2}, "ranks is 2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes, words):

@@ -20,12 +20,12 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import from_dict
 from experiments.harness.work.train import Interrupted, train
 
 rank, root, stop_after = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-spec = Spec.from_dict(json.loads(sys.argv[4]))
-dist.init_process_group("gloo", init_method=f"file://{root}/meeting-{stop_after}", rank=rank, world_size=spec.ranks)
+spec = from_dict(json.loads(sys.argv[4]))
+dist.init_process_group("gloo", init_method=f"file://{root}/meeting-{stop_after}", rank=rank, world_size=spec.processes)
 done, first = 0, None
 
 def report(step, steps):
@@ -58,10 +58,10 @@ def all_ranks(spec, root, stop_after=-1):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(spec.ranks)
+        for rank in range(spec.processes)
     ]
     ended = [worker.communicate(timeout=120) for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * spec.ranks, ended
+    assert [worker.returncode for worker in workers] == [0] * spec.processes, ended
     return [out for out, _ in ended]
 
 

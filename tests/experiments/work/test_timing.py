@@ -14,7 +14,7 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import measured
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import SpecError, score_name
+from experiments.harness.runs.spec import SpecError, from_dict
 from experiments.harness.work import timing
 from experiments.harness.work.execute import execute
 from experiments.harness.work.session import Interrupted
@@ -51,7 +51,7 @@ def test_every_step_is_timed_alone_and_data_parallel(record):
         assert summary[f"{name}_examples_per_second"] == pytest.approx(32 / summary[f"{name}_seconds"])
     assert summary["base_m1_w1_ratio"] == summary["base_m1_w2_ratio"] == 1
     assert summary["sam_m1_w1_over_sam"] == summary["sam_m1_w2_over_sam"] == 1
-    assert score_name(RESNET) in summary
+    assert RESNET.score in summary
 
 
 def test_data_parallel_steps_hand_over_each_gradient_once_but_for_sam(record):
@@ -136,15 +136,15 @@ def test_what_is_timed_has_the_machine_for_itself(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rho": 0.0}, "rho is 0.0, but must be greater than 0 for a cost run"),
+        ({"rho": 0.0}, "rho is 0.0, but must be greater than 0 for a timing"),
         ({"micro_batches": 1}, "a power of 2 that divides the batch size"),
         ({"micro_batches": 6}, "a power of 2"),
         ({"batch_size": 30}, "divides the batch size, 30"),
         ({"workers": 3}, "workers is 3, but must be a divisor of micro_batches, 4"),
         ({"device": "cuda"}, "1 on GPUs"),
-        ({"kind": "train"}, "workers is 2, but must be 1 but for cost runs"),
+        ({"kind": "train"}, "workers is 2, but must be 1, or left out, in a Training run"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(changes, words):
     with pytest.raises(SpecError, match=words):
-        replace(RESNET, **changes)
+        from_dict(RESNET.to_dict() | changes)

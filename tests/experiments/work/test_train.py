@@ -16,7 +16,7 @@ import msam
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Training
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.cifar import load_cifar
 from experiments.harness.tasks.image_models import build
@@ -27,13 +27,10 @@ from experiments.harness.work import train as loop
 from experiments.harness.work.session import Diverged, Interrupted
 from experiments.harness.work.train import build_optimizer, schedule, train
 from tests.msam.small import Waits
+from tests.specs import BASE
 
-RESNET = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
+RESNET = replace(
+    BASE,
     weight_decay=5e-4,
     epochs=3,
     batch_size=16,
@@ -49,7 +46,7 @@ VIT = replace(RESNET, model="vit-micro", base_optimizer="adamw", learning_rate=1
 TIMES = {"seconds", "wall_seconds", "step_seconds"}
 
 
-def numbers(spec: Spec, root: Path) -> tuple:
+def numbers(spec: Training, root: Path) -> tuple:
     """All that a run measured but the time it took, and its final weights as bytes."""
     record = record_of(spec, root)
     weights = torch.load(record.checkpoint, weights_only=True)["model"]
@@ -61,15 +58,15 @@ def numbers(spec: Spec, root: Path) -> tuple:
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import from_dict
 from experiments.harness.work.train import train
-spec = Spec.from_dict(json.loads(sys.argv[1]))
+spec = from_dict(json.loads(sys.argv[1]))
 report = lambda step, steps: print(step, flush=True)
 train(spec, Path(sys.argv[2]), checkpoint_seconds=0, report=report)
 """
 
 
-def start(spec: Spec, root: Path) -> subprocess.Popen:
+def start(spec: Training, root: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", SCRIPT, json.dumps(spec.to_dict()), str(root)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
 
@@ -161,7 +158,7 @@ def test_a_loss_that_turns_nan_names_its_step_in_the_record(tmp_path):
 def test_methods_are_paired_by_seed():
     """At one seed: the same initial weights and the same batches, epoch after epoch; at another, others."""
 
-    def beginning(spec: Spec) -> list[torch.Tensor]:
+    def beginning(spec: Training) -> list[torch.Tensor]:
         torch.manual_seed(spec.seed)
         task = build_task(spec)
         first = [t.clone() for t in task.model.state_dict().values()]
@@ -321,7 +318,7 @@ def test_no_step_waits_for_the_gpu(tmp_path):
         pytest.skip("no GPU")
     spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
 
-    def build(spec: Spec, data_root: str | None) -> Task:
+    def build(spec: Training, data_root: str | None) -> Task:
         task = build_task(spec, data_root)
         list(task.batches(0, 0))  # what is sent once
         torch.cuda.set_sync_debug_mode("error")
