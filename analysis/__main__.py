@@ -17,7 +17,8 @@ from experiments.harness.spec import PROFILES, Spec, SpecError, with_seeds
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.collect import Collected, Results
+    from analysis.collect import Collected
+    from analysis.frames import Results
     from analysis.publish import Target
 
 
@@ -66,7 +67,8 @@ def run(arguments: Arguments) -> str:
     if stamp and (printed := remembered(local, stamp)) is not None:
         return printed
 
-    from analysis.collect import Results, collect, finished_runs, write_files
+    from analysis.collect import collect, finished_runs
+    from analysis.frames import Results, write_files
     from analysis.publish import documents, everything, publish
 
     targets = _targets(arguments, finished_runs(root))
@@ -129,8 +131,8 @@ def _with_seeds(name: str, seeds: int | None, where: tuple[str, Path]) -> tuple[
 
 
 def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
-    from analysis.collect import parse
-    from analysis.render import COMMITTED
+    from analysis.columns import parse
+    from analysis.document import COMMITTED
 
     path = folder / "tables" / f"{name}.csv"
     try:

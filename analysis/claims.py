@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import tables
-from analysis.collect import Results
-from analysis.render import Document, significant
+from analysis.arms import method_name
+from analysis.cells import references, run_ids, scores, values
+from analysis.document import Document, significant
+from analysis.exhibits.theory import PREDICTED_WITHIN
+from analysis.frames import Results
 from analysis.statistics import Interval, bootstrap_interval, mean_interval, paired
 from experiments.harness.spec import Spec
 
@@ -143,12 +145,12 @@ def _paired(
         found = []
         for name in names:
             cells, seeds = shown.get(name, ((), 0))
-            for cell, others in tables.references(cells).items():
+            for cell, others in references(cells).items():
                 other = others[over]
                 if cell.method != method or other is None:
                     continue
-                both = paired(*(tables.scores(c, runs, seeds) for c in (cell, other)))
-                what = f"{tables.method_name(cell)} over {tables.method_name(other)}"
+                both = paired(*(scores(c, runs, seeds) for c in (cell, other)))
+                what = f"{method_name(cell)} over {method_name(other)}"
                 found.append(
                     Comparison(
                         claim,
@@ -173,7 +175,7 @@ def _cost(claim: str, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
     for cell in cells:
         m = min(_usual_m(cell.model, shown), cell.micro_batches)
         for workers in dict.fromkeys((1, cell.workers)):
-            more = 100 * (tables.values(runs, cell, seeds, f"msam_m{m}_w{workers}_over_sam").to_numpy() - 1)
+            more = 100 * (values(runs, cell, seeds, f"msam_m{m}_w{workers}_over_sam").to_numpy() - 1)
             interval = mean_interval(more)
             verdict = "not run" if not interval.n else "one seed" if interval.n == 1 else "not separated"
             if interval.mean + interval.half_width <= COST_WITHIN:
@@ -208,14 +210,14 @@ def _theory(normalised: bool) -> Callable[[str, pd.DataFrame, Shown], list[Compa
             other = at.get((model, learning_rate, *reference)) if reference else None
             if other is None:
                 continue
-            mine, theirs = (np.log(tables.scores(c, runs, seeds).astype(float)) for c in (cell, other))
+            mine, theirs = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, other))
             both = 100 * np.expm1(paired(mine, theirs))
             interval, ids = mean_interval(both), _ids((cell, other), runs, seeds)
             verdict = _verdict(interval, -1)
-            if verdict in VERDICTS and abs(interval.mean) < 100 * tables.PREDICTED_WITHIN:
+            if verdict in VERDICTS and abs(interval.mean) < 100 * PREDICTED_WITHIN:
                 verdict = "not separated"
             where = f"{model}, eta {learning_rate:g}, rho {rho:g}"
-            what = f"{tables.method_name(cell)} over {tables.method_name(other)}, largest stable sharpness, percent"
+            what = f"{method_name(cell)} over {method_name(other)}, largest stable sharpness, percent"
             found.append(Comparison(claim, "theory", where, what, interval, bootstrap_interval(both), verdict, ids))
         return found
 
@@ -232,7 +234,7 @@ def _verdict(difference: Interval, expected: int) -> str:
 
 def _ids(cells: Sequence[Spec], runs: pd.DataFrame, seeds: int) -> str:
     """The finished runs of some cells."""
-    return " ".join(run_id for cell in cells for run_id in tables.run_ids(cell, runs, seeds))
+    return " ".join(run_id for cell in cells for run_id in run_ids(cell, runs, seeds))
 
 
 def _ends(ends: tuple[float, float]) -> str:
@@ -267,7 +269,7 @@ NOTES = (
     "not the abstract's: they tell mSAM's part from that of BatchNorm over micro-batches, and the method as it is used "
     "from the one that theory covers.",
     "Theory: largest stable sharpness in simulations with all data in each step; differences below "
-    f"{tables.PREDICTED_WITHIN:.0%} are taken for none, and settings of one simulation are no independent evidence "
+    f"{PREDICTED_WITHIN:.0%} are taken for none, and settings of one simulation are no independent evidence "
     "(docs/theory.md). Cost: the claim is read as at most "
     f"{COST_WITHIN:g} percent more time than SAM's on as many workers, a number of ours; times are compared within "
     "each round, and the median over rounds is taken.",

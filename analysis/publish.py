@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import render, tables
+from analysis.cells import run_ids
 from analysis.claims import document_claims
-from analysis.collect import UNKNOWN, Results, write_files
+from analysis.document import Document, table_files
+from analysis.exhibits import studies, table1, table2, table3, table4, theory, trajectories, tuning
+from analysis.frames import UNKNOWN, Results, write_files
+from analysis.report import report
 from experiments.harness import catalogue
 from experiments.harness.record import DEFAULT_ROOT, RecordError
 from experiments.harness.spec import IMAGES, Spec, with_ranks, with_seeds
@@ -46,14 +49,14 @@ class Target:
         """The runs that the table expects."""
         return with_seeds(self.cells, self.seeds)
 
-    def document(self, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> render.Document:
+    def document(self, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> Document:
         """The table of these cells."""
         if self.tuning:
-            return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
+            return tuning.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
         first = self.cells[0]
-        kinds = {"curvature": render.document_3, "theory": render.document_theory, "cost": render.document_4}
-        of_scores = render.document_1 if first.dataset in IMAGES else render.document_2
-        document = render.document_trajectories if first.curvature_every else kinds.get(first.kind, of_scores)
+        kinds = {"curvature": table3.document_3, "theory": theory.document_theory, "cost": table4.document_4}
+        of_scores = table1.document_1 if first.dataset in IMAGES else table2.document_2
+        document = trajectories.document_trajectories if first.curvature_every else kinds.get(first.kind, of_scores)
         return document(self.name, frame, self.cells, self.seeds, failures)
 
 
@@ -136,7 +139,7 @@ def redraw(folder: Path, profile: str) -> list[Path]:
 
 def documents(
     profile: str, targets: Sequence[Target], results: Results, failures: Mapping[str, str] | None = None
-) -> list[render.Document]:
+) -> list[Document]:
     """The tables, and behind them what they say of the abstract's claims, if one of them says anything."""
     found = [t.document(results.runs, failures) for t in targets]
     claims = document_claims(profile, results, _shown(targets))
@@ -144,17 +147,14 @@ def documents(
 
 
 def everything(
-    profile: str, targets: Sequence[Target], results: Results, told: Sequence[render.Document] | None = None
+    profile: str, targets: Sequence[Target], results: Results, told: Sequence[Document] | None = None
 ) -> dict[str, str | bytes]:
     """Tables, claims, figures and the report, by their path below a results folder; `told` if `documents` is known."""
-    from analysis import figures
-    from analysis.report import report
-
     told = documents(profile, targets, results) if told is None else told
-    pictures = figures.pages(results, _shown(targets))
+    pictures = studies.pages(results, _shown(targets))
     shown = results.only({run.run_id for t in targets for run in t.runs})
     page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], shown)
-    return {**render.table_files(told), **pictures, "report.html": page}
+    return {**table_files(told), **pictures, "report.html": page}
 
 
 def _shown(targets: Sequence[Target]) -> dict[str, tuple[Sequence[Spec], int]]:
@@ -203,7 +203,7 @@ def mixed(t: Target, results: Results) -> list[str]:
 def missing(t: Target, results: Results) -> list[Spec]:
     """The runs that a table expects and has no score of."""
     rows = results.runs.set_index("run_id")
-    known = {run_id for cell in t.cells for run_id in tables.run_ids(cell, rows, t.seeds)}
+    known = {run_id for cell in t.cells for run_id in run_ids(cell, rows, t.seeds)}
     return [run for run in t.runs if run.run_id not in known]
 
 

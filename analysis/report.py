@@ -11,9 +11,10 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis import tables
-from analysis.collect import Results
-from analysis.render import Document, WideDocument
+from analysis.arms import method_name
+from analysis.document import Document
+from analysis.exhibits.table2 import WideDocument
+from analysis.frames import Results
 from experiments.harness.catalogue import catalogue
 from experiments.harness.spec import Spec
 
@@ -118,7 +119,7 @@ def _hyper_parameters(cells: Sequence[Spec]) -> Section:
     listed = {cell: name for name, e in catalogue().items() for cell in e.runs.get(_profile(trained), ())}
     rows = tuple(
         (
-            Cell(tables.method_name(cell)),
+            Cell(method_name(cell)),
             *(Cell(_plain(getattr(cell, name))) for name in varied),
             Cell(f"experiments/{listed[cell]}.py" if cell in listed else ""),
         )

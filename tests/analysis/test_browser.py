@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from analysis.collect import Results
+from analysis.frames import Results
 from analysis.publish import everything, target
 from experiments.harness.spec import with_seeds
 from tests.analysis import test_studies, test_table3, test_table4

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from analysis.claims import CLAIMS, comparisons
-from analysis.collect import Results, Run
+from analysis.collect import Run
+from analysis.frames import Results
 from analysis.publish import documents, everything, publish, redraw, target
 from analysis.statistics import bootstrap_interval
 from experiments.harness import catalogue

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from analysis.collect import Results, collect, csv_text, curves, finished_runs, frame, parse, write_files
+from analysis.collect import collect, finished_runs
+from analysis.columns import csv_text, parse
+from analysis.frames import Results, curves, frame, write_files
 from experiments.harness.record import RecordError, write_json
 from tests.fixtures import make_runs
 from tests.fixtures.make_runs import LINEAR, MSAM, ROOT, SAM, SGD, write_run

@@ -8,7 +8,9 @@ import pytest
 
 from analysis import publish as module
 from analysis.__main__ import main
-from analysis.collect import Results, collect, csv_text
+from analysis.collect import collect
+from analysis.columns import csv_text
+from analysis.frames import Results
 from analysis.publish import Refused, drawn, mixed, publish, redraw, target
 from experiments.harness import catalogue
 from experiments.harness.record import RecordError

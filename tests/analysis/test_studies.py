@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from analysis.collect import Results, Run
-from analysis.figures import against, against_m, against_rho, pages
+from analysis.collect import Run
+from analysis.exhibits.studies import against_m, against_rho, pages
+from analysis.frames import Results
+from analysis.plots import against
 from analysis.publish import STUDIES, publish, redraw, target
 from experiments.harness import catalogue
 from experiments.harness.spec import with_seeds

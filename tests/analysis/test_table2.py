@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from analysis.__main__ import Arguments, run
-from analysis.collect import Results, collect
-from analysis.render import WideDocument, document_2, wide
+from analysis.collect import collect
+from analysis.columns import csv_text, parse
+from analysis.exhibits.table2 import WideDocument, document_2, wide
+from analysis.frames import Results
 from experiments.harness.record import record_of
 from experiments.harness.spec import Spec, four_methods
 from tests.fixtures.make_runs import SESSION
@@ -107,8 +109,6 @@ def test_the_committed_table_stands_below_ours(document):
 
 
 def test_the_csv_gives_the_table_back(document, tmp_path):
-    from analysis.collect import csv_text, parse
-
     again = wide(parse(csv_text(document.numbers)))
     expected = document.cells.replace({r" \[1\]": ""}, regex=True)
     assert again.to_dict("list") == expected.to_dict("list")

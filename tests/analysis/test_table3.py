@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.collect import Results, Run
-from analysis.figures import pages
+from analysis.collect import Run
+from analysis.document import significant
+from analysis.exhibits.studies import pages
+from analysis.exhibits.table3 import document_3, table_3
+from analysis.exhibits.theory import document_theory, theory_table
+from analysis.frames import Results
 from analysis.publish import publish, redraw, target
-from analysis.render import document_3, document_theory, significant
 from analysis.statistics import Interval
-from analysis.tables import table_3, theory_table
 from experiments.harness import catalogue
 from experiments.harness.spec import with_seeds
 

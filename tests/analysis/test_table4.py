@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.collect import Results, Run
-from analysis.figures import pages
+from analysis.collect import Run
+from analysis.exhibits.studies import pages
+from analysis.exhibits.table4 import cost_claims, table_4
+from analysis.frames import Results
 from analysis.publish import publish, redraw, target
-from analysis.tables import cost_claims, table_4
 from experiments.harness import catalogue
 from experiments.harness.spec import timed_steps, with_seeds
 

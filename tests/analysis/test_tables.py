@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from analysis import tables
-from analysis.collect import collect, csv_text, frame, parse
-from analysis.render import document_1, latex_text, markdown_text
+from analysis import cells as shared
+from analysis.collect import collect
+from analysis.columns import csv_text, parse
+from analysis.document import latex_text, markdown_text
+from analysis.exhibits.table1 import document_1, table_1
+from analysis.frames import frame
 from analysis.statistics import Interval
 from tests.fixtures import make_runs
 from tests.fixtures.make_runs import BASE, CELLS, CONTROL, LINEAR, MSAM, NEVER_RUN, ROOT, SAM, SGD, write_run
@@ -137,7 +140,7 @@ def test_nothing_run_yet():
 
 
 def test_only_the_expected_seeds_count(found):
-    numbers = tables.table_1(frame(found.finished), CELLS, 2)
+    numbers = table_1(frame(found.finished), CELLS, 2)
     assert numbers["n"].tolist() == [2, 2, 2, 2, 1, 0]
     assert numbers["mean"].iloc[0] == 60.5
 
@@ -145,7 +148,7 @@ def test_only_the_expected_seeds_count(found):
 def test_run_without_its_score_is_missing(tmp_path):
     write_run(tmp_path, SGD, 0.6)
     write_run(tmp_path, replace(SGD, seed=1), 0.7).finish({"test_accuracy": "lost", "wall_seconds": 0.0})
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD], 2)
+    numbers = table_1(frame(collect(tmp_path).finished), [SGD], 2)
     assert (numbers["n"][0], numbers["mean"][0], numbers["missing_seeds"][0]) == (1, 60.0, "1")
 
 
@@ -154,22 +157,22 @@ def test_blocks_keep_to_themselves(tmp_path):
     accuracies = zip([SGD, SAM, *other], (0.6, 0.7, 0.2, 0.25), strict=True)
     for (cell, accuracy), seed in itertools.product(accuracies, range(2)):
         write_run(tmp_path, replace(cell, seed=seed), accuracy + seed / 100)
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD, other[0], SAM, other[1]], 2)
+    numbers = table_1(frame(collect(tmp_path).finished), [SGD, other[0], SAM, other[1]], 2)
     assert numbers["dataset"].tolist() == ["cifar10", "cifar10", "cifar100", "cifar100"]
     assert numbers["over_base"].dropna().tolist() == pytest.approx([10.0, 5.0])
 
 
 def test_first_sam_cell_is_the_reference():
     more = replace(SAM, rho=0.4)
-    numbers = tables.table_1(frame(collect(ROOT).finished), [SGD, SAM, more, MSAM], 2)
+    numbers = table_1(frame(collect(ROOT).finished), [SGD, SAM, more, MSAM], 2)
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 2]
-    numbers = tables.table_1(frame(collect(ROOT).finished), [SGD, more, SAM, MSAM], 2)
+    numbers = table_1(frame(collect(ROOT).finished), [SGD, more, SAM, MSAM], 2)
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 0]
 
 
 def test_cells_that_would_read_alike_are_told_apart():
     longer = replace(SGD, epochs=4)
-    numbers = tables.table_1(frame([]), [SGD, CONTROL, longer], 1)
+    numbers = table_1(frame([]), [SGD, CONTROL, longer], 1)
     assert numbers["label"].tolist() == ["SGD (epochs 2)", "SGD, m=4 micro-batches", "SGD (epochs 4)"]
 
 
@@ -184,7 +187,7 @@ def test_cells_that_would_read_alike_are_told_apart():
     ],
 )
 def test_verdict(difference, words):
-    assert tables.verdict(difference) == words
+    assert shared.verdict(difference) == words
 
 
 def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
@@ -199,15 +202,15 @@ def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
         torch_flags={"cpu_capability": "AVX512"},
     )
     table = frame(collect(tmp_path).finished)
-    warnings = tables.warnings(table, tables.table_1(table, CELLS, 1))
+    warnings = shared.warnings(table, table_1(table, CELLS, 1))
     assert warnings == [
         "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
         "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
         "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
         "Times come from several machines (Invented CPU; Invented CPU (AVX512)): they do not compare.",
     ]
-    alone = tables.table_1(table, [SGD], 1)
-    assert tables.warnings(table, alone) == []
+    alone = table_1(table, [SGD], 1)
+    assert shared.warnings(table, alone) == []
 
 
 HOSTILE = r"| *a* _b_ `c` <script>&amp; [x](y) \input{z} $1 ~ # ^ % {q}"
@@ -234,7 +237,7 @@ def test_escapes_leave_plain_text_alone():
 
 
 def test_linear_and_unrun_cells_make_no_claims():
-    assert tables.claims(tables.table_1(frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1)) == []
+    assert shared.claims(table_1(frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1)) == []
 
 
 def test_pairing_is_by_seed_not_by_position(tmp_path):
@@ -242,7 +245,7 @@ def test_pairing_is_by_seed_not_by_position(tmp_path):
         write_run(tmp_path, replace(BASE, seed=seed), accuracy)
         if seed:
             write_run(tmp_path, replace(SAM, seed=seed), accuracy + 0.1)
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD, SAM], 3)
+    numbers = table_1(frame(collect(tmp_path).finished), [SGD, SAM], 3)
     row = numbers.iloc[1]
     assert (row["over_base"], row["over_base_half_width"], row["over_base_n"]) == (10.0, 0.0, 2)
 

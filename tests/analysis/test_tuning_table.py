@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from analysis import tables
-from analysis.collect import collect, frame
-from analysis.render import document_tuning
+from analysis.collect import collect
+from analysis.exhibits.tuning import choices, document_tuning, tuning_table
+from analysis.frames import frame
 from experiments.harness.spec import SpecError
 from tests.fixtures.make_runs import BASE, MSAM, SAM, SGD, write_run
 
@@ -50,10 +50,10 @@ def test_best_mean_is_chosen_and_its_place_told(table):
 
 def test_incomplete_grid_chooses_nothing(table):
     lost = replace(RATE_CELLS[0], seed=1).run_id
-    numbers = tables.tuning_table(table[table["run_id"] != lost], RATE_CELLS, 2)
+    numbers = tuning_table(table[table["run_id"] != lost], RATE_CELLS, 2)
     assert numbers["chosen"].tolist() == [False] * 3
     assert numbers["best"].tolist() == [False, True, False]
-    assert tables.choices(numbers, RATE_CELLS) == ["resnet8, cifar10, SGD: undecided, runs are missing."]
+    assert choices(numbers, RATE_CELLS) == ["resnet8, cifar10, SGD: undecided, runs are missing."]
     document = document_tuning("table1-tuning", table[table["run_id"] != lost], RATE_CELLS, 2)
     assert document.cells["choice"].tolist() == ["", "best so far", ""]
     assert document.notes[0] == "[1] 1 of 2 runs missing (seed 1)."
@@ -61,7 +61,7 @@ def test_incomplete_grid_chooses_nothing(table):
 
 def test_grid_of_two_dimensions_has_edges_in_both():
     cells = [replace(GRID, learning_rate=a, rho=b) for a in (0.1, 0.2, 0.3) for b in (0.1, 0.2, 0.3)]
-    numbers = tables.tuning_table(frame([]), cells, 1)
+    numbers = tuning_table(frame([]), cells, 1)
     edges = {(row.learning_rate, row.rho): row.edge for row in numbers.itertuples()}
     assert edges[0.2, 0.2] == "interior"
     assert edges[0.1, 0.2] == "low learning rate"
@@ -69,10 +69,10 @@ def test_grid_of_two_dimensions_has_edges_in_both():
 
 
 def test_single_value_is_no_choice(table):
-    numbers = tables.tuning_table(table, RATE_CELLS[:1], 2)
+    numbers = tuning_table(table, RATE_CELLS[:1], 2)
     assert numbers["edge"].tolist() == ["only value"]
 
 
 def test_grid_scored_on_the_test_set_is_refused():
     with pytest.raises(SpecError, match="give it holdout_examples"):
-        tables.tuning_table(frame([]), [SGD], 1)
+        tuning_table(frame([]), [SGD], 1)
