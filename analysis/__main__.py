@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from analysis.collect import Collected
+    from analysis.exhibit import Target
     from analysis.frames import Results
-    from analysis.publish import Target
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def _from_committed(arguments: Arguments, root: Path) -> str:
 
 def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
     """What the command line names; without names, what has finished runs of its own among `done`."""
-    from analysis.publish import TABLES, target
+    from analysis.exhibits import tables
+    from analysis.publish import target
 
     where = (arguments.profile, arguments.results.absolute())
     if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
         raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
     if arguments.targets:
-        known = catalogue.targets()
-        tables = [name for name in TABLES if name in known and catalogue.cells(name, arguments.profile)]
-        names = dict.fromkeys(n for name in arguments.targets for n in (tables if name == "all" else [name]))
+        every = [name for name in tables() if catalogue.cells(name, arguments.profile)]
+        names = dict.fromkeys(n for name in arguments.targets for n in (every if name == "all" else [name]))
         return [target(*_with_seeds(name, arguments.seeds, where), arguments.gpus) for name in names]
     known, chosen, shared = catalogue.targets(), [], set[Spec]()
-    for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
+    for name in (name for table in tables() for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
             found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
             own = set(found.runs) - shared

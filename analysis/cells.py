@@ -74,7 +74,7 @@ def blocks_of(cells: Sequence[Spec], free: Iterable[str], by_method: bool = Fals
 
 
 def cells_in_order(cells: Sequence[Spec]) -> list[Spec]:
-    """The cells as the rows of `table_1` and `table_3` have them, block by block."""
+    """The cells as the rows of `compared` have them, block by block."""
     return [cell for block in blocks_of(cells, ("micro_batches", "seed", *TUNED)) for cell in block]
 
 
@@ -164,18 +164,30 @@ def compared(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataF
             for name, other in others.items():
                 row |= _difference(name, cell, other, runs, seeds)
             rows.append(row)
-    return to_table(rows)
+    return rounded(pd.DataFrame(rows))
 
 
-def to_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """The rows as a frame, its results rounded to `DIGITS` decimals."""
-    table = pd.DataFrame(rows)
+def averages(
+    runs: pd.DataFrame, cells: Iterable[Spec | None], seeds: int, column: str, factor: float = 1
+) -> list[Interval | None]:
+    """Of each cell the mean of a column of its runs, times the factor; None where there is no cell."""
+    return [None if cell is None else mean_interval(factor * values(runs, cell, seeds, column)) for cell in cells]
+
+
+def mean_columns(name: str, found: Sequence[Interval | None], counted: bool = False) -> dict[str, list[float | None]]:
+    """Means as a column `name`, their intervals as `<name>_half_width`, and their counts as `<name>_n` if wanted."""
+    parts = {name: "mean", f"{name}_half_width": "half_width", **({f"{name}_n": "n"} if counted else {})}
+    return {column: [None if one is None else getattr(one, part) for one in found] for column, part in parts.items()}
+
+
+def rounded(table: pd.DataFrame) -> pd.DataFrame:
+    """Floats to `DIGITS` decimals."""
     results = table.select_dtypes("float").columns.difference(TUNED)
     table[results] = table[results].round(DIGITS) + 0.0  # which turns -0.0 into 0.0
     return table
 
 
-def to_significant(table: pd.DataFrame) -> pd.DataFrame:
+def significant(table: pd.DataFrame) -> pd.DataFrame:
     """Floats to six significant digits: measures of flatness differ by orders of magnitude."""
     results = table.select_dtypes("float").columns.difference(TUNED)
     table[results] = table[results].map(lambda x: float(f"{x:.{DIGITS}g}") + 0.0)
@@ -199,11 +211,11 @@ def verdict(difference: Interval, expected: int = 1) -> str:
     return f"{told}: separated" + ("" if difference.mean * expected > 0 else ", the other way round")
 
 
-def claims(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
-    """What each block of `table_1` says: the control and SAM over the base optimizer, mSAM over SAM and the control.
+def block_sentences(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
+    """What each block says: the control and SAM over the base optimizer, mSAM over SAM and the control.
 
     Args:
-        numbers: what `table_1`, `table_2` or `table_3` returned.
+        numbers: a table that begins with what `compared` returns.
         expected: the sign that the paper's claim gives the differences.
     """
     lines, places = [], of_blocks(numbers)

@@ -13,23 +13,10 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis import published
-from analysis.cells import BLOCK_WORDS, interval, machines, of_blocks, studied, used, warnings
+from analysis.cells import BLOCK_WORDS, interval, machines, of_blocks, studied, used
 from analysis.frames import csv_text
 from analysis.statistics import Interval
 from experiments.harness.spec import Spec
-
-TITLES = {
-    "table1": "Table 1: test accuracy",
-    "table2": "Table 2: GLUE",
-    "table3": "Table 3: flatness",
-    "table4": "Table 4: cost",
-    "theory": "Linear stability: predicted and simulated",
-    "micro_batches": "Accuracy and flatness against m",
-    "rho": "Accuracy against rho",
-    "batch_size": "Accuracy against the batch size",
-    "label_noise": "Accuracy with wrong training labels",
-    "trajectories": "Largest Hessian eigenvalue along training",
-}
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 
@@ -70,6 +57,10 @@ class Document:
             f"{self.name}.tex": self.latex(),
         }
 
+    def behind(self) -> list[dict[str, str]]:
+        """Of each row the runs behind it, by the column whose text they made; under `runs` if they made all."""
+        return [{"runs": ids} for ids in self.numbers["run_ids"]]
+
     def markdown(self) -> str:
         """Heading, origin, table, claims and notes."""
         cells = self.cells.map(markdown_text)
@@ -98,29 +89,6 @@ class Document:
             heading = f"{rows['model'].iloc[0]}, {rows['dataset'].iloc[0]}{varied[number]}"
             parts.append(f"{heading}\n{plain_table(rows.drop(columns=['dataset', 'model']))}")
         return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
-
-
-def make_document(
-    about: tuple[str, pd.DataFrame, Sequence[Spec], int],
-    numbers: pd.DataFrame,
-    text: pd.DataFrame,
-    *,
-    title: str,
-    claims: Iterable[str],
-    notes: Iterable[str],
-    kind: type[Document] = Document,
-) -> Document:
-    """The table `text` of the numbers, with where they are from and what keeps them from being compared."""
-    name, frame, cells, seeds = about
-    return kind(
-        name=name,
-        title=TITLES.get(name, title),
-        origin=_origin(frame, numbers, cells, seeds),
-        cells=text,
-        claims=tuple(claims),
-        notes=(*warnings(frame, numbers), *notes),
-        numbers=numbers,
-    )
 
 
 def table_files(documents: Iterable[Document]) -> dict[str, str]:
@@ -206,7 +174,7 @@ def eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str,
 
 
 def measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[str]:
-    """A column of `table_3` with its intervals, without the count that its row gives already."""
+    """A column of means with its intervals, without the count that its row gives already."""
     if column not in numbers:
         return [""] * len(numbers)
     return uncounted(numbers, [significant(found) for found in _intervals(numbers, column, factor)])
@@ -246,7 +214,8 @@ def _missing(row: Any, failures: Mapping[str, str]) -> str:
     return f"{len(gaps)} of {row.expected} runs missing ({'; '.join(told)})."
 
 
-def _origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
+def origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> str:
+    """Where a table's numbers are from: the profile, the machines and the commits of its runs."""
     rows = used(frame, numbers)
     begin = f"Profile {cells[0].profile}, {seeds} seed{'s' if seeds > 1 else ''} a cell"
     if rows.empty:

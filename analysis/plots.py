@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -10,11 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.arms import COLOURS, LINES, MARKS, METHOD_WORDS, base_name, method_name
+from analysis.arms import COLOURS, LINES, MARKS, method_name
 from analysis.cells import ids, scores, values
-from analysis.frames import Results
 from analysis.statistics import Interval, mean_interval, paired_difference
-from experiments.harness.spec import METHODS, Spec, score_name
+from experiments.harness.spec import Spec, score_name
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -37,42 +37,30 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
     return found
 
 
-def against(results: Results, cells: Sequence[Spec], seeds: int, *, field: str, words: str) -> Figure:
-    """Test accuracy of each method against a field of the spec, a panel a model."""
-    panels, frame = panels_of(cells), results.runs.set_index("run_id")
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.4 * len(panels), 3.2), layout="constrained")
-        for axes, (title, rows) in zip(row_of_axes(figure, len(panels)), panels.items(), strict=True):
-            for method in METHODS:
-                line = [cell for cell in rows if cell.method == method]
-                label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
-                draw_points(axes, frame, line, seeds, field, label=label)
-            axes.set(title=f"{title}{gain_of_msam(frame, rows, seeds, field)}", xlabel=words, ylabel="test accuracy %")
-            if field == "batch_size":
-                set_ticks(axes, (cell.batch_size for cell in rows))
-            add_legend(axes)
-    return figure
+@dataclass(frozen=True)
+class Series:
+    """Points of cells against a field of their specs."""
+
+    field: str
+    label: str
+    style: str = "-"
+    """Of the line that joins them; without one they are open marks."""
+    column: str | None = None
+    """What is drawn; the test score if left out."""
+    factor: float = 100
+    """That it is multiplied by."""
+    shift: float = 1
+    """That the field is multiplied by, so that points at one place stand side by side."""
 
 
-def draw_points(
-    axes: Axes,
-    frame: pd.DataFrame,
-    cells: Sequence[Spec],
-    seeds: int,
-    field: str,
-    *,
-    label: str,
-    style: str = "-",
-    column: str | None = None,
-    factor: float = 100,
-    shift: float = 1,
-) -> None:
-    """Means with their intervals against a field of the spec times the shift, in the last cell's method's colour.
-
-    They are joined by a line of the style; without one they are open marks.
-    """
+def draw_points(axes: Axes, frame: pd.DataFrame, cells: Sequence[Spec], seeds: int, series: Series) -> None:
+    """Means with their intervals, in the last cell's method's colour."""
+    field, shift = series.field, series.shift
     found = [
-        (getattr(cell, field), mean_interval(factor * values(frame, cell, seeds, column or score_name(cell))))
+        (
+            getattr(cell, field),
+            mean_interval(series.factor * values(frame, cell, seeds, series.column or score_name(cell))),
+        )
         for cell in sorted(cells, key=lambda cell: getattr(cell, field))
     ]
     found = [(x, interval) for x, interval in found if interval.n]
@@ -83,13 +71,13 @@ def draw_points(
         [shift * x for x, _ in found],
         [interval.mean for _, interval in found],
         [interval.half_width if interval.n > 1 else 0 for _, interval in found],
-        fmt=f"{MARKS[method]}{style}",
+        fmt=f"{MARKS[method]}{series.style}",
         ms=4,
         lw=1,
         capsize=2,
         color=COLOURS[method],
-        mfc=COLOURS[method] if style else "none",
-        label=label,
+        mfc=COLOURS[method] if series.style else "none",
+        label=series.label,
     )
     # m = 1 of a line is the base optimizer or SAM, which keeps its colour and mark
     others = {getattr(cell, field): cell for cell in cells if cell.method != method}
@@ -191,7 +179,7 @@ def add_legend(axes: Axes, **options: Any) -> None:
         axes.legend(**options)
 
 
-def rounded(values: np.ndarray) -> np.ndarray:
+def six_digits(values: np.ndarray) -> np.ndarray:
     """To six significant digits: the last bits of exponentials differ from processor to processor."""
     return np.array([float(f"{value:.6g}") for value in values])
 
@@ -204,9 +192,10 @@ def panels_of(cells: Iterable[Spec]) -> dict[str, list[Spec]]:
     return found
 
 
-def row_of_axes(figure: Figure, count: int) -> list[Axes]:
-    """So many panels side by side."""
-    return list(figure.subplots(1, count, squeeze=False)[0])
+def row_of_panels(count: int, width: float = 4.4, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels side by side, each of this size in inches."""
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def line_of(curves: pd.DataFrame, cell: Spec, measure: str) -> Any:

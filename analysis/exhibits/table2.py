@@ -1,19 +1,20 @@
 """Table 2: scores on GLUE, a column a task."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
+from analysis import scores
 from analysis.arms import method_name
-from analysis.cells import DIGITS, claims, interval, values, verdict
-from analysis.document import Document, formatted, make_document, plain_table, row_notes, score_text, signed
-from analysis.exhibits.table1 import table_1
+from analysis.cells import DIGITS, block_sentences, interval, values, verdict
+from analysis.document import Document, formatted, plain_table, score_text, signed
+from analysis.exhibit import Exhibit, View
 from analysis.statistics import Interval, mean_interval
-from experiments.harness.spec import METRICS, Spec
+from experiments.harness.spec import IMAGES, METRICS, Spec
 
-NOTES_2 = (
+NOTES = (
     "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
     "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
     "The majority row always gives the commonest label of the training set.",
@@ -28,21 +29,21 @@ FURTHER = {
 """The second official metric of a GLUE task that has one."""
 
 
-def table_2(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
-    """`table_1` of text tasks, with the score of whoever always gives the commonest answer (`majority`)."""
-    numbers, runs = table_1(frame, cells, seeds), frame.set_index("run_id")
+def numbers(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+    """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
+    table, runs = scores.numbers(frame, cells, seeds), frame.set_index("run_id")
     found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
     known = {cell.dataset: 100 * majority.mean() for cell, majority in found.items() if len(majority)}
-    numbers["majority"] = numbers["dataset"].map(known).astype(float).round(DIGITS)
-    return numbers
+    table["majority"] = table["dataset"].map(known).astype(float).round(DIGITS)
+    return table
 
 
-def further_metrics(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> list[str]:
+def further_metrics(view: View) -> list[str]:
     """A line for each model and task with a second official metric: what each method has of it, times 100."""
-    runs, found = frame.set_index("run_id"), defaultdict(list)
-    for cell in cells:
+    runs, found = view.frame.set_index("run_id"), defaultdict(list)
+    for cell in view.target.cells:
         column, words = FURTHER.get(cell.dataset, ("", ""))
-        known = mean_interval(100 * values(runs, cell, seeds, column))
+        known = mean_interval(100 * values(runs, cell, view.target.seeds, column))
         if known.n:
             half = f" ± {known.half_width:.2f}" if known.n > 1 else ""
             told = f"{method_name(cell)} {known.mean:.2f}{half} ({known.n})"
@@ -51,7 +52,7 @@ def further_metrics(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> l
 
 
 def over_majority(numbers: pd.DataFrame) -> list[str]:
-    """Whether the base optimizer of each block of `table_2` beats the commonest answer by more than its interval."""
+    """Whether the base optimizer of each block beats the commonest answer by more than its interval."""
     lines = []
     for row in numbers[(numbers["method"] == "base") & (numbers["n"] > 0)].itertuples():
         found = Interval(row.mean - row.majority, row.half_width, int(row.n))
@@ -63,6 +64,14 @@ def over_majority(numbers: pd.DataFrame) -> list[str]:
 class WideDocument(Document):
     """A table with a column for each task: on a terminal the committed one stands below it."""
 
+    def behind(self) -> list[dict[str, str]]:
+        """Of each row the runs behind the score of each task."""
+        found = {(row.model, row.label, row.dataset): row.run_ids for row in self.numbers.itertuples()}
+        tasks = list(self.cells.columns[2:])
+        return [
+            {task: found.get((row.model, row.method, task), "") for task in tasks} for row in self.cells.itertuples()
+        ]
+
     def terminal(self, committed: pd.DataFrame | None = None) -> str:
         """Plain text; the committed numbers as a second table."""
         parts = [f"{self.title}\n{self.origin}", plain_table(self.cells)]
@@ -72,7 +81,7 @@ class WideDocument(Document):
 
 
 def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows of `table_2` with a column for each task: scores first, then what they are over each other."""
+    """The rows with a column for each task: scores first, then what they are over each other."""
     tasks = list(dict.fromkeys(numbers["dataset"]))
     marks = marks or [""] * len(numbers)
     texts: dict[tuple[str, str], dict[str, str]] = {}
@@ -97,32 +106,32 @@ def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def document_2(
-    name: str,
-    frame: pd.DataFrame,
-    cells: Sequence[Spec],
-    seeds: int,
-    failures: Mapping[str, str] | None = None,
-) -> Document:
-    """Table 2, or the part of it that one experiment fills, ready to be written."""
-    numbers = table_2(frame, cells, seeds)
-    marks, notes = row_notes(numbers, failures or {})
-    metrics = ", ".join(f"{dataset} {METRICS[dataset]}" for dataset in dict.fromkeys(numbers["dataset"]))
+def sentences(view: View) -> list[str]:
+    """The rhos, the further metrics, and the differences."""
+    table = view.numbers
     radii = [
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
-        for (model, label), rows in numbers[numbers["rho"] > 0].groupby(["model", "label"], sort=False)
+        for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
-    return make_document(
-        (name, frame, cells, seeds),
-        numbers,
-        wide(numbers, marks),
-        title=f"{name}: GLUE",
-        claims=(
-            *radii,
-            *further_metrics(frame, cells, seeds),
-            *over_majority(numbers),
-            *claims(numbers),
-        ),
-        notes=(*notes, *(note.format(metrics=metrics) for note in NOTES_2)),
-        kind=WideDocument,
-    )
+    return [*radii, *further_metrics(view), *over_majority(table), *block_sentences(table)]
+
+
+def notes(view: View) -> list[str]:
+    """How to read the scores."""
+    metrics = ", ".join(f"{dataset} {METRICS[dataset]}" for dataset in dict.fromkeys(view.numbers["dataset"]))
+    return [note.format(metrics=metrics) for note in NOTES]
+
+
+EXHIBIT = Exhibit(
+    name="table2",
+    title="Table 2: GLUE",
+    part="{name}: GLUE",
+    shows=lambda cell: cell.kind == "train" and cell.dataset not in IMAGES,
+    numbers=numbers,
+    text=lambda view: wide(view.numbers, view.marks),
+    sentences=sentences,
+    notes=notes,
+    claims=scores.CLAIMS,
+    place=20,
+    form=WideDocument,
+)

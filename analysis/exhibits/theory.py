@@ -1,20 +1,24 @@
 """Linear stability: predicted and simulated boundaries, and what theory says of the trained networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.arms import COLOURS, MARKS, method_name
-from analysis.cells import identity, to_table, values, verdict
-from analysis.document import Document, formatted, make_document, row_notes, score_text
-from analysis.plots import STYLE, add_legend
-from analysis.statistics import mean_interval, paired_difference
+from analysis.cells import identity, rounded, scores, values
+from analysis.cells import verdict as difference_in_words
+from analysis.document import formatted, score_text
+from analysis.evidence import VERDICTS, comparison, ids_of, verdict
+from analysis.exhibit import Claim, Comparison, Exhibit, Picture, Shown, Target, View
+from analysis.frames import Results
+from analysis.plots import add_legend
+from analysis.statistics import mean_interval, paired, paired_difference
 from experiments.harness.spec import Spec
 
-NOTES_THEORY = (
+NOTES = (
     "Largest sharpness lambda_max(H) of an interpolating minimum at which the method's own steps stay there: simulated "
     "(mean ± half-width of the 95 % interval over random problems) and predicted by docs/theory.md.",
     "exact: unnormalised perturbations rho times the gradient, all data in each step; the prediction must hold to 2 %. "
@@ -36,7 +40,7 @@ def _part(cell: Spec) -> str:
     return "normalised" if cell.normalised else "exact"
 
 
-def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
     """Largest stable sharpness of each cell of a simulation, beside the predicted one.
 
     Args:
@@ -65,14 +69,14 @@ def theory_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
                 "worst": float(errors.abs().max()) if len(errors) else float("nan"),
             }
         )
-    return to_table(rows)
+    return rounded(pd.DataFrame(rows))
 
 
-def theory_claims(numbers: pd.DataFrame) -> list[str]:
+def sentences(view: View) -> list[str]:
     """Whether each part's prediction holds, and whether mSAM's boundary is below SAM's, and SAM's below descent's."""
-    lines = []
+    lines, table = [], view.numbers[view.numbers["n"] > 0]
     for part in PARTS:
-        rows = numbers[(numbers["part"] == part) & (numbers["n"] > 0)]
+        rows = table[table["part"] == part]
         if rows.empty:
             continue
         worst = rows["worst"].max()
@@ -80,7 +84,7 @@ def theory_claims(numbers: pd.DataFrame) -> list[str]:
         lines.append(
             f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; what was simulated is up to {worst:.2%} off."
         )
-    exact = numbers[(numbers["part"] == "exact") & (numbers["n"] > 0)]
+    exact = table[table["part"] == "exact"]
     below = compared = 0
     for _, rows in exact[exact["rho"] > 0].groupby(["model", "learning_rate", "rho"]):
         found = rows.set_index("method")["mean"]
@@ -94,68 +98,48 @@ def theory_claims(numbers: pd.DataFrame) -> list[str]:
     return lines
 
 
-def document_theory(
-    name: str,
-    frame: pd.DataFrame,
-    cells: Sequence[Spec],
-    seeds: int,
-    failures: Mapping[str, str] | None = None,
-) -> Document:
-    """Predicted and simulated stability, ready to be written."""
-    numbers = theory_table(frame, cells, seeds)
-    marks, notes = row_notes(numbers, failures or {})
-    rows = list(numbers.itertuples())
-    text = pd.DataFrame(
+def text(view: View) -> pd.DataFrame:
+    """The predicted and the simulated boundaries."""
+    table, rows = view.numbers, view.rows
+    return pd.DataFrame(
         {
-            "dataset": numbers["dataset"],
-            "part": numbers["part"],
-            "model": numbers["model"],
-            "method": numbers["label"],
+            "dataset": table["dataset"],
+            "part": table["part"],
+            "model": table["model"],
+            "method": table["label"],
             "eta": [f"{row.learning_rate:g}" for row in rows],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
             "batch": [f"{row.batch_size} of {row.examples}" for row in rows],
             "predicted": [formatted(row.predicted, ".4g") for row in rows],
-            "simulated": [score_text(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            "simulated": [score_text(row) + mark for row, mark in zip(rows, view.marks, strict=True)],
             "simulated / predicted": [formatted(1 + row.relative_error, ".3f") for row in rows],
         }
     )
-    return make_document(
-        (name, frame, cells, seeds),
-        numbers,
-        text,
-        title=name,
-        claims=theory_claims(numbers),
-        notes=(*notes, *NOTES_THEORY),
-    )
 
 
-def theory(
-    simulated: pd.DataFrame | None, runs: pd.DataFrame, cells: Sequence[Spec], seeds: int, seeds_theory: int
-) -> Figure:
+def theory(results: Results, simulated: Target, flat: Target) -> Figure:
     """One page: stability boundaries, the penalty P(m) of trained networks, and their largest eigenvalues.
 
     Args:
-        simulated: what `theory_table` returned, or None if nothing was simulated.
-        runs: one row a finished run.
-        cells: the curvature specs of Table 3; may be empty.
-        seeds: theirs.
-        seeds_theory: random problems behind each simulated point.
+        results: the runs.
+        simulated: the theory's cells; may have none.
+        flat: Table 3's; may have none.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.4), layout="constrained")
-        (rho, eta, penalty), (left, middle, right) = figure.subplots(2, 3)
-        if simulated is not None:
-            _boundaries(rho, simulated, "rho", f"(a) eta = 0.1, n = {seeds_theory}")
-            _boundaries(eta, simulated, "learning_rate", f"(b) rho = 0.1, n = {seeds_theory}")
-        models = list(dict.fromkeys(c.model for c in cells))
-        if models:
-            _penalty(penalty, runs, [c for c in cells if c.model == models[0]], seeds)
-        for axes, model in zip((left, middle, right), models, strict=False):
-            _eigenvalues(axes, runs, [c for c in cells if c.model == model], seeds)
-        for axes in figure.axes:
-            if not axes.has_data():
-                axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes)
-                axes.set_axis_off()
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    (rho, eta, penalty), (left, middle, right) = figure.subplots(2, 3)
+    if simulated.cells:
+        table = numbers(results.runs, simulated.cells, simulated.seeds)
+        _boundaries(rho, table, "rho", f"(a) eta = 0.1, n = {simulated.seeds}")
+        _boundaries(eta, table, "learning_rate", f"(b) rho = 0.1, n = {simulated.seeds}")
+    models = list(dict.fromkeys(c.model for c in flat.cells))
+    if models:
+        _penalty(penalty, results.runs, [c for c in flat.cells if c.model == models[0]], flat.seeds)
+    for axes, model in zip((left, middle, right), models, strict=False):
+        _eigenvalues(axes, results.runs, [c for c in flat.cells if c.model == model], flat.seeds)
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes)
+            axes.set_axis_off()
     return figure
 
 
@@ -238,5 +222,67 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Spec], seeds: i
     axes.set_xticks(range(len(cells)), names)
     note = ""
     if base is not None and msam is not None and len(base) and len(msam):
-        note = f"\nmSAM - base: {verdict(paired_difference(msam, base)).split(':')[0]}"
+        note = f"\nmSAM - base: {difference_in_words(paired_difference(msam, base)).split(':')[0]}"
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
+
+
+def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list[Comparison]]:
+    """The simulated boundaries of mSAM over SAM's, and SAM's over descent's, with all data in each step.
+
+    What the prediction itself may be off counts as no difference.
+    """
+
+    def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
+        seeds = target.seeds
+        cells = [c for c in target.cells if c.batch_size == c.examples and (not c.rho or c.normalised == normalised)]
+        at = {(c.model, c.learning_rate, c.rho, c.method): c for c in cells}
+        found = []
+        for (model, learning_rate, rho, method), cell in at.items():
+            reference = {"sam": (0.0, "base"), "msam": (rho, "sam")}.get(method)
+            other = at.get((model, learning_rate, *reference)) if reference else None
+            if other is None:
+                continue
+            mine, theirs = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, other))
+            both = 100 * np.expm1(paired(mine, theirs))
+            difference = mean_interval(both)
+            said = verdict(difference, -1)
+            if said in VERDICTS and abs(difference.mean) < 100 * PREDICTED_WITHIN:
+                said = "not separated"
+            where = f"{model}, eta {learning_rate:g}, rho {rho:g}"
+            what = f"{method_name(cell)} over {method_name(other)}, largest stable sharpness, percent"
+            found.append(comparison(where, what, both, said, ids_of((cell, other), runs, seeds)))
+        return found
+
+    return compare
+
+
+EXHIBIT = Exhibit(
+    name="theory",
+    title="Linear stability: predicted and simulated",
+    shows=lambda cell: cell.kind == "theory",
+    numbers=numbers,
+    text=text,
+    sentences=sentences,
+    notes=lambda view: NOTES,
+    claims=(
+        Claim(
+            "In simulations with unnormalised perturbations mSAM keeps only flatter minima than SAM, and SAM than "
+            "descent",
+            boundaries(normalised=False),
+        ),
+        Claim(
+            "(ours) The same with normalised perturbations, as both methods are used",
+            boundaries(normalised=True),
+        ),
+    ),
+    figures=(
+        Picture(
+            "theory",
+            "Stability boundaries, penalty P(m), and largest eigenvalues of trained networks.",
+            theory,
+            tables=("theory", "table3"),
+            place=0,
+        ),
+    ),
+    place=50,
+)

@@ -1,21 +1,22 @@
 """The grid that a table's hyper-parameters were chosen from."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from analysis.cells import TUNED, blocks_of, identity, in_words, labels_of, of_blocks, to_table
-from analysis.document import SCORE_NOTE, TITLES, Document, make_document, row_notes, score_text, studied_columns
+from analysis.cells import TUNED, blocks_of, identity, in_words, labels_of, of_blocks, rounded
+from analysis.document import SCORE_NOTE, score_text, studied_columns
+from analysis.exhibit import Exhibit, View
 from experiments.harness.spec import IMAGES, Spec, SpecError
 
-NOTES_TUNING = (
-    f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at.",
+NOTE = (
+    f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at."
 )
 
 
-def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.DataFrame:
     """Held-out accuracy of each cell of a grid, and which one it chooses for each method.
 
     Args:
@@ -44,20 +45,20 @@ def tuning_table(frame: pd.DataFrame, cells: Sequence[Spec], seeds: int) -> pd.D
         for i, (cell, row) in enumerate(zip(group, found, strict=True)):
             marks = {"best": i == best, "chosen": complete and i == best, "edge": _edge(cell, group)}
             rows.append({"block": number, "label": labels[cell], **row, **marks})
-    return to_table(rows)
+    return rounded(pd.DataFrame(rows))
 
 
-def choices(numbers: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] = ()) -> list[str]:
-    """What each grid of `tuning_table` chose, whether inside the grid, and whether the table uses it.
+def choices(table: pd.DataFrame, cells: Sequence[Spec], used: Iterable[Spec] = ()) -> list[str]:
+    """What each grid of `numbers` chose, whether inside the grid, and whether the table uses it.
 
     Args:
-        numbers: what `tuning_table` returned for `cells`.
+        table: what `numbers` returned for `cells`.
         cells: the grid.
         used: the cells of the table that the grid was run for.
     """
-    lines, places = [], of_blocks(numbers)
+    lines, places = [], of_blocks(table)
     for number, group in enumerate(blocks_of(cells, ("seed", *TUNED), by_method=True)):
-        rows = numbers[numbers["block"] == number]
+        rows = table[table["block"] == number]
         name = f"{group[0].model}, {group[0].dataset}{places[number]}, {rows['label'].iloc[0]}"
         chosen = rows[rows["chosen"]]
         if chosen.empty:
@@ -100,41 +101,22 @@ def _same_method(a: Spec, b: Spec) -> bool:
     return replace(a, **free) == replace(b, **free) and a.method == b.method
 
 
-def document_tuning(
-    name: str,
-    frame: pd.DataFrame,
-    cells: Sequence[Spec],
-    seeds: int,
-    failures: Mapping[str, str] | None = None,
-    used: Sequence[Spec] = (),
-) -> Document:
-    """The grid of a table, ready to be written; `used` are the cells of the table itself."""
-    numbers = tuning_table(frame, cells, seeds)
-    kind = "accuracy" if cells[0].dataset in IMAGES else "score"
-    marks, notes = row_notes(numbers, failures or {})
-    rows = list(numbers.itertuples())
-    text = pd.DataFrame(
+def text(view: View) -> pd.DataFrame:
+    """The values that were tried, the score of each, and what was chosen."""
+    table, rows = view.numbers, view.rows
+    kind = "accuracy" if view.target.cells[0].dataset in IMAGES else "score"
+    return pd.DataFrame(
         {
-            "dataset": numbers["dataset"],
-            "model": numbers["model"],
-            "method": numbers["label"],
-            **studied_columns(numbers),
+            "dataset": table["dataset"],
+            "model": table["model"],
+            "method": table["label"],
+            **studied_columns(table),
             "learning rate": [f"{row.learning_rate:g}" for row in rows],
             "weight decay": [f"{row.weight_decay:g}" for row in rows],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
-            f"held-out {kind} %": [score_text(row) + mark for row, mark in zip(rows, marks, strict=True)],
+            f"held-out {kind} %": [score_text(row) + mark for row, mark in zip(rows, view.marks, strict=True)],
             "choice": [_choice(row) for row in rows],
         }
-    )
-    table = name.removesuffix("-tuning")
-    return make_document(
-        (name, frame, cells, seeds),
-        numbers,
-        text,
-        title=f"The grid of {TITLES.get(table, table).partition(':')[0] if table.startswith('table') else table}: "
-        f"held-out accuracy",
-        claims=choices(numbers, cells, used),
-        notes=(*notes, *NOTES_TUNING),
     )
 
 
@@ -143,3 +125,22 @@ def _choice(row: Any) -> str:
     if row.chosen:
         return f"chosen{edge}"
     return f"best so far{edge}" if row.best else ""
+
+
+def grid(name: str, words: str) -> Exhibit:
+    """The grid of a table or an experiment.
+
+    Args:
+        name: That of the table or the experiment.
+        words: What the title calls it.
+    """
+    title = f"The grid of {words}: held-out accuracy"
+    return Exhibit(
+        name=f"{name}-tuning",
+        title=title,
+        shows=lambda cell: True,  # `numbers` names what a cell lacks
+        numbers=numbers,
+        text=text,
+        sentences=lambda view: choices(view.numbers, view.target.cells, view.target.used),
+        notes=lambda view: (NOTE,),
+    )
