@@ -10,11 +10,12 @@ import tarfile
 
 import pytest
 
-from analysis.collect import Results
+from analysis.frames import Results
 from analysis.publish import everything, target
 from experiments.harness.runs.grids import with_seeds
-from tests.analysis import test_studies, test_table3, test_table4
+from tests.analysis.invented import cost_run, curvature_run, stability_run, study_run
 
+STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 AXE = "axe-core@4.14.1"
 
 SCRIPT = """
@@ -84,10 +85,10 @@ def axe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page():
     """A report of everything that the smoke profile has, from made-up runs."""
-    targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *test_studies.STUDIES)]
-    makers = {"curvature": test_table3.curvature, "cost": test_table4.made_up, "theory": test_table3.stability}
+    targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *STUDIES)]
+    makers = {"curvature": curvature_run, "cost": cost_run, "theory": stability_run}
     specs = dict.fromkeys(run for t in targets for run in with_seeds(t.cells, t.seeds))
-    runs = [makers.get(spec.kind, test_studies.made_up)(spec) for spec in specs]
+    runs = [makers.get(spec.kind, study_run)(spec) for spec in specs]
     return everything("smoke", targets, Results.of(runs))["report.html"]
 
 
