@@ -25,6 +25,7 @@ from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Spec
 from experiments.harness.work import checkpoint
+from experiments.harness.work.session import Session
 from tests.faults import inputs
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +156,7 @@ def _nursery() -> Any:
 def _train(spec: Spec, root: str) -> None:
     from experiments.harness.work.train import train
 
-    train(spec, Path(root), checkpoint_seconds=0)
+    train(spec, Session(Path(root)), checkpoint_seconds=0)
 
 
 def _to_the_end(context: Any, spec: Spec, root: Path) -> float:

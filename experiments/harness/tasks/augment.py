@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.harness.runs.spec import Spec
 from experiments.harness.tasks.cifar import MEAN
-from experiments.harness.tasks.task import generator, sent
+from experiments.harness.tasks.task import generator, to_device
 
 CROP_AND_FLIP, CUTOUT, POLICY = 1, 2, 3
 """Which draws of a batch a generator is for; (seed, epoch) alone orders the examples."""
@@ -43,8 +43,8 @@ def has_policy(spec: Spec) -> bool:
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pad by 4 black pixels, cut 32 x 32 at a random place, mirror every other image."""
     count, size = images.shape[0], images.shape[1]
-    top, left = sent(torch.randint(0, 9, (2, count), generator=generator), images.device)
-    mirrored = sent(torch.randint(0, 2, (count,), generator=generator).bool(), images.device)
+    top, left = to_device(torch.randint(0, 9, (2, count), generator=generator), images.device)
+    mirrored = to_device(torch.randint(0, 2, (count,), generator=generator).bool(), images.device)
     line = torch.arange(size, device=images.device)
     rows = top[:, None] + line
     columns = left[:, None] + torch.where(mirrored[:, None], line.flip(0), line)
@@ -59,7 +59,7 @@ def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     DeVries and Taylor 2017 (arXiv 1708.04552), who cut zeros out of normalised images.
     """
     count, size = images.shape[0], images.shape[1]
-    centres = sent(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
+    centres = to_device(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
     line = torch.arange(size, device=images.device)
     first = centres - side // 2
     rows, columns = (first <= line) & (line < first + side)

@@ -1,11 +1,13 @@
 """From a spec to its task, whatever the domain."""
 
+from pathlib import Path
+
 from experiments.harness.runs.facts import IMAGES
 from experiments.harness.runs.spec import Spec
 from experiments.harness.tasks.task import Task
 
 
-def build_task(spec: Spec, data_root: str | None = None) -> Task:
+def build_task(spec: Spec, data_root: Path | None = None) -> Task:
     """The task of a spec. Draws the initial weights from torch's global generator, which must be seeded.
 
     Args:

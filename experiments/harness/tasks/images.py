@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.harness.runs.process import default_jobs
+from experiments.harness.runs.process import cores
 from experiments.harness.runs.spec import Spec
 from experiments.harness.tasks.augment import augmented, has_policy, loaded
 from experiments.harness.tasks.cifar import CLASSES, MEAN, STD, Cifar, load_cifar
 from experiments.harness.tasks.image_models import build, pixel_statistics
-from experiments.harness.tasks.task import Task, generator, sent, subsets
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 250
 
@@ -22,7 +22,7 @@ NOISE_SEED = 1
 """Of the labels that are made wrong: the same for every run."""
 
 
-def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = None) -> Task:
+def image_task(spec: Spec, data_root: Path | None = None, loaders: int | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `image_models.py`.
 
     Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
@@ -34,7 +34,7 @@ def image_task(spec: Spec, data_root: str | None = None, loaders: int | None = N
         loaders: Processes that do so, which changes no number; None: one for each core but one, and 4 at most, if
             there is a GPU to keep busy, and none on a CPU, which has nothing else to do.
     """
-    return task_of(spec, load_cifar(spec.dataset, Path(data_root) if data_root else None), loaders)
+    return task_of(spec, load_cifar(spec.dataset, data_root), loaders)
 
 
 def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
@@ -63,7 +63,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
     seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
     if loaders is None:
-        loaders = min(4, default_jobs("cpu") - 1) if device.type == "cuda" else 0
+        loaders = min(4, cores() - 1) if device.type == "cuda" else 0
 
     def forward(model: nn.Module, images: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
@@ -75,7 +75,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
 
     def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(labels), generator=generator(spec.seed, epoch))
-        places = sent(order, device)
+        places = to_device(order, device)
         made = (
             loaded(spec, torch.from_numpy(on_host), order, epoch, first, loaders, device.type == "cuda")
             if has_policy(spec)
@@ -83,7 +83,7 @@ def task_of(spec: Spec, cifar: Cifar, loaders: int | None = None) -> Task:
         )
         for index in range(first, steps_per_epoch):
             chosen = places[index * spec.batch_size : (index + 1) * spec.batch_size]
-            x = augmented(spec, images[chosen], epoch, index) if made is None else sent(next(made), device)
+            x = augmented(spec, images[chosen], epoch, index) if made is None else to_device(next(made), device)
             yield seen(x), labels[chosen]
 
     def evaluate() -> dict[str, float]:

@@ -18,7 +18,7 @@ def set_torch(spec: Spec) -> None:
     torch.use_deterministic_algorithms(spec.deterministic)
 
 
-def here(spec: Spec) -> dict[str, Any]:
+def torch_environment(spec: Spec) -> dict[str, Any]:
     """What this process computes with, for the record; call it after `set_torch`."""
     on_gpu = spec.device == "cuda"
     return {

@@ -23,7 +23,7 @@ from experiments.harness.runs.spec import Spec
 from experiments.harness.tasks import glue_files
 from experiments.harness.tasks.cifar import DataError
 from experiments.harness.tasks.glue_files import TASKS, Glue, Texts
-from experiments.harness.tasks.task import Task, generator, sent, subsets
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 64
 
@@ -34,10 +34,10 @@ transformers.logging.set_verbosity_error()  # of new classifiers and long texts,
 transformers.utils.logging.disable_progress_bar()
 
 
-def text_task(spec: Spec, data_root: str | None = None) -> Task:
+def text_task(spec: Spec, data_root: Path | None = None) -> Task:
     """A task of GLUE, or the movie snippets, with an encoder of transformers and a new head."""
     task = TASKS[spec.dataset]
-    data = glue_files.load_texts(spec.dataset, Path(data_root) if data_root else None)
+    data = glue_files.load_texts(spec.dataset, data_root)
     tokenizer, model, origin = encoder(spec, task)
     weights = checksum(model)
 
@@ -159,13 +159,13 @@ def with_dropout(config: Any, spec: Spec) -> Any:
     return config
 
 
-def check(spec: Spec, data_root: str | None = None) -> None:
+def check(spec: Spec, data_root: Path | None = None) -> None:
     """Find out before any training whether data, tokenizer and configuration of a spec can be had and fit.
 
     Raises:
-        DataError: if not. `texts.NotToBeHad` if it is the data that no source has.
+        DataError: if not. `texts.DataUnavailable` if it is the data that no source has.
     """
-    glue_files.load_texts(spec.dataset, Path(data_root) if data_root else None)
+    glue_files.load_texts(spec.dataset, data_root)
     encoder(spec, TASKS[spec.dataset])
 
 
@@ -233,7 +233,7 @@ class _Encoded:
         rows = {name: [values[i] for i in chosen] for name, values in self._tokens.items()}
         padded = self._tokenizer.pad(rows, return_tensors="pt")
         labels = torch.from_numpy(self.targets[list(chosen)])
-        return {name: sent(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
+        return {name: to_device(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
 
 
 def checksum(model: transformers.PreTrainedModel) -> str:

@@ -19,6 +19,7 @@ from experiments.harness.runs.estimate import measured, work
 from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Spec
+from experiments.harness.work.session import Session
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,7 +41,7 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Spec], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, root, jobs=jobs, environment={"commit": "abc"}, estimate=measured(root))
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=measured(root))
 
 
 def scores(specs: list[Spec], root: Path) -> list[dict]:

