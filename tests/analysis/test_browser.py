@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from analysis.collect import Results
 from analysis.publish import everything, target
 from experiments.harness.spec import with_seeds
+from tests import needs
 from tests.analysis import test_studies, test_table3, test_table4
 
 AXE = "axe-core@4.14.1"
@@ -57,26 +57,19 @@ FRAME = """<!doctype html><html lang="en"><title>frame</title>
 """A window narrower than 500 pixels is not to be had; a frame in it is."""
 
 
-def unavailable(why):
-    if os.environ.get("MSAM_BROWSER_TESTS") == "required":
-        pytest.fail(f"No browser: {why}")
-    pytest.skip(f"no browser: {why}")
-
-
 @pytest.fixture(scope="module")
 def chromium():
-    found = shutil.which("chromium")
-    return found or unavailable("install Debian's chromium")
+    needs.require("browser")
+    return shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
+    needs.require("browser")
     folder = tmp_path_factory.mktemp("axe")
-    if not shutil.which("npm"):
-        unavailable("npm is not installed")
     done = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        unavailable(f"npm could not fetch {AXE}: {done.stderr.strip()[-200:]}")
+        needs.unavailable("browser", f"npm could not fetch {AXE}: {done.stderr.strip()[-200:]}")
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
 

@@ -1,5 +1,6 @@
 """One real Slurm for all tests, and the same runs trained without it to compare with."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from experiments.harness.provenance import ROOT
-from tests.slurm.loopback import Loopback, missing
+from tests.slurm.loopback import Loopback
 
 LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=24")
 LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
@@ -24,14 +25,22 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    if why := missing():
-        if os.environ.get("MSAM_SLURM_TESTS") == "required":
-            pytest.fail(f"No loopback Slurm: {why}")
-        pytest.skip(f"no loopback Slurm: {why}")
-    one = Loopback()
-    yield one
-    one.stop()
+def loopback():
+    """Starts a cluster with these options; all end with the session."""
+    with contextlib.ExitStack() as started:
+
+        def start(**options) -> Loopback:
+            one = Loopback(**options)
+            started.callback(one.stop)
+            return one
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def cluster(loopback):
+    """The one of most tests."""
+    return loopback()
 
 
 @pytest.fixture(scope="session")

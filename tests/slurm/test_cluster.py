@@ -15,7 +15,6 @@ import torch
 from experiments.harness import catalogue
 from experiments.harness.provenance import ROOT, code_hash
 from tests.slurm.conftest import LONG, Command, numbers, train_here
-from tests.slurm.loopback import Loopback
 
 pytestmark = pytest.mark.slow
 
@@ -98,23 +97,20 @@ def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, 
     slurm.assert_resumed([0, 1, 2], undisturbed)
 
 
-def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
+def test_many_runs_are_several_arrays_one_after_the_other(loopback, tmp_path):
     """On a cluster that takes arrays of four at most, and has no node to run them on."""
-    small = Loopback(largest_array=4)
-    try:
-        small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
-        slurm = Command(small, tmp_path)
-        slurm("submit", *TWELVE, "--parallelism", "2")
-        arrays = small("squeue", "-h", "-o", "%i %E").splitlines()
-        ids = sorted(int(line.split("_")[0]) for line in arrays)
-        assert [line.split()[0] for line in sorted(arrays)] == [f"{i}_[0-3%2]" for i in ids]
-        for earlier, later in itertools.pairwise(ids):
-            assert any(line.startswith(f"{later}_") and f"afterany:{earlier}_" in line for line in arrays)
-        assert "12 queued." in slurm("status", *TWELVE)
-        slurm("cancel", *TWELVE)
-        assert "12 cancelled." in slurm("status", *TWELVE)
-    finally:
-        small.stop()
+    small = loopback(largest_array=4)
+    small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
+    slurm = Command(small, tmp_path)
+    slurm("submit", *TWELVE, "--parallelism", "2")
+    arrays = small("squeue", "-h", "-o", "%i %E").splitlines()
+    ids = sorted(int(line.split("_")[0]) for line in arrays)
+    assert [line.split()[0] for line in sorted(arrays)] == [f"{i}_[0-3%2]" for i in ids]
+    for earlier, later in itertools.pairwise(ids):
+        assert any(line.startswith(f"{later}_") and f"afterany:{earlier}_" in line for line in arrays)
+    assert "12 queued." in slurm("status", *TWELVE)
+    slurm("cancel", *TWELVE)
+    assert "12 cancelled." in slurm("status", *TWELVE)
 
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
@@ -234,6 +230,7 @@ def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slur
     assert not (slurm.root / "runs").exists()
 
 
+@pytest.mark.needs("mount")
 @pytest.mark.parametrize(
     ("options", "words"), [("size=1m", "No space left"), ("size=50m", "MB free"), ("ro", "cannot be written")]
 )
