@@ -20,7 +20,7 @@ LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
 
 
 def pytest_collection_modifyitems(items):
-    """A cluster's tests come first, on one process: they wait most of the time, and the others compute beside them."""
+    """A cluster's tests come first, on one process: they wait most of the time, and the others compute meanwhile."""
     items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent))
 
 
@@ -63,7 +63,7 @@ def slurm(cluster, tmp_path):
 
 
 class Command:
-    """`python -m slurm` beside the loopback cluster, on a results root of its own."""
+    """`python -m slurm` on the loopback cluster, with a separate results root."""
 
     def __init__(self, cluster: Loopback, root: Path) -> None:
         self.cluster, self.root = cluster, root
@@ -91,8 +91,8 @@ class Command:
 
     def job(self) -> str:
         """The id of the last submission's first array."""
-        told = json.loads(max(self.root.glob("slurm/*/submission.json")).read_text())
-        return told["arrays"][0]["ids"][0].split("_")[0]
+        submission = json.loads(max(self.root.glob("slurm/*/submission.json")).read_text())
+        return submission["arrays"][0]["ids"][0].split("_")[0]
 
     def epochs(self) -> list[int]:
         """How many epochs each run has recorded."""
@@ -113,7 +113,7 @@ class Command:
         self.wait(*LONG)
         (sessions,) = self.sessions()
         assert [session["requeues"] for session in sessions] == requeues
-        assert all(session["first_step"] > 4 for session in sessions[1:]), "begun anew instead of resumed"
+        assert all(session["first_step"] > 4 for session in sessions[1:]), "restarted instead of resumed"
         self.assert_undisturbed(undisturbed)
 
     def sessions(self) -> list[list[dict]]:
