@@ -12,8 +12,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from analysis.unchanged import fingerprint, remember, remembered
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import PROFILES, Spec, SpecError
 
 if TYPE_CHECKING:

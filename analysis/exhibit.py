@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from analysis.cells import trained_anew, warnings
 from analysis.document import Document, origin, row_notes
 from analysis.statistics import Interval
-from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Spec, SpecError
 
 LAST = 1000

