@@ -12,6 +12,7 @@ from analysis import render, tables
 from analysis.claims import document_claims
 from analysis.collect import UNKNOWN, Results, write_files
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import IMAGES
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks, with_seeds
@@ -23,7 +24,7 @@ TABLES = ("table1", "table2", "table3", "table4", "theory", *STUDIES)
 """The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
 
-class Refused(Exception):
+class Refused(Mistake):
     """A table that may not be published. The message has a sentence for each reason, with its mend."""
 
 
