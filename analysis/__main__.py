@@ -1,6 +1,5 @@
 """python -m analysis: the tables of the runs that are there, and the committed ones."""
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from analysis.unchanged import fingerprint, remember, remembered
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.record import DEFAULT_ROOT
@@ -180,15 +180,7 @@ def main() -> None:
     """Run the command line; a mistake in it ends with a sentence and exit status 2."""
     arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
 
-    from analysis.publish import Refused
-
-    try:
-        print(run(arguments))
-    except (SpecError, RecordError, Refused) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+    end_with(lambda: print(run(arguments)), stopped="Stopped: the files are as they were, or whole.")
 
 
 if __name__ == "__main__":

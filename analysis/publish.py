@@ -13,13 +13,14 @@ from analysis.exhibits import exhibit_of, pages, tables
 from analysis.frames import UNKNOWN, Results, write_files
 from analysis.report import report
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks, with_seeds
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Spec
 
 
-class Refused(Exception):
+class Refused(Mistake):
     """A table that may not be published. The message has a sentence for each reason, with its mend."""
 
 

@@ -14,8 +14,9 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
-from experiments.harness.runs.files import RecordError, printable
+from experiments.harness.runs.files import printable
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import cores
 from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
@@ -329,7 +330,7 @@ def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[
     Raises:
         DataUnavailable: if that leaves nothing although some is `needed`.
     """
-    from experiments.harness.tasks.cifar import DataUnavailable
+    from experiments.harness.tasks.storage import DataUnavailable
     from experiments.harness.work.execute import check
 
     lacking: dict[str, DataUnavailable] = {}
@@ -361,25 +362,10 @@ def main() -> None:
         "show": show,
         "verify": verify,
     }
-    from experiments.harness.tasks.cifar import DataError
-
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)
-    except (SpecError, RecordError, DataError) as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except OSError as error:
-        print(
-            f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that and run again.",
-            file=sys.stderr,
-        )
-        code = 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoints.", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    end_with(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
+        stopped="Stopped. The same command goes on from the last checkpoints.",
+    )
 
 
 if __name__ == "__main__":

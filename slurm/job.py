@@ -37,19 +37,20 @@ class RunsFailed(Exception):
     """Some runs of the job failed; their tracebacks are above, and in their records."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """The runs of one job. submitit pickles it at submission and calls it in every process of the job."""
 
-    runs: tuple[Mapping[str, Any], ...]
     results: str
     data_root: str | None
-    minutes: int
-    """The job's time limit."""
     submitted: Mapping[str, Any]
     """Provenance from the submission: `provenance.checkout`."""
     code: str
     """Hash of all code that was submitted, which this process must have loaded."""
+    runs: tuple[Mapping[str, Any], ...] = ()
+    """The job's own, one after the other."""
+    minutes: int = 0
+    """The job's time limit."""
 
     def __call__(self) -> None:
         """Train the runs that are not done.

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import IMAGE_MODELS, IMAGES, SIMULATED, SIMULATED_MODELS, TEXT_MODELS, TEXTS
 
 PROFILES = ("smoke", "cpu", "paper")
@@ -53,7 +54,7 @@ for a GPU that measures what they bring and cost."""
 _SIZES = IMAGES | TEXTS | SIMULATED
 
 
-class SpecError(ValueError):
+class SpecError(Mistake, ValueError):
     """A spec that cannot be run. The message says what to change."""
 
 

@@ -79,8 +79,15 @@ def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
         return torch.stack([transform(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
 
 
-class _Batches(Dataset):
-    """The mini-batches of an epoch by their place, made on the CPU."""
+class Batches(Dataset):
+    """The mini-batches of an epoch by their place, made on the CPU.
+
+    Args:
+        spec: The run.
+        images: All training images, on the CPU.
+        order: The epoch's order of them.
+        epoch: From 0.
+    """
 
     def __init__(self, spec: Spec, images: Tensor, order: Tensor, epoch: int) -> None:
         self.spec, self.images, self.order, self.epoch = spec, images, order, epoch
@@ -93,22 +100,16 @@ class _Batches(Dataset):
         return augmented(self.spec, self.images[chosen], self.epoch, index)
 
 
-def loaded(
-    spec: Spec, images: Tensor, order: Tensor, epoch: int, first: int, workers: int, pinned: bool = False
-) -> Iterator[Tensor]:
+def loaded(batches: Batches, first: int, workers: int, pinned: bool = False) -> Iterator[Tensor]:
     """The mini-batches of an epoch from `first` on, made by so many processes ahead of their turn; 0: by this one.
 
     Args:
-        spec: The run.
-        images: All training images, on the CPU.
-        order: The epoch's order of them.
-        epoch: From 0.
+        batches: The epoch's.
         first: The first batch that is wanted.
         workers: Processes. They change no pixel.
         pinned: Whether batches are for a GPU.
     """
-    _policy(spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
-    batches = _Batches(spec, images, order, epoch)
+    _policy(batches.spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
     return iter(
         DataLoader(
             batches,

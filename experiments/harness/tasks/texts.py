@@ -21,8 +21,8 @@ from transformers import BertForSequenceClassification, RobertaForSequenceClassi
 from experiments.harness.runs.facts import TEXT_MODELS
 from experiments.harness.runs.spec import Spec
 from experiments.harness.tasks import glue_files
-from experiments.harness.tasks.cifar import DataError
 from experiments.harness.tasks.glue_files import TASKS, Glue, Texts
+from experiments.harness.tasks.storage import DataError
 from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 64

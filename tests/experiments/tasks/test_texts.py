@@ -27,8 +27,8 @@ from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Spec, SpecError
 from experiments.harness.tasks import texts
 from experiments.harness.tasks.build import build_task
-from experiments.harness.tasks.cifar import DataError
 from experiments.harness.tasks.glue_files import TASKS
+from experiments.harness.tasks.storage import DataError
 from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 from tests.experiments.tasks.test_glue_files import all_texts, columns_of, write
