@@ -34,8 +34,8 @@ from experiments.harness.record import Record
 from experiments.harness.spec import Spec, timed_steps
 from experiments.harness.task import Task, build_task, here, set_torch
 from experiments.harness.train import Interrupted, build_optimizer
-from msam.batchnorm import Statistics
 from msam.perturbation import Weights
+from msam.state import State
 
 BATCHES = 4
 """Mini-batches that the rounds take in turn."""
@@ -154,11 +154,13 @@ def timed(
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:
     """SAM data-parallel: one perturbation for all, from the gradient that the workers have averaged: two reductions."""
-    params, statistics = list(network.parameters()), Statistics(network)
+    params = list(network.parameters())
+    state = State([network], params, lazily=True)
+    before = state.taken("before")
     loss_fn(batch).backward()
     gradient = [p.grad for p in params]
     network.zero_grad()
-    with Weights(params, rho, adaptive=False).moved(gradient), statistics.kept():
+    with Weights(params, rho, adaptive=False).moved(gradient), state.rewound(before):
         loss_fn(batch).backward()
 
 
