@@ -38,8 +38,8 @@ from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
 from experiments.harness.work.session import Session
 from experiments.harness.work.train import build_optimizer
-from msam.batchnorm import Statistics
 from msam.perturbation import Weights
+from msam.state import State
 
 BATCHES = 4
 """Mini-batches that the rounds take in turn."""
@@ -149,11 +149,13 @@ def timed(
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:
     """SAM data-parallel: one perturbation for all, from the gradient that the workers have averaged: two reductions."""
-    params, statistics = list(network.parameters()), Statistics(network)
+    params = list(network.parameters())
+    state = State([network], params, lazily=True)
+    before = state.taken("before")
     loss_fn(batch).backward()
     gradient = [p.grad for p in params]
     network.zero_grad()
-    with Weights(params, rho, adaptive=False).moved(gradient), statistics.kept():
+    with Weights(params, rho, adaptive=False).moved(gradient), state.rewound(before):
         loss_fn(batch).backward()
 
 
