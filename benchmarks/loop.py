@@ -24,6 +24,7 @@ from experiments.harness.runs.provenance import cpu
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training
 from experiments.harness.tasks.build import build_task
+from experiments.harness.work.session import Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 
 RUNS = {
@@ -36,7 +37,7 @@ METHODS = {"base": {}, "mSAM, m=4": {"rho": 0.01, "micro_batches": 4}}
 def suite(spec: Training) -> float:
     """Seconds of a step, as the suite's own record has them."""
     with tempfile.TemporaryDirectory() as folder:
-        train(spec, Path(folder))
+        train(spec, Session(Path(folder)))
         return record_of(spec, Path(folder)).summary()["step_seconds"]
 
 

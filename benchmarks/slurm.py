@@ -24,8 +24,8 @@ TABLE = ("table1", "--profile", "smoke", "--seeds", "77")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 BARE = (
     "import sys; from pathlib import Path; from experiments.harness.runs import catalogue; "
-    "from experiments.harness.work.train import train; "
-    "train(catalogue.runs('linear_cifar', 'smoke', 1)[0], Path(sys.argv[1]))"
+    "from experiments.harness.work.session import Session; from experiments.harness.work.train import train; "
+    "train(catalogue.runs('linear_cifar', 'smoke', 1)[0], Session(Path(sys.argv[1])))"
 )
 
 

@@ -14,13 +14,15 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
-from experiments.harness.runs.files import RecordError, printable
+from experiments.harness.runs.files import printable
 from experiments.harness.runs.grids import with_networks
-from experiments.harness.runs.process import default_jobs
+from experiments.harness.runs.process import cores
 from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
 from experiments.harness.runs.selection import Runs
 from experiments.harness.runs.spec import PROFILES, Run, SpecError, Timing
+from experiments.harness.work.session import Session
 
 if TYPE_CHECKING:
     from experiments.harness.machine.proof import Report
@@ -66,7 +68,7 @@ def plan(
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
-        jobs = jobs or (default_jobs("cpu") if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
+        jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
         words = (
             f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
         )
@@ -122,7 +124,7 @@ def run(
     if not waiting:
         print(f"All {len(specs)} runs of {runs} are done; nothing to train.")
         return 0
-    session = environment(command_line())
+    provenance = environment(command_line())
 
     from experiments.harness.machine import pool
 
@@ -137,11 +139,9 @@ def run(
     print(f"Training {len(waiting)} runs of {runs}; {done} are done.", flush=True)
     outcome = pool.run(
         waiting,
-        results,
-        jobs=min(jobs or default_jobs(waiting[0].device), len(waiting)),
-        environment=session,
+        Session(results, data_root, provenance),
+        jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
         estimate=measured(results),
-        data_root=str(data_root) if data_root else None,
         redo=redo,
     )
     for spec, failure in outcome.failed.items():
@@ -271,13 +271,8 @@ def verify(
             bar.total = steps
             bar.update(step - bar.n)
 
-        found = verification.verify(
-            record,
-            epochs=epochs,
-            data_root=str(data_root) if data_root else None,
-            environment=environment(command_line()),
-            report=report,
-        )
+        session = Session(record.root, data_root, environment(command_line()), report)
+        found = verification.verify(record, session, epochs)
     compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
     if not found:
         print(f"{record.run_id} is the same bit for bit: {compared}, times apart.")
@@ -315,6 +310,8 @@ def _check_jobs(jobs: int | None) -> None:
 
 
 def _check_device(specs: list[Run]) -> None:
+    from experiments.harness.machine.pool import default_jobs
+
     if any(spec.processes > 1 for spec in specs):
         raise SpecError(
             "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
@@ -333,7 +330,7 @@ def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[R
     Raises:
         DataUnavailable: if that leaves nothing although some is `needed`.
     """
-    from experiments.harness.tasks.data import DataUnavailable
+    from experiments.harness.tasks.storage import DataUnavailable
     from experiments.harness.work.execute import check
 
     lacking: dict[str, DataUnavailable] = {}
@@ -341,7 +338,7 @@ def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[R
         first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
         try:
             if dataset not in lacking:
-                check(first, str(data_root) if data_root else None)
+                check(first, data_root)
         except DataUnavailable as error:
             lacking[dataset] = error
     found = [spec for spec in specs if spec.dataset not in lacking]
@@ -365,25 +362,10 @@ def main() -> None:
         "show": show,
         "verify": verify,
     }
-    from experiments.harness.tasks.data import DataError
-
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)
-    except (SpecError, RecordError, DataError) as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except OSError as error:
-        print(
-            f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that and run again.",
-            file=sys.stderr,
-        )
-        code = 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoints.", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    end_with(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
+        stopped="Stopped. The same command goes on from the last checkpoints.",
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from msam.atomic import signals_held
 from msam.parallel import compiled
 
 SMALLEST = 2**16
@@ -52,6 +51,10 @@ def rows_only(layers: Sequence[nn.Embedding]) -> Iterator[None]:
             layer.sparse = True
         yield
     finally:
-        with signals_held(to_the_end=True):
-            for layer in layers:
-                layer.sparse = False
+        dense_again(layers)
+
+
+def dense_again(layers: Sequence[nn.Embedding]) -> None:
+    """Their own flag, which is what `tables` has asked for."""
+    for layer in layers:
+        layer.sparse = False

@@ -1,26 +1,27 @@
 """The mSAM gradient, left in `.grad` for any optimizer to use."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from msam.atomic import Gradients, signals_held
-from msam.batchnorm import Statistics
-from msam.embedding import rows_only, tables
-from msam.mean import Mean, mean_and_weight
-from msam.microbatch import check_micro_batches, examples, fresh, split
+from msam import embedding
+from msam.atomic import Gradients, transaction
+from msam.mean import Mean
+from msam.microbatch import check_micro_batches, examples, split
 from msam.noise import Noise
-from msam.parallel import Replicas, unwrapped
+from msam.parallel import Replicas, compiled, unwrapped
+from msam.passes import Passes
 from msam.perturbation import Weights
+from msam.state import State
 from msam.vectorized import Vectorized
 
-Loss = Tensor | tuple[Tensor, float | Tensor]
+Returned = Tensor | tuple[Tensor, float | Tensor]
 """A mean loss, or a mean loss and the weight (the count) of what it is the mean of."""
 
 
@@ -49,7 +50,7 @@ class Step:
 
 
 def backward(
-    loss_fn: Callable[[Any], Loss],
+    loss_fn: Callable[[Any], Returned],
     batch: Any,
     model: nn.Module,
     *,
@@ -73,7 +74,7 @@ def backward(
     optimizer's and stays outside the perturbation.
 
     Running statistics, as of BatchNorm layers in train mode, move in the clean passes only, once for each
-    micro-batch (see `msam.batchnorm`). Tensor hooks of a parameter see its ascent gradient and then its
+    micro-batch (see `msam.state`). Tensor hooks of a parameter see its ascent gradient and then its
     perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only, as it adds up, and
     must not step an optimizer there. What DistributedDataParallel does is told in `msam.parallel`.
 
@@ -131,79 +132,70 @@ def backward(
     parts, sizes = _parts(batch, micro_batches)
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
-    replicas = Replicas(ddp)
     together = _together(model, perturbed, rho, adaptive, batch, sizes) if vectorized else None
     if together:
         parts, sizes = [batch], [examples(batch)]
-    weights = together or Weights(perturbed, rho, adaptive)
-    statistics = Statistics(network)
-    sparse = [] if ddp or together else tables(model)
-    noise = Noise(model, params) if rho and same_noise else None
-    scaled = scaler.scale if scaler else lambda loss: loss
-
-    def forward(
-        part: Any, layers: Sequence[nn.Embedding], reduced: bool, noise: AbstractContextManager[None]
-    ) -> tuple[Tensor, float | Tensor | None]:
-        with replicas.silent(unless=reduced), rows_only(layers), together or nullcontext(), noise:
-            return mean_and_weight(loss_fn(fresh(part)))
-
-    def accumulate(loss: Tensor, share: float | Tensor, reduced: bool) -> None:
-        share = share.to(loss.device, loss.dtype) if isinstance(share, Tensor) else share
-        with replicas.silent(unless=reduced):
-            scaled(loss * share).backward()
-
-    losses, perturbed_losses, norms = [], [], []
-    before = statistics.copied()
+    weights, replicas = Weights(perturbed, rho, adaptive), Replicas(ddp)
+    tables = [] if ddp or together else embedding.tables(model)
+    state = State([network], params, lazily=not compiled(model))
+    started = state.taken("start")
     gradients = Gradients(params, overwritten=replicas.overwrites)
-    mean = Mean(sizes, gradients, replicas)
-    try:
-        gradients.set_aside()
-        with replicas.watched():
-            for number, part in enumerate(parts, start=1):
-                last = number == len(parts)
-                summed = [layer for layer in sparse if layer.weight.grad is not None]
-                first = noise.first() if noise else nullcontext()
-                loss, weight = forward(part, sparse if rho else summed, last and not rho, first)
-                replicas.check_used()
-                if weight is not None and number == 1:
-                    for leaf in _leaves(loss):  # parameters outside the model are weighted alike
-                        gradients.include(leaf)
-                share = mean.share(weight, last)
-                loss = _nothing_if(weight, loss, perturbed, ddp is not None)
-                losses.append(loss.detach().clone())  # of a loss that is a view of a parameter too
-                if not rho:
-                    accumulate(loss, share, reduced=last)
-                    continue
+    undo: list[Callable[[], None]] = [
+        weights.put_back,
+        partial(embedding.dense_again, tables),
+        partial(state.put_back, started),
+    ]
+    with transaction(params, gradients, undo) as signals, replicas.watched():
+        passes = Passes(
+            loss_fn=loss_fn,
+            count=len(parts),
+            perturbed=perturbed,
+            tables=tables,
+            replicas=replicas,
+            scaled=scaler.scale if scaler else lambda loss: loss,
+            state=state,
+            gradients=gradients,
+            signals=signals,
+            mean=Mean(sizes, gradients, replicas),
+            noise=Noise(model, params) if rho and same_noise else None,
+            started=started,
+        )
+        if together:
+            return _in_one_pass(passes, together, batch)
+        return _one_after_the_other(passes, weights, parts)
 
-                if together:
-                    gradient = together.ascent(scaled(loss), empty=isinstance(weight, float) and weight == 0)
-                else:
-                    gradient = _ascent_gradient(scaled(loss), perturbed)
-                del loss  # and what the graph has kept for parameters that are not perturbed
-                with signals_held(), weights.moved(gradient) as norm, statistics.kept():
-                    loss, _ = forward(part, summed, last, noise.second() if noise else nullcontext())
-                    loss = _nothing_if(weight, loss, perturbed, ddp is not None)
-                    # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
-                    # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
-                    accumulate(loss * (1 + (norm - norm).sum()).to(loss.device), share, reduced=last)
-                    perturbed_losses.append(loss.detach().clone())
-                norms.append(norm)
-    except BaseException:
-        with signals_held(to_the_end=True):
-            gradients.roll_back()
-            statistics.put_back(before)
-        raise
-    with signals_held(to_the_end=True):
-        gradients.commit()
 
-    loss = mean.of(losses)
-    if not rho:
-        return Step(loss, loss, None)
-    gradient_norms = torch.stack(norms).flatten() / scaled(torch.ones_like(norms[0]))
-    if together:  # in one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows
-        known = None if weight is not None else len(gradient_norms) * gradient_norms
-        return Step(loss, mean.of(perturbed_losses), known)
-    return Step(loss, mean.of(perturbed_losses), gradient_norms)
+def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any]) -> Step:
+    """The algorithm: every micro-batch S_i at w, and then at its own w + e_i."""
+    norms = []
+    for S_i in parts:
+        clean = passes.clean(S_i, again=weights.rho > 0)  # L_i(w)
+        if not weights.rho:
+            passes.accumulate(clean.loss, clean.share)  # G += |S_i|/|S| * grad L_i(w)
+            continue
+        g_i = passes.ascent_gradient(clean)  # g_i = grad L_i(w)
+        with weights.moved(g_i) as norm:  # w + e_i, e_i = rho * g_i / ||g_i||
+            passes.descend(S_i, clean, norm)  # G += |S_i|/|S| * grad L_i(w + e_i)
+        norms.append(norm)
+    return _step(passes, torch.stack(norms) if norms else None)
+
+
+def _in_one_pass(passes: Passes, together: Vectorized, S: Any) -> Step:
+    """The same for all micro-batches at once: the mini-batch S at w, and then each micro-batch at its own w + e_i."""
+    passes.mode = together
+    clean = passes.clean(S)
+    together.ascend(passes.scaled(clean.take_loss()), empty=isinstance(clean.weight, float) and clean.weight == 0)
+    with together.moved() as norms:
+        passes.descend(S, clean, norms)
+    # In one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows.
+    return _step(passes, None if clean.weight is not None else len(norms) * norms)
+
+
+def _step(passes: Passes, norms: Tensor | None) -> Step:
+    """The record of a step, whose ascent gradients have these norms times the scaler's factor."""
+    loss = passes.mean.of(passes.losses)
+    perturbed_loss = passes.mean.of(passes.perturbed_losses) if passes.perturbed_losses else loss
+    return Step(loss, perturbed_loss, None if norms is None else norms / passes.scaled(torch.ones_like(norms[0])))
 
 
 def check_rho(rho: float) -> None:
@@ -263,54 +255,3 @@ def _parameters(
         names = ", ".join(name for name, _ in named[:5])
         raise ValueError(f"perturb chooses no parameter; it is asked about their names, such as {names}.")
     return params, perturbed
-
-
-def _ascent_gradient(loss: Tensor, perturbed: Sequence[Tensor]) -> list[Tensor | None]:
-    """g of each perturbed parameter; `.grad` and whatever waits for it are left alone."""
-    gradient: list[Tensor | None] = list(torch.autograd.grad(loss, perturbed, allow_unused=True))
-    if any(g is None for g in gradient) and _reentrant(loss):
-        raise NotImplementedError(
-            "Reentrant activation checkpointing hides its parameters from the ascent pass: use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-        )
-    if all(g is None for g in gradient):
-        raise ValueError("The loss depends on no perturbed parameter of the model: does loss_fn call another model?")
-    return gradient
-
-
-def _reentrant(loss: Tensor) -> bool:
-    """Whether the loss came through a checkpoint whose parameters torch.autograd.grad cannot see."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss))
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from the loss accumulates gradients in."""
-    return [node.variable for node in _graph(loss) if hasattr(node, "variable")]
-
-
-def _graph(loss: Tensor) -> Iterator[Any]:
-    """Every node of autograd's graph behind a loss, once."""
-    seen: set[Any] = {None}
-    waiting: list[Any] = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-            yield node
-
-
-def _nothing_if(weight: float | Tensor | None, loss: Tensor, perturbed: Sequence[Tensor], ddp: bool) -> Tensor:
-    """The loss; or if its weight is 0, a loss of 0 with gradient 0, whatever came of averaging nothing.
-
-    A reducer waits for every leaf of the pass, so there all of them get their 0; else one parameter will do.
-    """
-    if weight is None or isinstance(weight, Tensor) or weight > 0:
-        if not loss.requires_grad:
-            raise ValueError(
-                "The loss depends on no parameter of the model: does loss_fn call another model, or run under no_grad?"
-            )
-        # A weight that is still a tensor lies on a device that must not be waited for.
-        return torch.where(weight > 0, loss, torch.zeros_like(loss)) if isinstance(weight, Tensor) else loss
-    anchors = (_leaves(loss) if ddp else []) or perturbed[:1]
-    return sum(((p.reshape(-1)[:1] * 0).sum().to(loss.device, loss.dtype) for p in anchors), torch.zeros_like(loss))

@@ -7,8 +7,8 @@ one's did, and goes on where that one's then stood. The same bits, and the gener
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,32 +23,53 @@ KEPT = (torch.float32, torch.float64)
 
 
 class Noise:
-    """The random numbers of one micro-batch after the other."""
+    """The generators whose numbers both passes over a micro-batch share.
+
+    Args:
+        model: The module that draws.
+        params: Its parameters, whose devices have generators.
+    """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
         self._gpus = {p.device for p in params if p.device.type == "cuda"}
-        self._states: tuple[Tensor, dict[torch.device, Tensor]] | None = None
-        self._masks = _Masks() if _drops_on_the_cpu(model) else nullcontext()
+        self._masks = _Masks() if _drops_on_the_cpu(model) else None
+
+    def draws(self) -> "Draws":
+        """The numbers of one micro-batch, about to be drawn."""
+        return Draws(self._gpus, self._masks)
+
+
+class Draws:
+    """The random numbers of one micro-batch."""
+
+    def __init__(self, gpus: Iterable[torch.device], masks: "_Masks | None") -> None:
+        self._masks = masks
+        self._state = torch.get_rng_state()
+        self._states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
 
     @contextmanager
     def first(self) -> Iterator[None]:
         """The forward pass in the block draws them."""
-        self._states = torch.get_rng_state(), {gpu: torch.cuda.get_rng_state(gpu) for gpu in self._gpus}
-        if isinstance(self._masks, _Masks):
-            self._masks.drawn.clear()
-            self._masks.again = False
-        with self._masks:
+        with self._kept(again=False):
             yield
 
     @contextmanager
-    def second(self) -> Iterator[None]:
+    def again(self) -> Iterator[None]:
         """The forward pass in the block gets the same."""
-        cpu, gpus = self._states  # type: ignore[misc]
-        torch.set_rng_state(cpu)
-        for gpu, state in gpus.items():
+        torch.set_rng_state(self._state)
+        for gpu, state in self._states.items():
             torch.cuda.set_rng_state(state, gpu)
-        if isinstance(self._masks, _Masks):
-            self._masks.again = True
+        with self._kept(again=True):
+            yield
+
+    @contextmanager
+    def _kept(self, again: bool) -> Iterator[None]:
+        if self._masks is None:
+            yield
+            return
+        self._masks.again = again
+        if not again:
+            self._masks.drawn.clear()
         with self._masks:
             yield
 

@@ -24,6 +24,7 @@ class Replicas:
 
     def __init__(self, ddp: DistributedDataParallel | None) -> None:
         self._ddp = ddp
+        self.several = ddp is not None
         self.overwrites = ddp is not None and ddp.gradient_as_bucket_view
         """Whether the reduction writes to tensors that `.grad` held before."""
         self.reducing = ddp is not None and ddp.require_backward_grad_sync
@@ -87,7 +88,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
     while True:
         if isinstance(model, DistributedDataParallel):
             ddp, model = model, model.module
-        elif (inner := model._modules.get("_orig_mod")) is not None:  # torch.compile's
+        elif (inner := dict(model.named_children()).get("_orig_mod")) is not None:  # torch.compile's
             model = inner
         else:
             break
@@ -118,7 +119,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
 
 def compiled(model: nn.Module) -> bool:
     """Whether torch.compile runs any part of the model, which a change of how it is run would compile anew."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl for m in model.modules())
+    return any(
+        "_orig_mod" in m._modules or m._compiled_call_impl
+        for m in model.modules()
+        if not isinstance(m, torch.jit.ScriptModule)
+    )
 
 
 def _refuse(what: str) -> None:

@@ -15,16 +15,19 @@ import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 from experiments.harness.runs import selection
+from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks
 from experiments.harness.runs.provenance import checkout
 from experiments.harness.runs.record import DEFAULT_ROOT
-from experiments.harness.runs.spec import Run, SpecError
+from experiments.harness.runs.spec import Run
 from slurm import scheduler, site
+from slurm.job import Work
 from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
-from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, snapshot, standings
+from slurm.standings import Standing, note_cancelled, standings
+from slurm.submission import Array, alone, arrays, script, snapshot
 from slurm.submission import submit as hand_over
 
 UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
@@ -99,15 +102,7 @@ def submit(
         raise SlurmError(f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, for a checkpoint before the end.")
     specs, results = runs.specs, runs.root
     if cluster == "local":
-        if runs.gpus > 1:
-            raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
-        from experiments.__main__ import run as train_here
-        from experiments.harness.tasks.data import DataError
-
-        try:
-            return train_here(runs, data_root=data_root)
-        except DataError as error:
-            raise SlurmError(str(error)) from error
+        return _train_here(runs, data_root)
     _check_paths(specs)
     facts = site.read(site_file, partition)
     estimate = measured(results)
@@ -122,24 +117,23 @@ def submit(
     if dry_run:
         checked = "largest" in packed
         waiting = _to_submit(standings(specs, results, need_queue=checked))
-        found = arrays(waiting, estimate, **packed)
-        return _dry_run(found, estimate, results, facts, parallelism, len(specs), checked)
+        chosen = arrays(waiting, estimate, **packed)
+        scripts = [script(array, results, facts, parallelism) for array in chosen]
+        return _dry_run(chosen, scripts, estimate, len(specs), checked)
     with alone(results):
         waiting = _to_submit(standings(specs, results, need_queue=True))
         if not waiting:
             print(f"All {len(specs)} runs of {runs} are done or queued; nothing to submit.")
             return 0
-        found = arrays(waiting, estimate, **packed)
+        chosen = arrays(waiting, estimate, **packed)
         code = snapshot(results)
-        folder, ids = hand_over(
-            found,
-            results,
-            facts,
-            code=code,
-            submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
+        work = Work(
+            results=str(results),
             data_root=str(data_root.absolute()) if data_root else None,
-            parallelism=parallelism,
+            submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
+            code=code.name,
         )
+        folder, ids = hand_over(chosen, work, facts, code=code, parallelism=parallelism)
     print(f"Submitted {len(waiting)} of {len(specs)} runs of {runs} in jobs {', '.join(ids)}.")
     print(f"Logs:    {folder}/JOB_0_log.out")
     print(f"State:   {runs.command('status')}")
@@ -221,17 +215,9 @@ def _to_submit(found: Sequence[Standing]) -> list[Run]:
     return [run.spec for run in found if run.state in UNFINISHED]
 
 
-def _dry_run(
-    found: list[Array],
-    estimate: Estimate,
-    results: Path,
-    facts: site.Site,
-    parallelism: int | None,
-    wanted: int,
-    checked: bool,
-) -> int:
+def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate, wanted: int, checked: bool) -> int:
     hours, runs, refused = 0.0, 0, False
-    for array in found:
+    for array, text in zip(chosen, scripts, strict=True):
         size = array.size
         print(
             f"{len(array.jobs)} jobs, each: {array.ranks} ranks on {array.nodes} nodes; a rank: {size.gpus} GPUs, "
@@ -241,7 +227,6 @@ def _dry_run(
             for spec in job:
                 print(f"  {number:>4}  {spec.run_id}  {spec.title}")
                 hours, runs = hours + gpu_hours(spec, estimate), runs + 1
-        text = script(array, results, facts, parallelism)
         print(f"\n{text}")
         if checked:
             try:
@@ -254,6 +239,15 @@ def _dry_run(
         "nothing was measured; no GPU has run these yet)."
     )
     return 2 if refused else 0
+
+
+def _train_here(runs: Runs, data_root: Path | None) -> int:
+    """On this machine's cores or GPUs, as the main command does."""
+    if runs.gpus > 1:
+        raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
+    from experiments.__main__ import run
+
+    return run(runs, data_root=data_root)
 
 
 def _counted(found: Sequence[Standing]) -> str:
@@ -271,20 +265,10 @@ def main() -> None:
     """Run the command line; a mistake in it ends with one sentence and exit status 2."""
     commands: dict[str, Callable[..., int]] = {"submit": submit, "status": status, "wait": wait, "cancel": cancel}
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__)
-    except (SpecError, RecordError) as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except OSError as error:
-        print(f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that.", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("\nStopped looking. What is queued or running goes on: python -m slurm cancel ends it.", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    end_with(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__),
+        stopped="Stopped looking. What is queued or running goes on: python -m slurm cancel ends it.",
+    )
 
 
 if __name__ == "__main__":

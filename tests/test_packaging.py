@@ -290,7 +290,7 @@ def test_a_moved_checkout_is_set_up_again(copy, tmp_path_factory):
     assert calls(moved).count("venv") == 2
 
 
-@pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-ups are not kept apart")
+@pytest.mark.needs("flock")
 def test_two_terminals_set_up_once(copy):
     terminal = {"cwd": copy, "env": surroundings(PIP_SECONDS="0.5"), "stdout": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(["make", "setup", f"PYTHON={copy}/python"], **terminal) for _ in range(2)]

@@ -15,7 +15,7 @@ from experiments.harness.runs.spec import PROFILES
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
 AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]
-"""Of texts SAM's best rho is the least that was tried: so say bert_glue.py, README and the grid's own table."""
+"""On texts SAM's best rho is the smallest of the grid, as bert_glue.py, docs/results.md and the grid's table say."""
 M_AT_THE_EDGE = {("resnet8-groupnorm", 1), ("resnet8-groupnorm", 8)}
 """Model and m whose best rho is the least or the greatest that was tried: so says micro_batches.py."""
 COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
@@ -139,9 +139,9 @@ def test_the_committed_trajectories_are_the_trainings_of_table_1_bit_for_bit():
 
 
 @pytest.mark.parametrize(("name", "rows"), [("table1", 14), ("table2", 9)])
-def test_the_readme_shows_the_committed_table(name, rows):
-    readme = (COMMITTED.parents[2] / "README.md").read_text()
+def test_the_page_of_results_shows_the_committed_table(name, rows):
+    page = (COMMITTED.parents[2] / "docs" / "results.md").read_text()
     table = (COMMITTED.parent / "tables" / f"{name}.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == rows + 2
-    assert all(line in readme for line in lines)
+    assert all(line in page for line in lines)

@@ -26,6 +26,7 @@ from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Training
 from experiments.harness.work import checkpoint
+from experiments.harness.work.session import Session
 from tests.faults import inputs
 from tests.specs import BASE
 
@@ -144,7 +145,7 @@ def _nursery() -> Any:
 def _train(spec: Training, root: str) -> None:
     from experiments.harness.work.train import train
 
-    train(spec, Path(root), checkpoint_seconds=0)
+    train(spec, Session(Path(root)), checkpoint_seconds=0)
 
 
 def _to_the_end(context: Any, spec: Training, root: Path) -> float:

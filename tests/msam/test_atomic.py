@@ -87,14 +87,14 @@ def test_an_exception_while_the_weights_are_half_moved(monkeypatch):
 
 def test_an_exception_while_the_weights_are_half_moved_in_their_place(monkeypatch):
     model, batch, before, grads = with_gradients()
-    monkeypatch.setattr(perturbation, "LENT_ON", ())
-    add = torch._foreach_addcmul_
+    monkeypatch.setattr(perturbation, "SWAPPED_ON", ())
+    add = torch._foreach_add_
 
-    def half(w, *others):
-        add(w[:3], *(list(tensors[:3]) for tensors in others))
+    def half(w, steps):
+        add(w[:3], steps[:3])
         raise RuntimeError("out of memory, say")
 
-    monkeypatch.setattr(torch, "_foreach_addcmul_", half)
+    monkeypatch.setattr(torch, "_foreach_add_", half)
     with pytest.raises(RuntimeError, match="out of memory"):
         msam.backward(loss_of(model), batch, model, rho=3.0)
     assert_unchanged(model, before, grads)
@@ -173,11 +173,11 @@ def test_works_outside_the_main_thread():
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("lent_on", [("cpu",), ()], ids=["lent", "in place"])
-def test_a_second_ctrl_c_while_the_weights_are_put_back_waits(monkeypatch, lent_on):
+@pytest.mark.parametrize("swapped_on", [("cpu",), ()], ids=["swapped", "in place"])
+def test_a_second_ctrl_c_while_the_weights_are_put_back_waits(monkeypatch, swapped_on):
     model, batch, before, grads = with_gradients()
-    monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
-    owner, name = (perturbation, "increment_version") if lent_on else (torch, "_foreach_copy_")
+    monkeypatch.setattr(perturbation, "SWAPPED_ON", swapped_on)
+    owner, name = (perturbation, "increment_version") if swapped_on else (torch, "_foreach_copy_")
     put_back = getattr(owner, name)
 
     def pressed(*tensors):

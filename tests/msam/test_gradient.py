@@ -257,11 +257,11 @@ def test_parameters_keep_their_storage():
 @pytest.mark.parametrize("make", [mlp, convnet])
 def test_moved_in_their_place_as_on_a_gpu_the_weights_give_the_same(monkeypatch, make, adaptive):
     batch = data(8, 5) if make is mlp else data(8, 3, 8, 8)
-    lent, in_place = make(), make()
+    swapped, in_place = make(), make()
     seen = {}
 
-    def step(model, lent_on):
-        monkeypatch.setattr(perturbation, "LENT_ON", lent_on)
+    def step(model, swapped_on):
+        monkeypatch.setattr(perturbation, "SWAPPED_ON", swapped_on)
         addresses = [p.data_ptr() for p in model.parameters()]
         calls = []
 
@@ -272,12 +272,12 @@ def test_moved_in_their_place_as_on_a_gpu_the_weights_give_the_same(monkeypatch,
         msam.backward(loss_fn, batch, model, rho=0.5, micro_batches=2, adaptive=adaptive)
         seen[model] = calls
 
-    step(lent, ("cpu",))
+    step(swapped, ("cpu",))
     step(in_place, ())
-    assert seen[lent] == [True, False, True, False]
+    assert seen[swapped] == [True, False, True, False]
     assert seen[in_place] == [True] * 4
-    torch.testing.assert_close(gradients(lent), gradients(in_place), rtol=1e-12, atol=1e-14)
-    assert all(torch.equal(p, q) for p, q in zip(lent.parameters(), in_place.parameters(), strict=True))
+    torch.testing.assert_close(gradients(swapped), gradients(in_place), rtol=1e-12, atol=1e-14)
+    assert all(torch.equal(p, q) for p, q in zip(swapped.parameters(), in_place.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("cached", ["before", "in the clean pass"])

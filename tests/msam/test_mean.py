@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import msam
-from msam import gradient
+from msam import passes
 from msam.reference import msam_gradient
 from tests.msam.small import data, gradients, loss_of, mlp, pure_loss
 
@@ -74,7 +74,7 @@ def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_its_loss_and_grad
 
 def test_weights_that_nobody_may_wait_for_are_not_looked_at(monkeypatch):
     """The way of GPUs, where a weight's value would cost a wait, taken on the CPU."""
-    taken = gradient.mean_and_weight
+    taken = passes.mean_and_weight
 
     def on_a_device(returned):
         loss, _ = taken(returned)
@@ -84,7 +84,7 @@ def test_weights_that_nobody_may_wait_for_are_not_looked_at(monkeypatch):
     y[3:6] = IGNORED
     parts = [part for i, part in enumerate(msam.split((x, y), 3)) if i != 1]
     expected = reference_over(model, parts, [3, 3], 0.3)
-    monkeypatch.setattr(gradient, "mean_and_weight", on_a_device)
+    monkeypatch.setattr(passes, "mean_and_weight", on_a_device)
     step = msam.backward(counted_loss(model), (x, y), model, rho=0.3, micro_batches=3)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-11, atol=1e-13)
     assert torch.isfinite(step.loss)

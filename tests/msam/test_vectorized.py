@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import msam
-from msam import operations
+from msam.vectorized import products
 from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, reference
 
 
@@ -127,7 +127,7 @@ def test_the_model_is_called_once_for_each_pass_whatever_m():
 @pytest.mark.parametrize("small", [True, False])
 def test_products_are_right_both_ways(small, monkeypatch):
     """The gradient as two factors, and worked out; which is taken is a matter of shapes."""
-    monkeypatch.setattr(operations.Product, "factorises", lambda *_: small)
+    monkeypatch.setattr(products.Product, "factorises", lambda *_: small)
     for make in (mlp, words, pictures):
         model, batch = make(), batch_for(make, 12)
         expected = reference(model, batch, 4, 0.3)
@@ -137,8 +137,8 @@ def test_products_are_right_both_ways(small, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "worked_out"), [(2, False), (200, True)])
 def test_which_way_a_product_takes(rows, worked_out, monkeypatch):
-    taken, original = [], operations.Linear.gradients
-    monkeypatch.setattr(operations.Linear, "gradients", lambda *given: taken.append(1) or original(*given))
+    taken, original = [], products.Linear.gradients
+    monkeypatch.setattr(products.Linear, "gradients", lambda *given: taken.append(1) or original(*given))
     model = nn.Linear(40, 40).double()
     vectorized(model, data(2 * rows, 40), 2, rho=0.1)
     assert bool(taken) == worked_out

@@ -10,9 +10,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from typing import Any
 from experiments.harness.machine.progress import Display
 from experiments.harness.runs.estimate import Estimate
 from experiments.harness.runs.facts import DATASETS, TextSet
-from experiments.harness.runs.process import Flag, library_settings
+from experiments.harness.runs.process import Flag, cores, library_settings
 from experiments.harness.runs.record import RunLocked, record_of
 from experiments.harness.runs.spec import Run, Timing
+from experiments.harness.work.session import Interrupted, Session
 
 REPORT_SECONDS = 0.5
 """Least time between a worker's reports of where it is."""
@@ -56,24 +57,20 @@ class _Worker:
 
 def run(
     specs: Sequence[Run],
-    root: Path,
+    session: Session,
     *,
     jobs: int,
-    environment: Mapping[str, Any],
     estimate: Estimate,
-    data_root: str | None = None,
     redo: bool = False,
 ) -> Outcome:
     """Train the specs, `jobs` at a time, and show how far they are. Ctrl-C or SIGTERM stops all of them cleanly.
 
     Args:
         specs: Runs that are not done.
-        root: The results root.
+        session: Where records and data are; the workers' own `report` and `stop` take the place of its.
         jobs: Workers at a time; on GPUs, one for each.
-        environment: Provenance for the records.
         estimate: Seconds that each run is expected to take; weighs the progress bar.
-        data_root: A folder to look for data in first.
-        redo: Train them anew: each keeps what it has until its own turn comes.
+        redo: Train them again: each keeps what it has until its own turn comes.
 
     Returns:
         What was trained, what failed and why.
@@ -91,7 +88,7 @@ def run(
             while waiting and len(workers) < _together(waiting[0], workers, jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
-                workers.append(_start(context, waiting.pop(0), root, slot, environment, data_root, redo))
+                workers.append(_start(context, waiting.pop(0), session, slot, redo))
             heard = [w.reports for w in workers if not w.silent]
             wait([*heard, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
@@ -101,12 +98,21 @@ def run(
                 if not worker.process.is_alive():
                     _hear(worker)
                     workers.remove(worker)
-                    _close(worker, outcome, root, stopping.is_set())
-                    display.finished(worker.spec, worker.failure, root)
+                    _close(worker, outcome, session.root, stopping.is_set())
+                    display.finished(worker.spec, worker.failure, session.root)
             display.update({w.spec: w.fraction for w in workers})
         outcome.interrupted = stopping.is_set()
     display.close()
     return outcome
+
+
+def default_jobs(device: str) -> int:
+    """One worker for each core this process may use, or for each GPU."""
+    if device == "cpu":
+        return cores()
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
@@ -114,33 +120,16 @@ def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
     return 1 if any(isinstance(s, Timing) for s in (spec, *(w.spec for w in workers))) else jobs
 
 
-def _start(
-    context: Any,
-    spec: Run,
-    root: Path,
-    slot: int,
-    environment: Mapping[str, Any],
-    data_root: str | None,
-    redo: bool,
-) -> _Worker:
+def _start(context: Any, spec: Run, session: Session, slot: int, redo: bool) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(  # no daemon: those may not have loader processes of their own
-        target=_work, args=(sender, spec, str(root), slot, dict(environment), data_root, redo)
-    )
+    # No daemon: those may not have loader processes of their own.
+    process = context.Process(target=_work, args=(sender, spec, session, slot, redo))
     process.start()
     sender.close()
     return _Worker(process, receiver, spec, slot)
 
 
-def _work(
-    reports: Connection,
-    spec: Run,
-    root: str,
-    slot: int,
-    environment: dict[str, Any],
-    data_root: str | None,
-    redo: bool,
-) -> None:
+def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: bool) -> None:
     """In the worker: train one run, report its progress, and say in the exit status how it ended."""
     stopping = Flag()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -148,7 +137,6 @@ def _work(
     if spec.device == "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(slot)
     from experiments.harness.work.execute import execute
-    from experiments.harness.work.session import Interrupted
 
     last = 0.0
 
@@ -161,18 +149,11 @@ def _work(
             except OSError:  # the pool is gone: nobody waits for this run
                 stopping.set()
 
+    session = replace(session, report=report, stop=stopping.is_set)
     try:
         while not stopping.is_set():
             try:
-                execute(
-                    spec,
-                    Path(root),
-                    data_root=data_root,
-                    environment=environment,
-                    redo=redo,
-                    report=report,
-                    stop=stopping.is_set,
-                )
+                execute(spec, session, redo=redo)
                 return
             except RunLocked:  # another command trains it: wait for its result
                 time.sleep(REPORT_SECONDS)

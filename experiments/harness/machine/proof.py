@@ -25,6 +25,7 @@ from experiments.harness.runs.provenance import used
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Curvature, Run, SpecError, Timing, Training
 from experiments.harness.tasks.data import ImageData
+from experiments.harness.work.session import Interrupted, Session
 
 BATCH, STEPS = 4, 2
 
@@ -168,7 +169,6 @@ def _carried_out(spec: Training, root: Path) -> int:
     """Train the spec in two goes, with a checkpoint between them; returns the number of parameters."""
     import torch
 
-    from experiments.harness.work.session import Interrupted
     from experiments.harness.work.train import train
 
     if not torch.cuda.is_available():
@@ -176,11 +176,11 @@ def _carried_out(spec: Training, root: Path) -> int:
     training = spec.network or spec
     asked = iter([False] * (STEPS - 1) + [True])
     with contextlib.suppress(Interrupted):
-        train(training, root, stop=lambda: next(asked), build=made_up)
+        train(training, Session(root, stop=lambda: next(asked)), build=made_up)
     record = record_of(training, root)
     if not record.checkpoint.exists() or record.done:
         raise RecordError("The run did not stop for its checkpoint.")
-    train(training, root, build=made_up)
+    train(training, Session(root), build=made_up)
     if [session["first_step"] for session in record.environments()] != [1, STEPS]:
         raise RecordError("The run did not go on from its checkpoint.")
     if isinstance(spec, Curvature):
@@ -204,7 +204,7 @@ def _multiplied(spec: Curvature, training: Training) -> None:
         raise RuntimeError("A product with the Hessian is not finite.")
 
 
-def made_up(spec: Training, data_root: str | None = None) -> Any:
+def made_up(spec: Training, data_root: Path | None = None) -> Any:
     """The spec's task with new weights, on random pixels or random tokens of the greatest length."""
     import numpy as np
     import torch

@@ -1,7 +1,8 @@
 """Whether a finished run can be had again, bit for bit: it is made anew elsewhere and compared, file by file."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Run, SpecError, Timing, Training
 from experiments.harness.work.checkpoint import load_weights
 from experiments.harness.work.execute import execute
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Interrupted, Session
 
 TIMES = ("seconds", "wall_seconds", "step_seconds")
 """What is never the same twice."""
@@ -23,20 +24,15 @@ EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "drive
 
 def verify(
     record: Record,
-    *,
+    session: Session,
     epochs: int | None = None,
-    data_root: str | None = None,
-    environment: Mapping[str, Any] | None = None,
-    report: Callable[[int, int], None] = lambda step, steps: None,
 ) -> list[str]:
-    """Make a finished run anew in a temporary folder and compare what it left.
+    """Make a finished run again in a temporary folder and compare what it left.
 
     Args:
         record: The finished run.
+        session: Its provenance says what differs; the temporary folder takes the place of its results root.
         epochs: Train only so many; None: all, and compare the scores and the final weights too.
-        data_root: A folder to look for data in first.
-        environment: Provenance of this session, to tell what differs.
-        report: Called with (steps done, steps in all) as the run goes on.
 
     Returns:
         A sentence for each difference, the first place where the lines part among them; empty if there is none.
@@ -54,7 +50,7 @@ def verify(
         if spec.network:  # what is measured anew is the measurement, not the network's training
             _copy_network(record_of(spec.network, record.root), again.root)
         try:
-            execute(spec, again.root, data_root=data_root, environment=environment, **_until(spec, epochs, report))
+            execute(spec, _until(epochs, spec, replace(session, root=again.root)))
         except Interrupted:
             if epochs is None:
                 raise
@@ -87,17 +83,17 @@ def _check(spec: Run, epochs: int | None) -> None:
         raise SpecError(f"epochs is {epochs}, but this run has 1 to {spec.epochs}.")
 
 
-def _until(spec: Run, epochs: int | None, report: Callable[[int, int], None]) -> dict[str, Any]:
-    """`report` and `stop` for a run that is to end after so many epochs."""
+def _until(epochs: int | None, spec: Run, session: Session) -> Session:
+    """The session, whose `stop` ends the run after so many epochs."""
     done = False
 
     def reached(step: int, steps: int) -> None:
         nonlocal done
         wanted = steps if epochs is None else steps * epochs // spec.flat["epochs"]
         done = epochs is not None and step >= wanted
-        report(min(step, wanted), wanted)
+        session.report(min(step, wanted), wanted)
 
-    return {"report": reached, "stop": lambda: done}
+    return replace(session, report=reached, stop=lambda: done)
 
 
 def _differences(record: Record, again: Record, epochs: int | None) -> list[str]:

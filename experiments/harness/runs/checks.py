@@ -6,6 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import DATASETS
 from experiments.harness.runs.methods import BASE_OPTIMIZERS
 
@@ -35,7 +36,7 @@ SHARES = ("label_smoothing", "label_noise", "ema")
 """At least 0 and below 1."""
 
 
-class SpecError(ValueError):
+class SpecError(Mistake, ValueError):
     """A spec that cannot be run. The message says what to change."""
 
 

@@ -14,11 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.harness.runs.command_line import Mistake
+
 LARGEST_TEXT = 64 * 2**20
 """Bytes that a reader takes from a JSON file or from metrics.jsonl; real ones have some thousands."""
 
 
-class RecordError(Exception):
+class RecordError(Mistake):
     """A record that cannot be read or written. The message names the file and says what to do."""
 
 

@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from experiments.harness.runs.spec import Run
 
 
-def default_jobs(device: str) -> int:
-    """One worker for each core this process may use, or for each GPU."""
-    if device == "cpu":
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    import torch
-
-    return torch.cuda.device_count()
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Flag:

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 RECIPE = 1
 """Raised whenever the meaning of training changes, so that old runs are not taken for new ones."""
 
+ORDER = (
+    *("profile", "dataset", "model", "base_optimizer", "learning_rate", "epochs", "batch_size", "rho"),
+    *("micro_batches", "seed", "train_examples", "test_examples", "holdout_examples", "augmentation", "cutout"),
+    *("image_size", "label_smoothing", "label_noise", "momentum", "nesterov", "weight_decay", "schedule"),
+    *("warmup_epochs", "clip_norm", "ema", "decay", "dropout", "attention", "max_length", "precision", "device"),
+    *("channels_last", "fused", "compile", "tf32", "deterministic", "threads", "ranks", "curvature_every"),
+    *("measured_examples", "measured_rho", "workers", "normalised", "recipe"),
+)
+"""The order of the fields in tables and CSV files; those of a later version follow by themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -197,8 +207,12 @@ _HINTS: dict[type[Run], dict[str, Any]] = {}
 
 @functools.cache
 def names() -> dict[str, Any]:
-    """The types of all fields of all kinds by their names in records."""
-    return {cls.renamed.get(n, n): hint for cls in reversed(kinds().values()) for n, hint in hints(cls).items()}
+    """The types of all fields of all kinds by their names in records, in `ORDER`."""
+    known: dict[str, Any] = {}
+    for cls in kinds().values():
+        for name, hint in hints(cls).items():
+            known.setdefault(cls.renamed.get(name, name), hint)
+    return {name: known[name] for name in sorted(known, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))}
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from experiments.harness.runs.facts import CIFAR_MEAN
 from experiments.harness.runs.spec import Network
-from experiments.harness.tasks.task import generator, sent
+from experiments.harness.tasks.task import generator, to_device
 
 CROP_AND_FLIP, CUTOUT, POLICY = 1, 2, 3
 """Which draws of a batch a generator is for; (seed, epoch) alone orders the examples."""
@@ -43,8 +43,8 @@ def has_policy(spec: Network) -> bool:
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Pad by 4 black pixels, cut 32 x 32 at a random place, mirror every other image."""
     count, size = images.shape[0], images.shape[1]
-    top, left = sent(torch.randint(0, 9, (2, count), generator=generator), images.device)
-    mirrored = sent(torch.randint(0, 2, (count,), generator=generator).bool(), images.device)
+    top, left = to_device(torch.randint(0, 9, (2, count), generator=generator), images.device)
+    mirrored = to_device(torch.randint(0, 2, (count,), generator=generator).bool(), images.device)
     line = torch.arange(size, device=images.device)
     rows = top[:, None] + line
     columns = left[:, None] + torch.where(mirrored[:, None], line.flip(0), line)
@@ -59,7 +59,7 @@ def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     DeVries and Taylor 2017 (arXiv 1708.04552), who cut zeros out of normalised images.
     """
     count, size = images.shape[0], images.shape[1]
-    centres = sent(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
+    centres = to_device(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
     line = torch.arange(size, device=images.device)
     first = centres - side // 2
     rows, columns = (first <= line) & (line < first + side)
@@ -79,8 +79,15 @@ def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
         return torch.stack([transform(image) for image in images.permute(0, 3, 1, 2)]).permute(0, 2, 3, 1)
 
 
-class _Batches(Dataset):
-    """The mini-batches of an epoch by their place, made on the CPU."""
+class Batches(Dataset):
+    """The mini-batches of an epoch by their place, made on the CPU.
+
+    Args:
+        spec: The run.
+        images: All training images, on the CPU.
+        order: The epoch's order of them.
+        epoch: From 0.
+    """
 
     def __init__(self, spec: Network, images: Tensor, order: Tensor, epoch: int) -> None:
         self.spec, self.images, self.order, self.epoch = spec, images, order, epoch
@@ -93,22 +100,16 @@ class _Batches(Dataset):
         return augmented(self.spec, self.images[chosen], self.epoch, index)
 
 
-def loaded(
-    spec: Network, images: Tensor, order: Tensor, epoch: int, first: int, workers: int, pinned: bool = False
-) -> Iterator[Tensor]:
+def loaded(batches: Batches, first: int, workers: int, pinned: bool = False) -> Iterator[Tensor]:
     """The mini-batches of an epoch from `first` on, made by so many processes ahead of their turn; 0: by this one.
 
     Args:
-        spec: The run.
-        images: All training images, on the CPU.
-        order: The epoch's order of them.
-        epoch: From 0.
+        batches: The epoch's.
         first: The first batch that is wanted.
         workers: Processes. They change no pixel.
         pinned: Whether batches are for a GPU.
     """
-    _policy(spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
-    batches = _Batches(spec, images, order, epoch)
+    _policy(batches.spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
     return iter(
         DataLoader(
             batches,

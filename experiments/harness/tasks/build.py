@@ -1,11 +1,13 @@
 """From a spec to its task, whatever the domain, which is imported when it is first needed: it takes seconds."""
 
+from pathlib import Path
+
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.spec import Network
 from experiments.harness.tasks.task import Task
 
 
-def build_task(spec: Network, data_root: str | None = None) -> Task:
+def build_task(spec: Network, data_root: Path | None = None) -> Task:
     """The task of a spec. Draws the initial weights from torch's global generator, which must be seeded.
 
     Args:
@@ -24,7 +26,7 @@ def build_task(spec: Network, data_root: str | None = None) -> Task:
     return texts.text_task(spec, data_root)
 
 
-def check_task(spec: Network, data_root: str | None = None) -> None:
+def check_task(spec: Network, data_root: Path | None = None) -> None:
     """Fetch and verify what a spec's task is made from, before any run starts.
 
     Raises:

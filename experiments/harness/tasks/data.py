@@ -1,4 +1,4 @@
-"""What a loader returns, and what it raises. Needs numpy alone."""
+"""What a loader of images returns, and how a data set is loaded by its row of facts. Needs numpy alone."""
 
 import importlib
 from dataclasses import dataclass
@@ -8,14 +8,6 @@ from typing import Any
 import numpy as np
 
 from experiments.harness.runs.facts import DATASETS
-
-
-class DataError(Exception):
-    """Data that is unavailable or must not be used. The message says what to do."""
-
-
-class DataUnavailable(DataError):
-    """No source has the set. Nothing is wrong with any file: what does not need it can go on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +31,7 @@ class ImageData:
     checksum: str
 
 
-def load(dataset: str, data_root: str | None) -> Any:
+def load(dataset: str, data_root: Path | None) -> Any:
     """A data set, by the loader that its row of `facts.DATASETS` names.
 
     Args:
@@ -53,4 +45,4 @@ def load(dataset: str, data_root: str | None) -> Any:
         DataError: if the data cannot be used; `DataUnavailable` if no source has it.
     """
     module, _, function = DATASETS[dataset].loader.partition(":")
-    return getattr(importlib.import_module(module), function)(dataset, Path(data_root) if data_root else None)
+    return getattr(importlib.import_module(module), function)(dataset, data_root)

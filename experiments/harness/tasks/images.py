@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.harness.runs.facts import CIFAR_MEAN, CIFAR_STD, image_set
-from experiments.harness.runs.process import default_jobs
+from experiments.harness.runs.process import cores
 from experiments.harness.runs.spec import Network
-from experiments.harness.tasks.augment import augmented, has_policy, loaded
+from experiments.harness.tasks.augment import Batches, augmented, has_policy, loaded
 from experiments.harness.tasks.data import ImageData, load
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
-from experiments.harness.tasks.task import Task, generator, sent, subsets
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 250
 
@@ -22,7 +23,7 @@ NOISE_SEED = 1
 """Of the labels that are made wrong: the same for every run."""
 
 
-def image_task(spec: Network, data_root: str | None = None, loaders: int | None = None) -> Task:
+def image_task(spec: Network, data_root: Path | None = None, loaders: int | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `image_models.py`.
 
     Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
@@ -37,7 +38,7 @@ def image_task(spec: Network, data_root: str | None = None, loaders: int | None 
     return task_of(spec, load(spec.dataset, data_root), loaders)
 
 
-def check(spec: Network, data_root: str | None = None) -> None:
+def check(spec: Network, data_root: Path | None = None) -> None:
     """Fetch and verify the images, and a model that is not one of ours.
 
     Raises:
@@ -50,75 +51,94 @@ def check(spec: Network, data_root: str | None = None) -> None:
 
 def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
     """The task of a spec on these images."""
-    train, holdout = subsets(spec, len(data.train_labels))
     device = torch.device(spec.device)
-
-    def on_device(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(images).to(device), torch.from_numpy(labels).long().to(device)
-
-    classes = image_set(spec.dataset).classes
-    noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, classes)
-    on_host = data.train_images[train]
-    images, labels = on_device(on_host, noisy)
-    if spec.holdout_examples:
-        scored = "holdout", on_device(data.train_images[holdout], data.train_labels[holdout])
-    else:
-        scored = (
-            "test",
-            on_device(data.test_images[: spec.test_examples], data.test_labels[: spec.test_examples]),
-        )
-
-    model = build(spec.model, classes, spec.image_size)
-    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    mean, std = pixel_statistics(model, image_set(spec.dataset))
-    model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
     if loaders is None:
-        loaders = min(4, default_jobs("cpu") - 1) if device.type == "cuda" else 0
+        loaders = min(4, cores() - 1) if device.type == "cuda" else 0
+    images = _Images(spec, data, loaders)
+    return Task(
+        model=images.model,
+        loss_fn=images.loss,
+        batches=images.batches,
+        steps_per_epoch=images.steps_per_epoch,
+        evaluate=images.evaluate,
+        sample=images.sample,
+        data={"data_checksum": data.checksum, "data_source": data.source},
+    )
 
-    def forward(model: nn.Module, images: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+
+class _Images:
+    """The images of a run, on its device, and its model: what the functions of its `Task` share.
+
+    Args:
+        spec: The run.
+        data: All images.
+        loaders: As `image_task` says.
+    """
+
+    def __init__(self, spec: Network, data: ImageData, loaders: int) -> None:
+        self.spec, self.loaders, self.device = spec, loaders, torch.device(spec.device)
+        train, holdout = subsets(spec, len(data.train_labels))
+        known = image_set(spec.dataset)
+        self.on_host = data.train_images[train]
+        noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, known.classes)
+        self.images, self.labels = self._on_device(self.on_host, noisy)
+        if spec.holdout_examples:
+            self.scored, images, labels = "holdout", data.train_images[holdout], data.train_labels[holdout]
+        else:
+            first = slice(spec.test_examples)
+            self.scored, images, labels = "test", data.test_images[first], data.test_labels[first]
+        self.parts = {self.scored: self._on_device(images, labels), "train": (self.images, self.labels)}
+
+        model = build(spec.model, known.classes, spec.image_size)
+        layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+        mean, std = pixel_statistics(model, known)
+        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
+        self.steps_per_epoch = len(self.labels) // spec.batch_size  # an incomplete last batch is left out
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits, in the spec's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bfloat16"):
             return model(images)
 
-    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean cross-entropy of a batch."""
         x, y = batch
-        return F.cross_entropy(forward(model, x).float(), y, label_smoothing=spec.label_smoothing)
+        return F.cross_entropy(self.forward(model, x).float(), y, label_smoothing=self.spec.label_smoothing)
 
-    def batches(epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(labels), generator=generator(spec.seed, epoch))
-        places = sent(order, device)
-        made = (
-            loaded(spec, torch.from_numpy(on_host), order, epoch, first, loaders, device.type == "cuda")
-            if has_policy(spec)
-            else None
-        )
-        for index in range(first, steps_per_epoch):
-            chosen = places[index * spec.batch_size : (index + 1) * spec.batch_size]
-            x = augmented(spec, images[chosen], epoch, index) if made is None else sent(next(made), device)
-            yield seen(x), labels[chosen]
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mini-batches of an epoch from `first` on, augmented and normalised."""
+        size = self.spec.batch_size
+        order = torch.randperm(len(self.labels), generator=generator(self.spec.seed, epoch))
+        places = to_device(order, self.device)
+        made = None
+        if has_policy(self.spec):
+            ahead = Batches(self.spec, torch.from_numpy(self.on_host), order, epoch)
+            made = loaded(ahead, first, self.loaders, self.device.type == "cuda")
+        for index in range(first, self.steps_per_epoch):
+            chosen = places[index * size : (index + 1) * size]
+            if made is None:
+                x = augmented(self.spec, self.images[chosen], epoch, index)
+            else:
+                x = to_device(next(made), self.device)
+            yield self.seen(x), self.labels[chosen]
 
-    def evaluate() -> dict[str, float]:
-        model.eval()
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy and loss on the scored part, then on the training images."""
+        self.model.eval()
         scores: dict[str, float] = {}
-        for part, (x, y) in (scored, ("train", (images, labels))):
-            accuracy, loss = _score(lambda images: forward(model, seen(images)), x, y)
+        for part, (x, y) in self.parts.items():
+            accuracy, loss = _score(lambda images: self.forward(self.model, self.seen(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 
-    def sample(part: str, count: int) -> tuple[Tensor, Tensor]:
-        x, y = dict([scored, ("train", (images, labels))])[part]
-        return seen(x[:count]), y[:count]
+    def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` examples of a part, as they are."""
+        x, y = self.parts[part]
+        return self.seen(x[:count]), y[:count]
 
-    steps_per_epoch = len(labels) // spec.batch_size  # an incomplete last batch is left out
-    return Task(
-        model=model,
-        loss_fn=loss_fn,
-        batches=batches,
-        steps_per_epoch=steps_per_epoch,
-        evaluate=evaluate,
-        sample=sample,
-        data={"data_checksum": data.checksum, "data_source": data.source},
-    )
+    def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).long().to(self.device)
 
 
 def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndarray:

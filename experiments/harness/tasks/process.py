@@ -19,7 +19,7 @@ def set_torch(spec: Run) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def here(spec: Run) -> dict[str, Any]:
+def torch_environment(spec: Run) -> dict[str, Any]:
     """What this process computes with, for the record; call it after `set_torch`."""
     on_gpu = spec.device == "cuda"
     return {

@@ -45,7 +45,7 @@ def subsets(spec: Network, available: int) -> tuple[np.ndarray, np.ndarray]:
     return order[: min(spec.examples, end)], order[end:]
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device; this process does not wait for it to arrive."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 

@@ -21,9 +21,10 @@ from transformers import BertForSequenceClassification, RobertaForSequenceClassi
 from experiments.harness.runs.facts import MODELS, TextSet, text_set
 from experiments.harness.runs.spec import Network
 from experiments.harness.tasks import glue_files
-from experiments.harness.tasks.data import DataError, load
-from experiments.harness.tasks.glue_files import Texts
-from experiments.harness.tasks.task import Task, generator, sent, subsets
+from experiments.harness.tasks.data import load
+from experiments.harness.tasks.glue_files import TASKS, Texts
+from experiments.harness.tasks.storage import DataError
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 64
 
@@ -34,7 +35,7 @@ transformers.logging.set_verbosity_error()  # of new classifiers and long texts,
 transformers.utils.logging.disable_progress_bar()
 
 
-def text_task(spec: Network, data_root: str | None = None) -> Task:
+def text_task(spec: Network, data_root: Path | None = None) -> Task:
     """A task of GLUE, or the movie snippets, with an encoder of transformers and a new head."""
     task = text_set(spec.dataset)
     data = load(spec.dataset, data_root)
@@ -159,14 +160,14 @@ def with_dropout(config: Any, spec: Network) -> Any:
     return config
 
 
-def check(spec: Network, data_root: str | None = None) -> None:
+def check(spec: Network, data_root: Path | None = None) -> None:
     """Find out before any training whether data, tokenizer and configuration of a spec can be had and fit.
 
     Raises:
         DataError: if not. `texts.DataUnavailable` if it is the data that no source has.
     """
     load(spec.dataset, data_root)
-    encoder(spec, text_set(spec.dataset))
+    encoder(spec, TASKS[spec.dataset])
 
 
 def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -233,7 +234,7 @@ class _Encoded:
         rows = {name: [values[i] for i in chosen] for name, values in self._tokens.items()}
         padded = self._tokenizer.pad(rows, return_tensors="pt")
         labels = torch.from_numpy(self.targets[list(chosen)])
-        return {name: sent(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
+        return {name: to_device(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
 
 
 def checksum(model: transformers.PreTrainedModel) -> str:

@@ -37,29 +37,32 @@ class Progress:
     """Of the steps of the current epoch, as are the sharpnesses."""
     sharpness: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
-    """One mean for each look at the losses."""
+    """One mean for each time that the losses are collected."""
 
 
-def save_checkpoint(
-    record: Record,
-    ranks: Ranks,
-    progress: Progress,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: MovingAverage | None = None,
-) -> None:
+@dataclass
+class State:
+    """What the steps of a training change, the random generators apart."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    average: MovingAverage | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+def save_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
     """Write all that the rest of the run depends on, in one rename; every rank comes here, and the first one writes."""
     generators = ranks.gathered(torch.get_rng_state())
     cuda_generators = ranks.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
     if not ranks.first:
         return ranks.wait()
     content = {
-        "progress": vars(progress),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "average": average.state_dict() if average else None,
+        "progress": vars(state.progress),
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "scheduler": state.scheduler.state_dict(),
+        "average": state.average.state_dict() if state.average else None,
         "generators": generators,
         "cuda_generators": cuda_generators,
     }
@@ -67,15 +70,8 @@ def save_checkpoint(
     ranks.wait()
 
 
-def load_checkpoint(
-    record: Record,
-    ranks: Ranks,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    average: MovingAverage | None = None,
-) -> Progress:
-    """Take everything back to the last checkpoint that is whole; without any, progress is at its start.
+def load_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
+    """Take the state and the generators back to the last checkpoint that is whole; without any, both stay as they are.
 
     Raises:
         RecordError: if there are checkpoints but none is whole, or one cannot be read at all, or is another run's, or
@@ -94,26 +90,29 @@ def load_checkpoint(
             useless[path] = None
             continue
         try:
-            model.load_state_dict(content["model"])
-            optimizer.load_state_dict(content["optimizer"])
-            scheduler.load_state_dict(content["scheduler"])
-            if average is not None and content["progress"]["step"]:
-                average.load_state_dict(content["average"])
-            generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
-            torch.set_rng_state(generators[ranks.rank])
-            if content["cuda_generators"]:
-                torch.cuda.set_rng_state(content["cuda_generators"][ranks.rank])
-            progress = Progress(**content["progress"])
+            _restore(state, content, ranks.rank)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from error
-        ranks.agree(progress.step, f"{record.checkpoint} is not the same file on all nodes")
+        ranks.agree(state.progress.step, f"{record.checkpoint} is not the same file on all nodes")
         _put_away(record, ranks, useless)
-        return progress
-    if told := [words for words in useless.values() if words]:
-        raise RecordError("\n".join(told))
+        return
+    if damages := [words for words in useless.values() if words]:
+        raise RecordError("\n".join(damages))
     ranks.agree(0, f"{record.checkpoint} is not the same file on all nodes")
     _put_away(record, ranks, useless)
-    return Progress()
+
+
+def _restore(state: State, content: Mapping[str, Any], rank: int) -> None:
+    state.model.load_state_dict(content["model"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.scheduler.load_state_dict(content["scheduler"])
+    if state.average is not None and content["progress"]["step"]:
+        state.average.load_state_dict(content["average"])
+    generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
+    torch.set_rng_state(generators[rank])
+    if content["cuda_generators"]:
+        torch.cuda.set_rng_state(content["cuda_generators"][rank])
+    state.progress = Progress(**content["progress"])
 
 
 def save_weights(record: Record, model: torch.nn.Module) -> None:

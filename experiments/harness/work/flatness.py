@@ -12,9 +12,10 @@ have seen other numbers of images.
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,11 @@ from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Curvature
 from experiments.harness.tasks.build import build_task
-from experiments.harness.tasks.process import here, set_torch
+from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
 from experiments.harness.work import hessian, sharpness
 from experiments.harness.work.checkpoint import load_weights
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Session
 from msam.microbatch import examples
 
 CHUNK = 32
@@ -49,28 +50,20 @@ SLICE = tuple(round(x, 3) for x in np.linspace(-1, 1, 21))
 """Positions along a filter-normalised direction, in lengths of the weights; every other one in two dimensions."""
 
 
-def measure(
-    spec: Curvature,
-    record: Record,
-    *,
-    data_root: str | None,
-    environment: Mapping[str, Any],
-    report: Callable[[int, int], None],
-    stop: Callable[[], bool],
-) -> None:
+def measure(spec: Curvature, record: Record, session: Session) -> None:
     """Measure the network of `spec.network`; what an earlier session has written down is not measured again.
 
     Each line of metrics.jsonl is one measurement. The summary holds the numbers of all of them, by the part of the
     data and their own names: `train_lambda_1`, `test_trace`, ...
 
     Raises:
-        Interrupted: if `stop` said so; the measurement it was at begins anew the next time.
+        Interrupted: if `session.stop` says so; the measurement it was at begins anew the next time.
         RecordError: if the network's weights are not there.
     """
     set_torch(replace(spec, tf32=False))
     torch.manual_seed(spec.seed)
-    task, origin = trained_task(spec, record, data_root)
-    record.add_environment({**environment, **task.data, **origin, **here(spec)})
+    task, origin = trained_task(spec, record, session.data_root)
+    record.add_environment({**session.environment, **task.data, **origin, **torch_environment(spec)})
     lines = record.metrics()
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
@@ -79,8 +72,7 @@ def measure(
     count = sum(map(len, measurements.values()))
 
     def check() -> None:
-        if stop():
-            raise Interrupted(f"Stopped after {len(done)} of {count} measurements.")
+        session.leave_if_asked(f"Stopped after {len(done)} of {count} measurements.")
 
     with hessian.evaluating(task.model):
         for part, names in measurements.items():
@@ -94,7 +86,7 @@ def measure(
                 line = {"part": part, "measure": name, "step": len(done) + 1, "steps": count, "seconds": now, **found}
                 record.append(line)
                 done[part, name] = line
-                report(len(done), count)
+                session.report(len(done), count)
     scalars = {
         f"{part}_{name}": value
         for (part, _), line in done.items()
@@ -104,7 +96,7 @@ def measure(
     record.finish({**scalars, "wall_seconds": round(seconds + time.monotonic() - since, 3)})
 
 
-def trained_task(spec: Curvature, record: Record, data_root: str | None) -> tuple[Task, dict[str, Any]]:
+def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tuple[Task, dict[str, Any]]:
     """The task with its network trained, and for the record the code that trained it.
 
     Raises:

@@ -9,9 +9,8 @@ Hessians are for the prediction alone.
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 import msam
 from experiments.harness.runs.record import Record
 from experiments.harness.runs.spec import SpecError, Stability
-from experiments.harness.tasks.process import here, set_torch
+from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import generator
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Session
 
 INPUTS = {"regression": 16, "two-layer": 6}
 HIDDEN = 8
@@ -77,33 +76,24 @@ class Minimum:
         return torch.stack(found)
 
 
-def measure(
-    spec: Stability,
-    record: Record,
-    *,
-    data_root: str | None,
-    environment: Mapping[str, Any],
-    report: Callable[[int, int], None],
-    stop: Callable[[], bool],
-) -> None:
+def measure(spec: Stability, record: Record, session: Session) -> None:
     """Find the largest stable sharpness of the spec's method by simulation, and predict it.
 
     The summary holds `stable_sharpness`, `predicted_sharpness` and `relative_error`.
 
     Raises:
-        Interrupted: if `stop` said so; the run begins anew the next time.
+        Interrupted: if `session.stop` says so; the run begins anew the next time.
         SpecError: for what the simulation does not have.
     """
     check(spec)
     set_torch(spec)
     begun = time.monotonic()
-    record.add_environment({**environment, **here(spec)})
+    record.add_environment({**session.environment, **torch_environment(spec)})
     minimum = interpolating_minimum(spec)
     sharpness = _largest(minimum.hessians(1)[0])
     ends = low, high = tuple(factor * 2 / spec.learning_rate / sharpness for factor in WIDEST)
     while high / low > RESOLUTION:
-        if stop():
-            raise Interrupted("Stopped between two rounds of the simulation.")
+        session.leave_if_asked("Stopped between two rounds of the simulation.")
         one_by_one = spec.normalised and spec.rho > 0
         inner = np.geomspace(low, high, 3 if one_by_one else SCALES + 2)[1:-1]
         stable = [bounded(spec, minimum, inner[0])] if one_by_one else decaying(spec, minimum, torch.from_numpy(inner))
@@ -111,7 +101,7 @@ def measure(
         first = next((i for i, ok in enumerate(stable) if not ok), len(inner))
         low, high = float(edges[first]), float(edges[first + 1])
         wide, narrow = math.log(ends[1] / ends[0]), math.log(RESOLUTION)
-        report(round(100 * (wide - math.log(high / low))), round(100 * (wide - narrow)))
+        session.report(round(100 * (wide - math.log(high / low))), round(100 * (wide - narrow)))
     if low == ends[0] or high == ends[1]:
         raise SpecError(f"No boundary lies between {WIDEST[0]} and {WIDEST[1]} times gradient descent's: lower rho.")
     found = math.sqrt(low * high) * sharpness

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -30,36 +30,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 import msam
 from experiments.harness.runs.grids import timed_steps
-from experiments.harness.runs.process import default_jobs
+from experiments.harness.runs.process import cores
 from experiments.harness.runs.record import Record
-from experiments.harness.runs.spec import Network, Timing, Training, from_dict
+from experiments.harness.runs.spec import Timing, Training, from_dict
 from experiments.harness.tasks.build import build_task
-from experiments.harness.tasks.process import here, set_torch
+from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Session
 from experiments.harness.work.train import build_optimizer
-from msam.batchnorm import Statistics
 from msam.perturbation import Weights
+from msam.state import State
 
 BATCHES = 4
 """Mini-batches that the rounds take in turn."""
 
 
-def measure(
-    spec: Timing,
-    record: Record,
-    *,
-    data_root: str | None,
-    environment: Mapping[str, Any],
-    report: Callable[[int, int], None],
-    stop: Callable[[], bool],
-) -> None:
+def measure(spec: Timing, record: Record, session: Session) -> None:
     """Time the steps on one worker, then on `spec.workers`. A line of metrics.jsonl for each of them.
 
     The summary holds the lines' numbers by method, m and workers: `msam_m4_w1_seconds`, ...
 
     Raises:
-        Interrupted: if `stop` said so; the run then begins anew.
+        Interrupted: if `session.stop` says so; the run then begins anew.
         RuntimeError: if there are fewer cores than workers need, or a data-parallel process ended with an error.
     """
     begun = time.monotonic()
@@ -67,20 +59,19 @@ def measure(
     rounds = spec.rounds + 1
 
     def each(done: int) -> None:
-        if stop():
-            raise Interrupted(f"Stopped after {done} of {rounds} rounds.")
-        report(done, 2 * rounds)
+        session.leave_if_asked(f"Stopped after {done} of {rounds} rounds.")
+        session.report(done, 2 * rounds)
 
-    if spec.device == "cpu" and spec.workers * spec.threads > (cores := default_jobs("cpu")):
+    if spec.device == "cpu" and spec.workers * spec.threads > (available := cores()):
         raise RuntimeError(
-            f"{spec.workers} workers of {spec.threads} threads need more than the {cores} cores there are."
+            f"{spec.workers} workers of {spec.threads} threads need more than the {available} cores there are."
         )
     set_torch(spec)
-    task = _task(spec, data_root)
-    record.add_environment({**environment, **task.data, **here(spec)})
+    task = _task(spec, session.data_root)
+    record.add_environment({**session.environment, **task.data, **torch_environment(spec)})
     lines = timed(spec, task, task.model, 1, 0, each)
     if spec.workers > 1:
-        lines += data_parallel(spec, data_root, stop)
+        lines += data_parallel(spec, session)
     for line in lines:
         record.append({**line, "step": len(lines), "steps": len(lines)})
     named = {
@@ -158,11 +149,13 @@ def timed(
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:
     """SAM data-parallel: one perturbation for all, from the gradient that the workers have averaged: two reductions."""
-    params, statistics = list(network.parameters()), Statistics(network)
+    params = list(network.parameters())
+    state = State([network], params, lazily=True)
+    before = state.taken("before")
     loss_fn(batch).backward()
     gradient = [p.grad for p in params]
     network.zero_grad()
-    with Weights(params, rho, adaptive=False).moved(gradient), statistics.kept():
+    with Weights(params, rho, adaptive=False).moved(gradient), state.rewound(before):
         loss_fn(batch).backward()
 
 
@@ -183,7 +176,7 @@ def peak_bytes(step: Callable[[], None], device: str = "cpu") -> int:
     return peak
 
 
-def _task(spec: Network, data_root: str | None) -> Task:
+def _task(spec: Timing, data_root: Path | None) -> Task:
     torch.manual_seed(spec.seed)
     return build_task(spec, data_root)
 
@@ -228,19 +221,19 @@ def _count_and_reduce(sent: _Sent, bucket: dist.GradBucket) -> torch.futures.Fut
     return allreduce_hook(world, bucket)
 
 
-def data_parallel(spec: Timing, data_root: str | None, stop: Callable[[], bool]) -> list[dict[str, Any]]:
+def data_parallel(spec: Timing, session: Session) -> list[dict[str, Any]]:
     """The lines of the first of `spec.workers` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        told = json.dumps({"spec": spec.to_dict(), "data_root": data_root})
-        command = [sys.executable, "-m", "experiments.harness.work.timing", told, folder]
+        data_root = None if session.data_root is None else str(session.data_root)
+        task = json.dumps({"spec": spec.to_dict(), "data_root": data_root})
+        command = [sys.executable, "-m", "experiments.harness.work.timing", task, folder]
         processes = []
         try:
             for rank in range(spec.workers):
                 with open(Path(folder) / f"{rank}.log", "w") as log:
                     processes.append(subprocess.Popen([*command, str(rank)], stdout=log, stderr=log))
             while any(p.poll() is None for p in processes):
-                if stop():
-                    raise Interrupted("Stopped in the data-parallel rounds.")
+                session.leave_if_asked("Stopped in the data-parallel rounds.")
                 if any(p.poll() for p in processes):
                     break
                 time.sleep(0.2)
@@ -250,20 +243,20 @@ def data_parallel(spec: Timing, data_root: str | None, stop: Callable[[], bool])
                 process.kill()
                 process.wait()
         if lost:
-            told = "\n".join((Path(folder) / f"{rank}.log").read_text()[-2000:] for rank in lost)
-            raise RuntimeError(f"Data-parallel process {lost[0]} of {spec.workers} ended with an error:\n{told}")
+            logs = "\n".join((Path(folder) / f"{rank}.log").read_text()[-2000:] for rank in lost)
+            raise RuntimeError(f"Data-parallel process {lost[0]} of {spec.workers} ended with an error:\n{logs}")
         return json.loads((Path(folder) / "lines.json").read_text())
 
 
 def main() -> None:
     """One of the data-parallel processes."""
-    told, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    spec = from_dict(told["spec"])
+    given, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    spec, data_root = from_dict(given["spec"]), given["data_root"]
     assert isinstance(spec, Timing)
     set_torch(spec)
     where = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=spec.workers)
-    task = _task(spec, told["data_root"])
+    task = _task(spec, Path(data_root) if data_root else None)
     lines = timed(spec, task, DistributedDataParallel(task.model), spec.workers, rank)
     if rank == 0:
         (folder / "lines.json").write_text(json.dumps(lines))

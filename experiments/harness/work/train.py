@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,58 +18,50 @@ from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Network, Training
 from experiments.harness.tasks.build import build_task
-from experiments.harness.tasks.process import here, set_torch
+from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
 from experiments.harness.work.average import MovingAverage
-from experiments.harness.work.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from experiments.harness.work.checkpoint import Progress, State, load_checkpoint, save_checkpoint, save_weights
 from experiments.harness.work.ranks import Ranks
-from experiments.harness.work.session import Diverged, Interrupted
+from experiments.harness.work.session import Diverged, Interrupted, Session
 
 CHECK_EVERY = 50
-"""Steps between looks at the losses, each of which waits for the device."""
+"""Steps after which the losses are collected, which waits for the device."""
 
 
 def train(
     spec: Training,
-    root: Path,
+    session: Session,
     *,
-    data_root: str | None = None,
-    environment: Mapping[str, Any] | None = None,
     redo: bool = False,
     checkpoint_seconds: float = 20.0,
-    report: Callable[[int, int], None] = lambda step, steps: None,
-    stop: Callable[[], bool] = lambda: False,
-    build: Callable[[Training, str | None], Task] = build_task,
+    build: Callable[[Training, Path | None], Task] = build_task,
 ) -> None:
-    """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left alone.
+    """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left unchanged.
 
     Args:
         spec: The run.
-        root: The results root; the record is `root/runs/<run_id>/`.
-        data_root: A folder to look for data in first.
-        environment: Provenance of this session, for the record.
-        redo: Delete what there is of this run first, and train it anew.
+        session: Where its record and its data are, and whom to report to.
+        redo: Delete what there is of this run first, and train it again.
         checkpoint_seconds: Least time between checkpoints, and as many times what one takes to write where that is
             more than a second. It does not change the run's numbers.
-        report: Called with (steps done, steps in all) as the run goes on.
-        stop: Asked before every step; True writes a checkpoint and raises `Interrupted`.
         build: Makes the task from spec and data root.
 
     A run of several ranks is trained by as many processes (see `ranks.py`), each of which calls this.
 
     Raises:
-        Interrupted: if `stop` said so, on any rank.
+        Interrupted: if `session.stop` says so, on any rank.
         RunLocked: if another process trains this run.
         RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
         Diverged: if a loss or a final score is not finite; like any other failure it is also in the record.
     """
-    record, ranks = record_of(spec, root), Ranks(spec)
+    record, ranks = record_of(spec, session.root), Ranks(spec)
     with record.locked() if ranks.first else contextlib.nullcontext():
         if ranks.any(ranks.first and not record.begin(spec, redo=redo)) == [True]:
             return
         try:
             with record.session() if ranks.first else contextlib.nullcontext():
-                _train(spec, record, ranks, build, data_root, environment or {}, checkpoint_seconds, report, stop)
+                _train(spec, record, ranks, session, checkpoint_seconds, build)
         except Interrupted:
             raise
         except Exception as error:
@@ -82,91 +74,159 @@ def _train(
     spec: Training,
     record: Record,
     ranks: Ranks,
-    build: Callable[[Training, str | None], Task],
-    data_root: str | None,
-    environment: Mapping[str, Any],
+    session: Session,
     checkpoint_seconds: float,
-    report: Callable[[int, int], None],
-    stop: Callable[[], bool],
+    build: Callable[[Training, Path | None], Task],
 ) -> None:
     set_torch(spec)
     ranks.seed()
-    task = build(spec, data_root)
+    task = build(spec, session.data_root)
     model = ranks.wrapped(task.model)
     loss_fn = partial(task.loss_fn, _compiled(model, spec) if spec.compile else model)
-    steps = spec.epochs * task.steps_per_epoch
-    optimizer = build_optimizer(spec, task.model)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
-    average = MovingAverage(task.model, spec.ema) if spec.ema else None
-    state = (task.model, optimizer, scheduler, average)
-    progress = load_checkpoint(record, ranks, *state)
+    state = _initial_state(spec, task)
+    load_checkpoint(record, ranks, state)
+    progress, steps = state.progress, spec.epochs * task.steps_per_epoch
     if ranks.first:
-        record.add_environment({**environment, **task.data, **_here(spec), "first_step": progress.step + 1})
+        about = {**session.environment, **task.data, **_process(spec)}
+        record.add_environment({**about, "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
-    clock, next_checkpoint = _Clock(progress), time.monotonic() + checkpoint_seconds
-    seen: list[msam.Step] = []
+    keeper = _Keeper(record, ranks, session, state, checkpoint_seconds)
 
     model.train()
     for batch in _batches_from(task, progress.step, steps):
-        stopping, checkpoint_due = ranks.any(stop(), time.monotonic() > next_checkpoint)
-        if stopping or checkpoint_due:
-            _look(seen, progress, ranks, clock)
-            begun = time.monotonic()
-            save_checkpoint(record, ranks, progress, *state)
-            took = time.monotonic() - begun
-            next_checkpoint = time.monotonic() + checkpoint_seconds * max(1.0, took)
-        if stopping:
-            raise Interrupted(f"Stopped before step {progress.step + 1} of {steps}.")
+        keeper.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
 
-        optimizer.zero_grad()
+        state.optimizer.zero_grad()
         batch, micro_batches = ranks.share(batch)
-        taken = msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches, adaptive=spec.adaptive)
-        seen.append(taken)
+        step = msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches, adaptive=spec.adaptive)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
-        optimizer.step()
-        scheduler.step()
-        if average is not None:
-            average.update(task.model)
+        state.optimizer.step()
+        state.scheduler.step()
+        if state.average is not None:
+            state.average.update(task.model)
         progress.step += 1
 
-        end_of_epoch = progress.step % task.steps_per_epoch == 0
-        if len(seen) == CHECK_EVERY or end_of_epoch:
-            _look(seen, progress, ranks, clock)
-        if end_of_epoch:
+        keeper.took(step)
+        if progress.step % task.steps_per_epoch == 0:
+            keeper.collect_losses()
             epoch = progress.step // task.steps_per_epoch
-            line = _epoch_line(epoch, progress, float(scheduler.get_last_lr()[0]))
+            line = _epoch_line(epoch, progress, float(state.scheduler.get_last_lr()[0]))
             if ranks.first:
                 record.append(line | _curvature(spec, task, epoch))
-        report(progress.step, steps)
+        session.report(progress.step, steps)
 
-    stopping, checkpoint_due = ranks.any(stop(), time.monotonic() > next_checkpoint)
-    if stopping or checkpoint_due:
-        save_checkpoint(record, ranks, progress, *state)
-    if stopping:
-        raise Interrupted("Stopped before the scores.")
-    if not ranks.first:
-        return
-    last = record.metrics()[-1]
-    if average is not None:
-        task.model.load_state_dict(average.module.state_dict())
+    keeper.checkpoint_if_due("Stopped before the scores.")
+    if ranks.first:
+        _finish(record, task, state, keeper)
+
+
+class _Keeper:
+    """Keeps a training's record as it goes on: its losses, its checkpoints, and whether it is asked to stop.
+
+    Args:
+        record: The run's.
+        ranks: Its processes, this one among them.
+        session: Who asks it to stop.
+        state: What a checkpoint holds.
+        checkpoint_seconds: As `train` says.
+    """
+
+    def __init__(self, record: Record, ranks: Ranks, session: Session, state: State, checkpoint_seconds: float) -> None:
+        self.record, self.ranks, self.session, self.state = record, ranks, session, state
+        self.checkpoint_seconds = checkpoint_seconds
+        self.next_checkpoint = time.monotonic() + checkpoint_seconds
+        self.last_tick = time.monotonic()
+        self.unread: list[msam.Step] = []
+
+    def took(self, step: msam.Step) -> None:
+        """Take in what a step returned; every `CHECK_EVERY` steps its losses are collected."""
+        self.unread.append(step)
+        if len(self.unread) == CHECK_EVERY:
+            self.collect_losses()
+
+    def collect_losses(self) -> None:
+        """Fetch the losses of the steps since the last time.
+
+        Raises:
+            Diverged: naming the first step, from 1, whose loss is not finite.
+        """
+        if not self.unread:
+            return
+        progress = self.state.progress
+        losses = self.ranks.mean(torch.stack([s.loss for s in self.unread])).tolist()
+        sharpness = self.ranks.mean(torch.stack([s.sharpness for s in self.unread])).tolist()
+        first = progress.step - len(self.unread) + 1
+        for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
+            if not math.isfinite(loss + rise):
+                raise Diverged(
+                    f"failed at step {step}: its loss is {loss}, {loss + rise} at the perturbed weights. "
+                    "Lower learning_rate or rho."
+                )
+        progress.losses += losses
+        progress.sharpness += sharpness
+        self.tick(len(self.unread))
+        self.unread.clear()
+
+    def checkpoint_if_due(self, words: str) -> None:
+        """Write a checkpoint if it is time for one, or if any rank is asked to stop.
+
+        Raises:
+            Interrupted: with these words, in the latter case.
+        """
+        stopping, due = self.ranks.any(self.session.stop(), time.monotonic() > self.next_checkpoint)
+        if stopping or due:
+            self.collect_losses()
+            begun = time.monotonic()
+            save_checkpoint(self.record, self.ranks, self.state)
+            took = time.monotonic() - begun
+            self.next_checkpoint = time.monotonic() + self.checkpoint_seconds * max(1.0, took)
+        if stopping:
+            raise Interrupted(words)
+
+    def tick(self, steps: int) -> None:
+        """Add the time since the last tick to the run's own."""
+        now = time.monotonic()
+        self.state.progress.seconds += now - self.last_tick
+        if steps:
+            self.state.progress.step_seconds.append((now - self.last_tick) / steps)
+        self.last_tick = now
+
+
+def _finish(record: Record, task: Task, state: State, keeper: _Keeper) -> None:
+    """Score the network, keep its weights and write the summary.
+
+    Raises:
+        Diverged: if a score is not finite.
+    """
+    progress, lines = state.progress, record.metrics()
+    if state.average is not None:
+        task.model.load_state_dict(state.average.module.state_dict())
     scores = task.evaluate()
     if lost := sorted(name for name, value in scores.items() if not math.isfinite(value)):
-        raise Diverged(f"failed after step {steps}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho.")
-    clock.tick(0)
+        raise Diverged(
+            f"failed after step {progress.step}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho."
+        )
+    keeper.tick(0)
     save_weights(record, task.model)
     record.finish(
         {
             **scores,
-            **_greatest_and_last([line["lambda_1"] for line in record.metrics() if "lambda_1" in line]),
-            "epoch_loss": last["train_loss"],
-            "sharpness": last["sharpness"],
-            "steps": steps,
+            **_greatest_and_last([line["lambda_1"] for line in lines if "lambda_1" in line]),
+            "epoch_loss": lines[-1]["train_loss"],
+            "sharpness": lines[-1]["sharpness"],
+            "steps": progress.step,
             "parameters": sum(p.numel() for p in task.model.parameters()),
             "wall_seconds": round(progress.seconds, 3),
             "step_seconds": statistics.median(progress.step_seconds),
         }
     )
+
+
+def _initial_state(spec: Training, task: Task) -> State:
+    optimizer = build_optimizer(spec, task.model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
+    return State(task.model, optimizer, scheduler, MovingAverage(task.model, spec.ema) if spec.ema else None)
 
 
 def _compiled(model: torch.nn.Module, spec: Training) -> Any:
@@ -230,27 +290,13 @@ def schedule(spec: Training, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
-def _here(spec: Training) -> dict[str, Any]:
-    """What this process knows of itself, for the record."""
+def _process(spec: Training) -> dict[str, Any]:
+    """How this process computes, for the record."""
     return {
-        **here(spec),
+        **torch_environment(spec),
         "ranks": spec.ranks,
         "micro_batches_per_rank": spec.micro_batches // spec.ranks,
     }
-
-
-class _Clock:
-    """Adds the time since the last tick to the run's own."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.last = progress, time.monotonic()
-
-    def tick(self, steps: int) -> None:
-        now = time.monotonic()
-        self.progress.seconds += now - self.last
-        if steps:
-            self.progress.step_seconds.append((now - self.last) / steps)
-        self.last = now
 
 
 def _batches_from(task: Task, step: int, steps: int) -> Iterator[Any]:
@@ -260,29 +306,6 @@ def _batches_from(task: Task, step: int, steps: int) -> Iterator[Any]:
         for batch in task.batches(epoch, position):
             yield batch
             step += 1
-
-
-def _look(seen: list[msam.Step], progress: Progress, ranks: Ranks, clock: _Clock) -> None:
-    """Fetch the losses of the steps since the last look.
-
-    Raises:
-        Diverged: naming the first step, from 1, whose loss is not finite.
-    """
-    if not seen:
-        return
-    losses = ranks.mean(torch.stack([s.loss for s in seen])).tolist()
-    sharpness = ranks.mean(torch.stack([s.sharpness for s in seen])).tolist()
-    first = progress.step - len(seen) + 1
-    for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
-        if not math.isfinite(loss + rise):
-            raise Diverged(
-                f"failed at step {step}: its loss is {loss}, {loss + rise} at the perturbed weights. "
-                "Lower learning_rate or rho."
-            )
-    progress.losses += losses
-    progress.sharpness += sharpness
-    clock.tick(len(seen))
-    seen.clear()
 
 
 def _epoch_line(epoch: int, progress: Progress, learning_rate: float) -> dict[str, Any]:

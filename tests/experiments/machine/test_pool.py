@@ -19,6 +19,7 @@ from experiments.harness.runs.estimate import measured, work
 from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training, from_dict
+from experiments.harness.work.session import Session
 from tests.specs import BASE
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +32,7 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, root, jobs=jobs, environment={"commit": "abc"}, estimate=measured(root))
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=measured(root))
 
 
 def scores(specs: list[Training], root: Path) -> list[dict]:

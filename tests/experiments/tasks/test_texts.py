@@ -27,8 +27,9 @@ from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError, Training
 from experiments.harness.tasks import texts
 from experiments.harness.tasks.build import build_task
-from experiments.harness.tasks.data import DataError
 from experiments.harness.tasks.glue_files import TASKS
+from experiments.harness.tasks.storage import DataError
+from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 from tests.experiments.tasks.test_glue_files import all_texts, columns_of, write
 
@@ -119,7 +120,7 @@ def spec(model: Path, dataset: str = "rte", **changes) -> Training:
 @pytest.mark.parametrize("dataset", [name for name in TASKS if name != "snippets"])
 def test_every_task_trains_and_is_scored(dataset, bert, data, tmp_path):
     run = spec(bert, dataset, rho=0.05, micro_batches=3, clip_norm=1.0)
-    train(run, tmp_path, data_root=str(data))
+    train(run, Session(tmp_path, data_root=data))
     summary = record_of(run, tmp_path).summary()
     parts = ["test", "test_mismatched"] if dataset == "mnli" else ["test"]
     for part in parts:
@@ -133,7 +134,7 @@ def test_every_task_trains_and_is_scored(dataset, bert, data, tmp_path):
 @pytest.mark.parametrize("dataset", ["sst2", "rte", "stsb"])
 def test_roberta_too(dataset, roberta, data, tmp_path):
     run = spec(roberta, dataset, rho=0.05, micro_batches=2)
-    train(run, tmp_path, data_root=str(data))
+    train(run, Session(tmp_path, data_root=data))
     assert -1 <= record_of(run, tmp_path).summary()["test_score"] <= 1
 
 
@@ -237,7 +238,7 @@ def test_held_out_rows_are_scored_and_never_trained_on(bert, data, tmp_path):
     task = build_task(run, str(data))
     seen = {text for batch in task.batches(0, 0) for text in words_of(batch, bert)}
     assert seen == {rows["sentence"][i] for i in order[:6]}
-    train(run, tmp_path, data_root=str(data))
+    train(run, Session(tmp_path, data_root=data))
     summary = record_of(run, tmp_path).summary()
     assert not any(name.startswith("test") for name in summary)
     task.model.load_state_dict(torch.load(record_of(run, tmp_path).checkpoint, weights_only=True)["model"])
@@ -357,14 +358,13 @@ def test_every_cell_of_the_paper_profile_is_a_model_of_the_published_size():
 
 
 def test_a_run_of_text_resumes_bit_for_bit(bert, data, tmp_path):
-    from experiments.harness.work.session import Interrupted
 
     run = spec(bert, rho=0.05, micro_batches=3, dropout=0.2)
-    train(run, tmp_path / "whole", data_root=str(data))
+    train(run, Session(tmp_path / "whole", data_root=data))
     asked = iter([False, False, True])
     with pytest.raises(Interrupted):
-        train(run, tmp_path / "parts", data_root=str(data), stop=lambda: next(asked))
-    train(run, tmp_path / "parts", data_root=str(data))
+        train(run, Session(tmp_path / "parts", data_root=data, stop=lambda: next(asked)))
+    train(run, Session(tmp_path / "parts", data_root=data))
     found = [
         json.loads((r / "runs" / run.run_id / "summary.json").read_text())
         for r in (tmp_path / "whole", tmp_path / "parts")
@@ -409,7 +409,7 @@ def test_the_curvature_of_an_encoder_is_measured(attention, bert, data, tmp_path
 
     run = spec(bert, "rte", attention=attention, seed=1)
     (measured,) = curvature_of([run], examples=8, rho=0.01)
-    execute(measured, tmp_path, data_root=str(data))
+    execute(measured, Session(tmp_path, data_root=data))
     summary = record_of(measured, tmp_path).summary()
     assert summary["train_lambda_1"] > summary["train_lambda_5"] > 0
     assert summary["train_residual"] < 1e-3

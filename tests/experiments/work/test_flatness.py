@@ -18,7 +18,7 @@ from experiments.harness.tasks.build import build_task
 from experiments.harness.work import hessian
 from experiments.harness.work.execute import execute
 from experiments.harness.work.flatness import halvings
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.train import train
 
 LINEAR = replace(linear_cifar.RUNS["smoke"][0], seed=1)
@@ -38,7 +38,7 @@ def numbers(root, spec):
 
 def test_a_curvature_run_trains_its_network_first_and_measures_the_final_weights(tmp_path):
     spec = measured(VIT)
-    execute(spec, tmp_path, environment={"commit": "abc", "code": "def", "dirty": False})
+    execute(spec, Session(tmp_path, environment={"commit": "abc", "code": "def", "dirty": False}))
     network = record_of(VIT, tmp_path)
     assert network.done
     found = numbers(tmp_path, spec)
@@ -68,9 +68,9 @@ def test_a_curvature_run_trains_its_network_first_and_measures_the_final_weights
 
 def test_a_second_call_computes_nothing(tmp_path):
     spec = measured(LINEAR)
-    execute(spec, tmp_path)
+    execute(spec, Session(tmp_path))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json*")}
-    execute(spec, tmp_path, report=lambda *_: pytest.fail("measured again"))
+    execute(spec, Session(tmp_path, report=lambda *_: pytest.fail("measured again")))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json*")} == before
     assert state_of(spec, tmp_path) == ("done", "")
 
@@ -78,18 +78,18 @@ def test_a_second_call_computes_nothing(tmp_path):
 def test_stopped_and_resumed_equals_undisturbed_and_measures_nothing_twice(tmp_path):
     network = replace(LINEAR, seed=0)  # with the pictures
     spec = measured(network)
-    execute(spec, tmp_path / "undisturbed")
+    execute(spec, Session(tmp_path / "undisturbed"))
     done = iter(range(10**6))
     asked = itertools.count()
-    train(network, tmp_path / "stopped")
+    train(network, Session(tmp_path / "stopped"))
     with pytest.raises(Interrupted, match="measurements"):
-        execute(spec, tmp_path / "stopped", stop=lambda: next(asked) > 60)
+        execute(spec, Session(tmp_path / "stopped", stop=lambda: next(asked) > 60))
     begun = record_of(spec, tmp_path / "stopped").metrics()
     assert 0 < len(begun) < 13
     state, words = state_of(spec, tmp_path / "stopped")
     assert state == "begun"
     assert f"{len(begun)} of 13 measurements" in words
-    execute(spec, tmp_path / "stopped", report=lambda *_: next(done))
+    execute(spec, Session(tmp_path / "stopped", report=lambda *_: next(done)))
     assert next(done) == 13 - len(begun)
     assert record_of(spec, tmp_path / "stopped").metrics()[: len(begun)] == begun
     assert numbers(tmp_path / "stopped", spec) == numbers(tmp_path / "undisturbed", spec)
@@ -97,29 +97,29 @@ def test_stopped_and_resumed_equals_undisturbed_and_measures_nothing_twice(tmp_p
 
 def test_redo_measures_anew_and_leaves_the_network(tmp_path):
     spec = measured(LINEAR)
-    execute(spec, tmp_path)
+    execute(spec, Session(tmp_path))
     before, weights = numbers(tmp_path, spec), record_of(LINEAR, tmp_path).checkpoint.stat().st_mtime_ns
     seen = []
-    execute(spec, tmp_path, redo=True, report=lambda *step: seen.append(step))
+    execute(spec, Session(tmp_path, report=lambda *step: seen.append(step)), redo=True)
     assert seen
     assert numbers(tmp_path, spec) == before
     assert record_of(LINEAR, tmp_path).checkpoint.stat().st_mtime_ns == weights
 
 
 def test_a_network_without_its_weights_is_told_with_the_mend(tmp_path):
-    train(LINEAR, tmp_path)
+    train(LINEAR, Session(tmp_path))
     record_of(LINEAR, tmp_path).checkpoint.unlink()
     spec = measured(LINEAR)
     with pytest.raises(RecordError, match=r"final weights of linear .* delete .*, and it is trained again"):
-        execute(spec, tmp_path)
+        execute(spec, Session(tmp_path))
     assert "final weights" in record_of(spec, tmp_path).failure()
     assert not record_of(spec, tmp_path).done
 
 
 def test_lambda_1_along_training_leaves_the_training_as_it_is(tmp_path):
     watched = replace(RESNET, curvature_every=2)
-    train(RESNET, tmp_path)
-    train(watched, tmp_path)
+    train(RESNET, Session(tmp_path))
+    train(watched, Session(tmp_path))
     plain, other = (torch.load(record_of(s, tmp_path).checkpoint, weights_only=True) for s in (RESNET, watched))
     assert all(torch.equal(plain["model"][name], other["model"][name]) for name in plain["model"])
     lines = record_of(watched, tmp_path).metrics()
@@ -134,7 +134,7 @@ def test_lambda_1_along_training_leaves_the_training_as_it_is(tmp_path):
 
 def test_the_last_epoch_is_measured_whatever_its_number(tmp_path):
     spec = replace(LINEAR, curvature_every=3)
-    train(spec, tmp_path)
+    train(spec, Session(tmp_path))
     lines, summary = record_of(spec, tmp_path).metrics(), record_of(spec, tmp_path).summary()
     found = {line["epoch"]: line["lambda_1"] for line in lines if "lambda_1" in line}
     assert list(found) == sorted({*range(3, spec.epochs + 1, 3), spec.epochs})
@@ -144,7 +144,7 @@ def test_the_last_epoch_is_measured_whatever_its_number(tmp_path):
 
 def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_weights(tmp_path):
     spec = replace(measured(replace(RESNET, seed=1)), measured_examples=1)
-    execute(spec, tmp_path)
+    execute(spec, Session(tmp_path))
     network = spec.network
     task = build_task(network)
     task.model.load_state_dict(torch.load(record_of(network, tmp_path).checkpoint, weights_only=True)["model"])
@@ -169,7 +169,7 @@ def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_w
 
 def test_networks_without_batchnorm_have_nothing_to_estimate_anew(tmp_path):
     spec = measured(LINEAR)
-    execute(spec, tmp_path)
+    execute(spec, Session(tmp_path))
     found = numbers(tmp_path, spec)
     assert found["test_accuracy"] == record_of(LINEAR, tmp_path).summary()["test_accuracy"]
     assert not [name for name in found if "reestimated" in name]
@@ -217,6 +217,6 @@ def test_halvings_nest():
 
 def test_the_records_are_plain_json(tmp_path):
     spec = measured(LINEAR)
-    execute(spec, tmp_path)
+    execute(spec, Session(tmp_path))
     for line in (record_of(spec, tmp_path).folder / "metrics.jsonl").read_text().splitlines():
         assert {"part", "measure", "seconds", "step", "steps"} <= set(json.loads(line))

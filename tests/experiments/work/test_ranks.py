@@ -13,6 +13,7 @@ from experiments.harness.runs.provenance import ROOT
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
 from experiments.harness.work.ranks import Ranks
+from experiments.harness.work.session import Session
 from experiments.harness.work.train import train
 
 WORKER = """
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from experiments.harness.runs.spec import from_dict
 from experiments.harness.work.train import Interrupted, train
+from experiments.harness.work.session import Interrupted, Session
 
 rank, root, stop_after = int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 spec = from_dict(json.loads(sys.argv[4]))
@@ -34,7 +36,7 @@ def report(step, steps):
     torch.rand(1)  # noise, as dropout would draw it
 
 try:  # only rank 1 is told to stop: they have to agree
-    train(spec, root, report=report, stop=lambda: rank == 1 and done == stop_after)
+    train(spec, Session(root, report=report, stop=lambda: rank == 1 and done == stop_after))
 except Interrupted as stopped:
     print(stopped)
 else:
@@ -71,7 +73,7 @@ def weights(spec, root):
 
 @pytest.mark.slow
 def test_two_ranks_train_what_one_trains(tmp_path):
-    train(LINEAR, tmp_path / "one")
+    train(LINEAR, Session(tmp_path / "one"))
     both = replace(LINEAR, ranks=2)
     all_ranks(both, tmp_path / "two")
     one, two = record_of(LINEAR, tmp_path / "one"), record_of(both, tmp_path / "two")
@@ -102,7 +104,7 @@ def test_ranks_stop_together_and_resume_bit_for_bit(tmp_path):
 
 def test_a_run_of_two_ranks_is_not_trained_by_one_process(tmp_path):
     with pytest.raises(SpecError, match="ranks is 3, but 1 process trained it"):
-        train(VIT, tmp_path)
+        train(VIT, Session(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

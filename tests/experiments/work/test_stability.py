@@ -10,12 +10,13 @@ from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
 from experiments.harness.work import stability
 from experiments.harness.work.execute import execute
+from experiments.harness.work.session import Session
 
 DESCENT = listed.DESCENT
 
 
 def simulated(spec, root):
-    execute(spec, root)
+    execute(spec, Session(root))
     return record_of(spec, root).summary()
 
 
@@ -98,4 +99,4 @@ def test_small_batches_leave_the_prediction(tmp_path):
 )
 def test_what_is_not_simulated_is_refused(changes, words, tmp_path):
     with pytest.raises(SpecError, match=words):
-        execute(replace(DESCENT, **changes), tmp_path)
+        execute(replace(DESCENT, **changes), Session(tmp_path))

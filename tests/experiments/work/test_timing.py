@@ -17,7 +17,7 @@ from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError, from_dict
 from experiments.harness.work import timing
 from experiments.harness.work.execute import execute
-from experiments.harness.work.session import Interrupted
+from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.timing import peak_bytes
 
 RESNET = catalogue.cells("cost", "smoke")[0]
@@ -27,7 +27,7 @@ RESNET = catalogue.cells("cost", "smoke")[0]
 def record(tmp_path_factory):
     """One cost run, made once."""
     root = tmp_path_factory.mktemp("results")
-    execute(RESNET, root)
+    execute(RESNET, Session(root))
     return record_of(RESNET, root)
 
 
@@ -70,10 +70,10 @@ def test_activations_of_one_micro_batch_are_alive_at_once(record):
 def test_stopped_it_begins_anew(tmp_path):
     asked = iter(range(100))
     with pytest.raises(Interrupted, match="2 of 4 rounds"):
-        execute(RESNET, tmp_path, stop=lambda: next(asked) == 1)
+        execute(RESNET, Session(tmp_path, stop=lambda: next(asked) == 1))
     assert not record_of(RESNET, tmp_path).done
     done = []
-    execute(RESNET, tmp_path, report=lambda step, steps: done.append(step))
+    execute(RESNET, Session(tmp_path, report=lambda step, steps: done.append(step)))
     assert done == [1, 2, 3, 4]
     assert len(record_of(RESNET, tmp_path).metrics()) == 6 + 6
 
@@ -83,7 +83,7 @@ def test_a_data_parallel_process_that_fails_ends_the_run_with_its_words(tmp_path
     damaged.parent.mkdir()
     damaged.write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match=r"(?s)Data-parallel process \d of 2 ended .*DataError"):
-        timing.data_parallel(RESNET, str(tmp_path), stop=lambda: False)
+        timing.data_parallel(RESNET, Session(tmp_path, data_root=tmp_path))
 
 
 def test_peak_bytes_counts_what_is_alive_at_once():
@@ -125,7 +125,7 @@ def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thr
 def test_what_is_timed_has_the_machine_for_itself(tmp_path):
     others = catalogue.runs("linear_cifar", "smoke")
     specs = [others[0], RESNET, *others[1:]]
-    pool.run(specs, tmp_path, jobs=2, environment={}, estimate=measured(tmp_path))
+    pool.run(specs, Session(tmp_path), jobs=2, estimate=measured(tmp_path))
     folders = [record_of(spec, tmp_path).folder for spec in specs]
     spans = [((f / "env.json").stat().st_mtime_ns, (f / "summary.json").stat().st_mtime_ns) for f in folders]
     timed = spans[1]

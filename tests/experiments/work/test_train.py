@@ -24,7 +24,7 @@ from experiments.harness.tasks.images import normalised
 from experiments.harness.tasks.process import set_torch
 from experiments.harness.tasks.task import Task
 from experiments.harness.work import train as loop
-from experiments.harness.work.session import Diverged, Interrupted
+from experiments.harness.work.session import Diverged, Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 from tests.msam.small import Waits
 from tests.specs import BASE
@@ -59,10 +59,11 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from experiments.harness.runs.spec import from_dict
+from experiments.harness.work.session import Session
 from experiments.harness.work.train import train
 spec = from_dict(json.loads(sys.argv[1]))
 report = lambda step, steps: print(step, flush=True)
-train(spec, Path(sys.argv[2]), checkpoint_seconds=0, report=report)
+train(spec, Session(Path(sys.argv[2]), report=report), checkpoint_seconds=0)
 """
 
 
@@ -76,7 +77,7 @@ AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout
 
 @pytest.mark.parametrize("spec", [RESNET, VIT, AVERAGED], ids=["resnet", "vit", "averaged"])
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
-    train(spec, tmp_path / "undisturbed")
+    train(spec, Session(tmp_path / "undisturbed"))
     first_steps = []
     for kill_after in (3, 4):  # the second time one step further, across the end of an epoch
         with start(spec, tmp_path / "killed") as process:
@@ -93,31 +94,31 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
 
 
 def test_killed_after_the_final_weights_but_before_the_summary(tmp_path):
-    train(RESNET, tmp_path)
+    train(RESNET, Session(tmp_path))
     before = numbers(RESNET, tmp_path)
     (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
-    train(RESNET, tmp_path)
+    train(RESNET, Session(tmp_path))
     assert numbers(RESNET, tmp_path) == before
 
 
 def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
-    train(RESNET, tmp_path / "undisturbed")
+    train(RESNET, Session(tmp_path / "undisturbed"))
     asked = iter([False] * 6 + [True])
     with pytest.raises(Interrupted):
-        train(RESNET, tmp_path / "stopped", stop=lambda: next(asked))
+        train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(asked)))
     assert record_of(RESNET, tmp_path / "stopped").checkpoint.exists()
     assert len(record_of(RESNET, tmp_path / "stopped").metrics()) == 1
     seen = []
-    train(RESNET, tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps)))
+    train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps))))
     assert seen == [(step, 12) for step in range(7, 13)]
     assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
 
 
 def test_an_averaged_run_that_was_stopped_before_its_first_step_averages_its_steps_alone(tmp_path):
-    train(AVERAGED, tmp_path / "undisturbed")
+    train(AVERAGED, Session(tmp_path / "undisturbed"))
     with pytest.raises(Interrupted):
-        train(AVERAGED, tmp_path / "stopped", stop=lambda: True)
-    train(AVERAGED, tmp_path / "stopped")
+        train(AVERAGED, Session(tmp_path / "stopped", stop=lambda: True))
+    train(AVERAGED, Session(tmp_path / "stopped"))
     assert numbers(AVERAGED, tmp_path / "stopped") == numbers(AVERAGED, tmp_path / "undisturbed")
 
 
@@ -125,31 +126,31 @@ def test_an_averaged_run_that_was_stopped_before_its_first_step_averages_its_ste
 def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
     asked = iter([False] * 2 + [True])
     with pytest.raises(Interrupted):
-        train(RESNET, tmp_path, stop=lambda: next(asked))
+        train(RESNET, Session(tmp_path, stop=lambda: next(asked)))
     path = record_of(RESNET, tmp_path).checkpoint
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*delete it"):
-        train(RESNET, tmp_path)
+        train(RESNET, Session(tmp_path))
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
-    train(RESNET, tmp_path)
+    train(RESNET, Session(tmp_path))
     written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
-    train(RESNET, tmp_path, report=lambda *_: pytest.fail("trained again"))
+    train(RESNET, Session(tmp_path, report=lambda *_: pytest.fail("trained again")))
     again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
     assert again == written
 
 
 def test_when_checkpoints_are_written_changes_no_number(tmp_path):
-    train(RESNET, tmp_path / "rarely", checkpoint_seconds=1e9)
-    train(RESNET, tmp_path / "always", checkpoint_seconds=0)
+    train(RESNET, Session(tmp_path / "rarely"), checkpoint_seconds=1e9)
+    train(RESNET, Session(tmp_path / "always"), checkpoint_seconds=0)
     assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
 
 
 def test_a_loss_that_turns_nan_names_its_step_in_the_record(tmp_path):
     spec = replace(RESNET, learning_rate=1e20, clip_norm=None)
     with pytest.raises(Diverged, match=r"failed at step 2\b.*Lower"):
-        train(spec, tmp_path)
+        train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
     assert not record.done
     assert "failed at step 2:" in record.failure()
@@ -204,7 +205,7 @@ def test_an_epoch_can_be_entered_anywhere():
 def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
     """The loop's weights are, bit for bit, those of a loop written out here."""
     spec = replace(RESNET, **{"micro_batches": 4, "clip_norm": None, **change})
-    train(spec, tmp_path)
+    train(spec, Session(tmp_path))
     torch.manual_seed(spec.seed)
     task = build_task(spec)
     model = task.model
@@ -236,7 +237,7 @@ def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
 def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
     """Scored anew from the checkpoint alone, with pixels and labels as they lie in the data set."""
     spec = replace(RESNET, learning_rate=0.02, epochs=6)
-    train(spec, tmp_path)
+    train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
     model = build("resnet8", 10)
     model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
@@ -275,7 +276,7 @@ def test_the_step_schedule_is_a_fifth_after_30_60_and_80_percent():
 def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
     """Against a loop that averages by hand, with the float32 rounding of torch's own average."""
     spec = replace(RESNET, ema=0.5, epochs=1, clip_norm=None)
-    train(spec, tmp_path)
+    train(spec, Session(tmp_path))
     torch.manual_seed(spec.seed)
     task = build_task(spec)
     optimizer = build_optimizer(spec, task.model)
@@ -304,21 +305,23 @@ def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
     AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
     """
     looks, counts = [], []
-    look = loop._look
-    monkeypatch.setattr(loop, "_look", lambda *arguments: (looks.append(1), look(*arguments)))
+    collect = loop._Keeper.collect_losses
+    monkeypatch.setattr(loop._Keeper, "collect_losses", lambda keeper: (looks.append(1), collect(keeper)))
     with Waits() as waits:
-        train(replace(spec, epochs=2, warmup_epochs=0.0), tmp_path, report=lambda *_: counts.append(len(waits.found)))
+        train(
+            replace(spec, epochs=2, warmup_epochs=0.0),
+            Session(tmp_path, report=lambda *_: counts.append(len(waits.found))),
+        )
         assert waits.found[counts[-1] :], "scoring does look at values: the count works"
     assert counts == [counts[0]] * 8, "more than when the model was built"
     assert len(looks) == 2, "once an epoch"
 
 
+@pytest.mark.needs("gpu")
 def test_no_step_waits_for_the_gpu(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
 
-    def build(spec: Training, data_root: str | None) -> Task:
+    def build(spec: Training, data_root: Path | None) -> Task:
         task = build_task(spec, data_root)
         list(task.batches(0, 0))  # what is sent once
         torch.cuda.set_sync_debug_mode("error")
@@ -326,7 +329,7 @@ def test_no_step_waits_for_the_gpu(tmp_path):
 
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):  # the first look, at the end of the epoch
-            train(spec, tmp_path, build=build)
+            train(spec, Session(tmp_path), build=build)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert "_look" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
@@ -358,14 +361,14 @@ def test_the_layout_of_images_and_weights(channels_last):
 @pytest.mark.slow
 def test_a_compiled_run_takes_the_same_steps_and_resumes_bit_for_bit(tmp_path):
     spec = replace(VIT, model="linear", compile=True, epochs=2, warmup_epochs=0.5)
-    train(spec, tmp_path / "undisturbed")
+    train(spec, Session(tmp_path / "undisturbed"))
     asked = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
-        train(spec, tmp_path / "stopped", stop=lambda: next(asked))
-    train(spec, tmp_path / "stopped")
+        train(spec, Session(tmp_path / "stopped", stop=lambda: next(asked)))
+    train(spec, Session(tmp_path / "stopped"))
     assert numbers(spec, tmp_path / "stopped") == numbers(spec, tmp_path / "undisturbed")
     eager = replace(spec, compile=False)
-    train(eager, tmp_path)
+    train(eager, Session(tmp_path))
     for line, other in zip(numbers(spec, tmp_path / "stopped")[0], numbers(eager, tmp_path)[0], strict=True):
         assert line == pytest.approx(other, rel=1e-4)
 
@@ -384,7 +387,7 @@ def test_optimizers_are_torchs_own():
 
 
 def test_what_a_finished_run_reports(tmp_path):
-    train(RESNET, tmp_path, environment={"commit": "abc"})
+    train(RESNET, Session(tmp_path, environment={"commit": "abc"}))
     record = record_of(RESNET, tmp_path)
     summary = record.summary()
     assert 0 <= summary["test_accuracy"] <= 1
@@ -401,7 +404,7 @@ def test_what_a_finished_run_reports(tmp_path):
 def test_a_held_out_run_is_scored_on_the_held_out_images_alone(tmp_path):
     """The score is recomputed from the final weights and the images of the permutation's end."""
     spec = replace(RESNET, holdout_examples=40)
-    train(spec, tmp_path)
+    train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
     summary = record.summary()
     assert not any(name.startswith("test") for name in summary)
@@ -418,6 +421,6 @@ def test_a_run_that_ends_in_nan_has_failed(tmp_path):
     """The last step's weights are seen by no loss: the scores are."""
     spec = replace(RESNET, model="linear", epochs=1, batch_size=64, learning_rate=3e38, rho=0.0, clip_norm=None)
     with pytest.raises(Diverged, match="failed after step 1"):
-        train(spec, tmp_path)
+        train(spec, Session(tmp_path))
     assert not record_of(spec, tmp_path).done
     assert "failed after step 1" in record_of(spec, tmp_path).failure()

@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 
 from analysis.__main__ import Arguments, run
-from analysis.collect import Results, collect
-from analysis.render import WideDocument, document_2, wide
+from analysis.collect import collect
+from analysis.columns import csv_text, parse
+from analysis.exhibits.table2 import WideDocument, wide
+from analysis.frames import Results
 from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
-from experiments.harness.runs.spec import Spec
+from experiments.harness.runs.spec import Training
+from tests.analysis.invented import document
 from tests.fixtures.make_runs import SESSION
 
-SST2 = Spec(
+SST2 = Training(
     profile="smoke",
     dataset="sst2",
     model="minilm",
@@ -53,8 +56,8 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def document(root) -> WideDocument:
-    return document_2("table2", Results.of(collect(root).finished).runs, CELLS, 2)
+def shown(root) -> WideDocument:
+    return document("table2", Results.of(collect(root).finished).runs, CELLS, 2)
 
 
 # For two values that differ by d the half-width is t(0.975, 1) * d / 2 = 6.3531 d.
@@ -71,14 +74,14 @@ GOLDEN = {
 }
 
 
-def test_golden_cells(document):
-    assert list(document.cells.columns) == ["model", "method", "sst2", "cola"]
-    assert {row.method: [row.sst2, row.cola] for row in document.cells.itertuples()} == GOLDEN
-    assert list(document.cells["method"]) == list(GOLDEN)
+def test_golden_cells(shown):
+    assert list(shown.cells.columns) == ["model", "method", "sst2", "cola"]
+    assert {row.method: [row.sst2, row.cola] for row in shown.cells.itertuples()} == GOLDEN
+    assert list(shown.cells["method"]) == list(GOLDEN)
 
 
-def test_radii_metrics_and_missing_runs_are_told(document):
-    text = document.markdown()
+def test_radii_metrics_and_missing_runs_are_told(shown):
+    text = shown.markdown()
     assert "minilm, SAM: rho 0.01 on sst2, 0.001 on cola." in text
     assert "sst2 accuracy, cola Matthews correlation" in text
     assert "1 of 2 runs missing (seed 1)" in text
@@ -86,7 +89,7 @@ def test_radii_metrics_and_missing_runs_are_told(document):
     assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not separated" in text
     told = "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not separated; "
     assert f"{told}SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
-    assert all(form in document.files() for form in ("table2.md", "table2.csv", "table2.tex"))
+    assert all(form in shown.files() for form in ("table2.md", "table2.csv", "table2.tex"))
 
 
 def test_a_second_official_metric_is_told(root):
@@ -96,22 +99,20 @@ def test_a_second_official_metric_is_told(root):
         record.create(replace(mrpc, seed=seed))
         record.add_environment(SESSION)
         record.finish({"test_score": 0.7, "test_f1": f1, "wall_seconds": 3.0})
-    document = document_2("table2", Results.of(collect(root).finished).runs, [*CELLS, mrpc], 2)
-    assert "minilm, mrpc, F1: AdamW 82.00 ± 25.41 (2)." in document.claims
-    assert not any("sst2, F1" in line for line in document.claims)
+    shown = document("table2", Results.of(collect(root).finished).runs, [*CELLS, mrpc], 2)
+    assert "minilm, mrpc, F1: AdamW 82.00 ± 25.41 (2)." in shown.claims
+    assert not any("sst2, F1" in line for line in shown.claims)
 
 
-def test_the_committed_table_stands_below_ours(document):
-    shown = document.terminal(document.numbers)
-    assert shown.count("\nminilm   majority class  ") == 2
-    assert shown.index("Committed") > shown.index("mSAM, m=4 over SAM")
+def test_the_committed_table_stands_below_ours(shown):
+    text = shown.terminal(shown.numbers)
+    assert text.count("\nminilm   majority class  ") == 2
+    assert text.index("Committed") > text.index("mSAM, m=4 over SAM")
 
 
-def test_the_csv_gives_the_table_back(document, tmp_path):
-    from analysis.collect import csv_text, parse
-
-    again = wide(parse(csv_text(document.numbers)))
-    expected = document.cells.replace({r" \[1\]": ""}, regex=True)
+def test_the_csv_gives_the_table_back(shown, tmp_path):
+    again = wide(parse(csv_text(shown.numbers)))
+    expected = shown.cells.replace({r" \[1\]": ""}, regex=True)
     assert again.to_dict("list") == expected.to_dict("list")
 
 

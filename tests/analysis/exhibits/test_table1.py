@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from analysis import tables
-from analysis.collect import collect, csv_text, frame, parse
-from analysis.render import document_1, latex_text, markdown_text
-from analysis.statistics import Interval
-from tests.fixtures import make_runs
+from analysis.cells import block_sentences
+from analysis.collect import collect
+from analysis.columns import csv_text, parse
+from analysis.exhibits import table1
+from analysis.frames import frame
+from tests.analysis.invented import document
 from tests.fixtures.make_runs import BASE, CELLS, CONTROL, LINEAR, MSAM, NEVER_RUN, ROOT, SAM, SGD, write_run
 
 
@@ -20,8 +21,8 @@ def found():
 
 
 @pytest.fixture(scope="module")
-def document(found):
-    return document_1("table1", frame(found.finished), CELLS, 3, found.failures)
+def shown(found):
+    return document("table1", frame(found.finished), CELLS, 3, found.failures)
 
 
 # t(0.975) is 4.3027 at two degrees of freedom and 12.7062 at one. For three values a, a+1, a+2 the
@@ -38,10 +39,10 @@ GOLDEN = [
 ]
 
 
-def test_golden_cells(document):
-    assert document.cells.drop(columns=["dataset", "model"]).to_numpy().tolist() == GOLDEN
-    assert list(document.cells["model"]) == ["resnet8"] * 4 + ["linear model (floor)", "wrn-10-1"]
-    assert list(document.cells.columns) == [
+def test_golden_cells(shown):
+    assert shown.cells.drop(columns=["dataset", "model"]).to_numpy().tolist() == GOLDEN
+    assert list(shown.cells["model"]) == ["resnet8"] * 4 + ["linear model (floor)", "wrn-10-1"]
+    assert list(shown.cells.columns) == [
         "dataset",
         "model",
         "method",
@@ -54,8 +55,8 @@ def test_golden_cells(document):
     ]
 
 
-def test_numbers_are_scipys(document):
-    row = document.numbers.iloc[3]
+def test_numbers_are_scipys(shown):
+    row = shown.numbers.iloc[3]
     own = stats.ttest_1samp([65, 68, 66], 0)
     assert row["mean"] + row["half_width"] == pytest.approx(own.confidence_interval().high, abs=1e-5)
     paired = stats.ttest_rel([65, 68, 66], [60, 61, 62]).confidence_interval()
@@ -65,8 +66,8 @@ def test_numbers_are_scipys(document):
     assert row["run_ids"].split() == [replace(MSAM, seed=seed).run_id for seed in range(3)]
 
 
-def test_claims_and_footnotes(document):
-    assert document.claims == (
+def test_claims_and_footnotes(shown):
+    assert shown.claims == (
         # 0, 1 and -1 over SGD: sd 1, half-width 4.3027 / sqrt(3).
         "resnet8, cifar10: SGD, m=4 micro-batches over SGD: +0.00 ± 2.48 (n=3): not separated; "
         "SAM over SGD: +2.50 ± 6.35 (n=2): not separated; "
@@ -74,19 +75,19 @@ def test_claims_and_footnotes(document):
         # 5, 6 and 5 over the control: sd 0.5774, half-width 4.3027 * 0.5774 / sqrt(3).
         "over the control: +5.33 ± 1.43 (n=3): separated.",
     )
-    assert document.notes[:2] == (
+    assert shown.notes[:2] == (
         "[1] 1 of 3 runs missing (seed 2 failed: Diverged: the loss of step 3 is not finite).",
         "[2] 2 of 3 runs missing (seed 1; seed 2).",
     )
-    assert not any(note.startswith("Warning") for note in document.notes)
+    assert not any(note.startswith("Warning") for note in shown.notes)
 
 
-def test_origin_names_profile_machine_and_commit(document):
-    assert document.origin == "Profile smoke, 3 seeds a cell; Invented CPU; commit 0123456789ab."
+def test_origin_names_profile_machine_and_commit(shown):
+    assert shown.origin == "Profile smoke, 3 seeds a cell; Invented CPU; commit 0123456789ab."
 
 
-def test_markdown_holds_every_part(document):
-    text = document.markdown()
+def test_markdown_holds_every_part(shown):
+    text = shown.markdown()
     assert text.startswith("### Table 1: test accuracy\n\nProfile smoke")
     assert "| 66.33 ± 3.79 (3) " in text
     assert "- resnet8, cifar10: SGD, m=4 micro-batches over SGD" in text
@@ -96,8 +97,8 @@ def test_markdown_holds_every_part(document):
     assert len(rows) == 2 + len(CELLS)
 
 
-def test_latex_is_a_booktabs_tabular(document):
-    text = document.latex()
+def test_latex_is_a_booktabs_tabular(shown):
+    text = shown.latex()
     rows = text[text.index("\\midrule\n") + 9 : text.index("\\bottomrule")].splitlines()
     assert len(rows) == len(CELLS)
     assert {row.count("&") for row in rows} == {8}
@@ -106,38 +107,38 @@ def test_latex_is_a_booktabs_tabular(document):
     assert "±" not in text
 
 
-def test_csv_form_round_trips(document):
-    assert csv_text(parse(csv_text(document.numbers))) == csv_text(document.numbers)
+def test_csv_form_round_trips(shown):
+    assert csv_text(parse(csv_text(shown.numbers))) == csv_text(shown.numbers)
 
 
-def test_terminal_is_one_narrow_table_a_block_with_the_committed_cells_beside(document):
-    committed = document.numbers.assign(mean=50.0)
-    text = document.terminal(committed)
+def test_terminal_is_one_narrow_table_a_block_with_the_committed_cells_beside(shown):
+    committed = shown.numbers.assign(mean=50.0)
+    text = shown.terminal(committed)
     assert text.count("committed") == 3
     assert "50.00 ± 3.79 (3)" in text
     lines = [line for line in text.splitlines() if "SGD" in line and "±" in line and "over SGD" not in line]
     assert max(map(len, lines)) <= 140
-    assert "committed" not in document.terminal()
+    assert "committed" not in shown.terminal()
 
 
-def test_committed_cell_of_another_setting_is_not_shown(document):
-    text = document.terminal(document.numbers.assign(rho=0.7, mean=50.0))
+def test_committed_cell_of_another_setting_is_not_shown(shown):
+    text = shown.terminal(shown.numbers.assign(rho=0.7, mean=50.0))
     assert "50.00" not in text
 
 
 def test_nothing_run_yet():
-    document = document_1("table1", frame([]), CELLS, 2)
-    assert set(document.cells["test accuracy %"]) == {"not run"}
-    assert document.origin.endswith("nothing has run yet.")
-    assert document.claims == (
+    shown = document("table1", frame([]), CELLS, 2)
+    assert set(shown.cells["test accuracy %"]) == {"not run"}
+    assert shown.origin.endswith("nothing has run yet.")
+    assert shown.claims == (
         "resnet8, cifar10: SGD, m=4 micro-batches over SGD: not run; SAM over SGD: not run; "
         "mSAM, m=4 over SAM: not run; over the control: not run.",
     )
-    assert "not run" in document.markdown()
+    assert "not run" in shown.markdown()
 
 
 def test_only_the_expected_seeds_count(found):
-    numbers = tables.table_1(frame(found.finished), CELLS, 2)
+    numbers = table1.EXHIBIT.numbers(frame(found.finished), CELLS, 2)
     assert numbers["n"].tolist() == [2, 2, 2, 2, 1, 0]
     assert numbers["mean"].iloc[0] == 60.5
 
@@ -145,7 +146,7 @@ def test_only_the_expected_seeds_count(found):
 def test_run_without_its_score_is_missing(tmp_path):
     write_run(tmp_path, SGD, 0.6)
     write_run(tmp_path, replace(SGD, seed=1), 0.7).finish({"test_accuracy": "lost", "wall_seconds": 0.0})
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD], 2)
+    numbers = table1.EXHIBIT.numbers(frame(collect(tmp_path).finished), [SGD], 2)
     assert (numbers["n"][0], numbers["mean"][0], numbers["missing_seeds"][0]) == (1, 60.0, "1")
 
 
@@ -154,87 +155,27 @@ def test_blocks_keep_to_themselves(tmp_path):
     accuracies = zip([SGD, SAM, *other], (0.6, 0.7, 0.2, 0.25), strict=True)
     for (cell, accuracy), seed in itertools.product(accuracies, range(2)):
         write_run(tmp_path, replace(cell, seed=seed), accuracy + seed / 100)
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD, other[0], SAM, other[1]], 2)
+    numbers = table1.EXHIBIT.numbers(frame(collect(tmp_path).finished), [SGD, other[0], SAM, other[1]], 2)
     assert numbers["dataset"].tolist() == ["cifar10", "cifar10", "cifar100", "cifar100"]
     assert numbers["over_base"].dropna().tolist() == pytest.approx([10.0, 5.0])
 
 
 def test_first_sam_cell_is_the_reference():
     more = replace(SAM, rho=0.4)
-    numbers = tables.table_1(frame(collect(ROOT).finished), [SGD, SAM, more, MSAM], 2)
+    numbers = table1.EXHIBIT.numbers(frame(collect(ROOT).finished), [SGD, SAM, more, MSAM], 2)
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 2]
-    numbers = tables.table_1(frame(collect(ROOT).finished), [SGD, more, SAM, MSAM], 2)
+    numbers = table1.EXHIBIT.numbers(frame(collect(ROOT).finished), [SGD, more, SAM, MSAM], 2)
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 0]
 
 
 def test_cells_that_would_read_alike_are_told_apart():
     longer = replace(SGD, epochs=4)
-    numbers = tables.table_1(frame([]), [SGD, CONTROL, longer], 1)
+    numbers = table1.EXHIBIT.numbers(frame([]), [SGD, CONTROL, longer], 1)
     assert numbers["label"].tolist() == ["SGD (epochs 2)", "SGD, m=4 micro-batches", "SGD (epochs 4)"]
 
 
-@pytest.mark.parametrize(
-    ("difference", "words"),
-    [
-        (Interval(1.1, 0.6, 8), "+1.10 ± 0.60 (n=8): separated"),
-        (Interval(-1.1, 0.6, 8), "-1.10 ± 0.60 (n=8): separated, the other way round"),
-        (Interval(-0.1, 0.6, 8), "-0.10 ± 0.60 (n=8): not separated"),
-        (Interval(0.5, float("nan"), 1), "+0.50 (n=1): one seed, no interval"),
-        (Interval(float("nan"), float("nan"), 0), "not run"),
-    ],
-)
-def test_verdict(difference, words):
-    assert tables.verdict(difference) == words
-
-
-def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
-    write_run(tmp_path, SGD, 0.6)
-    write_run(
-        tmp_path,
-        SAM,
-        0.6,
-        commit="fedcba9",
-        dirty=True,
-        data_checksum="other",
-        torch_flags={"cpu_capability": "AVX512"},
-    )
-    table = frame(collect(tmp_path).finished)
-    warnings = tables.warnings(table, tables.table_1(table, CELLS, 1))
-    assert warnings == [
-        "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
-        "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
-        "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
-        "Times come from several machines (Invented CPU; Invented CPU (AVX512)): they do not compare.",
-    ]
-    alone = tables.table_1(table, [SGD], 1)
-    assert tables.warnings(table, alone) == []
-
-
-HOSTILE = r"| *a* _b_ `c` <script>&amp; [x](y) \input{z} $1 ~ # ^ % {q}"
-
-
-def test_hostile_text_of_a_record_is_escaped(tmp_path):
-    make_runs.record_of(SGD, tmp_path).create(SGD)
-    make_runs.record_of(SGD, tmp_path).fail(HOSTILE + "\n\n# heading")
-    write_run(tmp_path, SAM, 0.5, cpu=HOSTILE, commit="a|b")
-    found = collect(tmp_path)
-    document = document_1("table1", frame(found.finished), CELLS, 1, found.failures)
-    markdown, latex = document.markdown(), document.latex()
-    escaped = r"\| \*a\* \_b\_ \`c\` \<script\>&amp;amp; \[x\](y) \\input\{z\} \$1 \~ # ^ % \{q\}"
-    assert markdown.count(escaped) == 2
-    assert "\n# heading" not in markdown
-    assert "commit a\\|b" in markdown
-    assert r"\textbackslash{}input\{z\} \$1 \textasciitilde{} \# \textasciicircum{} \% \{q\}" in latex
-    assert r"\input" not in latex
-
-
-def test_escapes_leave_plain_text_alone():
-    text = "mSAM, m=4: +1.10 (n=3)"
-    assert markdown_text(text) == latex_text(text) == text
-
-
 def test_linear_and_unrun_cells_make_no_claims():
-    assert tables.claims(tables.table_1(frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1)) == []
+    assert block_sentences(table1.EXHIBIT.numbers(frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1)) == []
 
 
 def test_pairing_is_by_seed_not_by_position(tmp_path):
@@ -242,7 +183,7 @@ def test_pairing_is_by_seed_not_by_position(tmp_path):
         write_run(tmp_path, replace(BASE, seed=seed), accuracy)
         if seed:
             write_run(tmp_path, replace(SAM, seed=seed), accuracy + 0.1)
-    numbers = tables.table_1(frame(collect(tmp_path).finished), [SGD, SAM], 3)
+    numbers = table1.EXHIBIT.numbers(frame(collect(tmp_path).finished), [SGD, SAM], 3)
     row = numbers.iloc[1]
     assert (row["over_base"], row["over_base_half_width"], row["over_base_n"]) == (10.0, 0.0, 2)
 
@@ -250,11 +191,11 @@ def test_pairing_is_by_seed_not_by_position(tmp_path):
 def test_rounding_noise_is_no_loss(tmp_path):
     write_run(tmp_path, SGD, 0.1 + 0.2)  # a hair above 0.3
     write_run(tmp_path, SAM, 0.3)
-    document = document_1("table1", frame(collect(tmp_path).finished), [SGD, SAM], 1)
-    assert document.cells["over base"].tolist() == ["", "+0.00 (1)"]
+    shown = document("table1", frame(collect(tmp_path).finished), [SGD, SAM], 1)
+    assert shown.cells["over base"].tolist() == ["", "+0.00 (1)"]
 
 
 def test_run_of_no_time_has_no_ratio(tmp_path):
     write_run(tmp_path, SGD, 0.5, seconds=0.0)
-    document = document_1("table1", frame(collect(tmp_path).finished), [SGD], 1)
-    assert document.cells["time"].tolist() == ["0.0 s"]
+    shown = document("table1", frame(collect(tmp_path).finished), [SGD], 1)
+    assert shown.cells["time"].tolist() == ["0.0 s"]

@@ -2,8 +2,8 @@
 
 The m ascent gradients are all taken at w, and the m perturbed passes differ in their weights alone. So the mini-batch
 goes through the model once for each of the two, and only where a function of torch meets a parameter is it done by
-micro-batch (`msam.operations`). The result is that of the loop over micro-batches, up to rounding; what is saved is
-time, most where micro-batches are small.
+micro-batch (`msam.vectorized.operations`). The result is that of the loop over micro-batches, up to rounding; what is
+saved is time, most where micro-batches are small.
 
 What this asks of a model, besides what is refused by name:
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from msam.operations import Convolution, Each, Embedding, Linear, Operation, refuse, run
 from msam.parallel import compiled
+from msam.vectorized.operations import Each, Embedding, Operation, refuse, run
+from msam.vectorized.products import Convolution, Linear
 
 CONVOLUTIONS = {getattr(F, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
 ON_EXAMPLES = CONVOLUTIONS | {F.linear, F.prelu, F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm}
@@ -91,8 +92,8 @@ class Vectorized(TorchFunctionMode):
         self._positions: dict[int, tuple[ref[Tensor], Tensor, dict[Any, Any]]] = {}
         """What was looked up with constants: it is one for all examples until it meets them."""
 
-    def ascent(self, loss: Tensor, empty: bool) -> list[Tensor | None]:
-        """Work out the micro-batches' gradients of the clean pass's loss. They stay here; the list is empty.
+    def ascend(self, loss: Tensor, empty: bool) -> None:
+        """Work out the micro-batches' gradients of the clean pass's loss. They stay with the operations.
 
         Args:
             loss: Shape ().
@@ -113,10 +114,9 @@ class Vectorized(TorchFunctionMode):
             raise ValueError(
                 "The loss depends on no perturbed parameter of the model: does loss_fn call another model?"
             )
-        return []
 
     @contextmanager
-    def moved(self, _: object) -> Iterator[Tensor]:
+    def moved(self) -> Iterator[Tensor]:
         """The forward pass in the block is at w + e_i for each micro-batch.
 
         Yields:
