@@ -26,8 +26,8 @@ def of_scores(method: str, over: str, expected: int) -> Callable[[Target, pd.Dat
 
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
         found = []
-        for cell, others in references(target.cells).items():
-            other = others[over]
+        for cell, others in references(target.cells, target.varies).items():
+            other = others.get(over)
             if cell.method == method and other is not None:
                 both = paired(*(scores(c, runs, target.seeds) for c in (cell, other)))
                 where, what = f"{cell.model}, {cell.dataset}", f"{method_name(cell)} over {method_name(other)}"

@@ -31,6 +31,8 @@ class Target:
     """Of a grid: the cells of the table that it was run for."""
     root: Path = DEFAULT_ROOT
     """The results root that the runs belong to."""
+    varies: tuple[str, ...] = ()
+    """The fields that its experiments declare to vary."""
 
     @property
     def tuning(self) -> bool:
@@ -120,8 +122,9 @@ class Exhibit:
     """The title of the part that one experiment fills."""
     shows: Callable[[Run], bool]
     """Whether a cell is one that this exhibit can show."""
-    numbers: Callable[[pd.DataFrame, Sequence[Run], int], pd.DataFrame]
-    """From one row a finished run, the cells at seed 0, and the number of seeds: one row a row of the table."""
+    numbers: Callable[[pd.DataFrame, Sequence[Run], int, Sequence[str]], pd.DataFrame]
+    """From one row a finished run, the cells at seed 0, the number of seeds, and the fields that are declared to vary:
+    one row a row of the table."""
     text: Callable[[View], pd.DataFrame]
     """The table's columns as people read them."""
     sentences: Callable[[View], Iterable[str]] = _nothing
@@ -150,7 +153,7 @@ class Exhibit:
                 f"{target.name} lists {strange.title!r}, a {strange.kind} run, which the table of {self.name} does not "
                 f"show: give it a TABLE that does, or an exhibit in analysis/exhibits/."
             )
-        numbers = self.numbers(frame, target.cells, target.seeds)
+        numbers = self.numbers(frame, target.cells, target.seeds, target.varies)
         marks, missing = row_notes(numbers, failures or {})
         view = View(target, frame, numbers, tuple(marks))
         return self.form(

@@ -33,7 +33,7 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
     runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
     cells = tuple(dict.fromkeys(replace(run, seed=0) for run in runs))
-    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root)
+    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root, catalogue.varies(name))
 
 
 def publishable(profile: str) -> list[Target]:

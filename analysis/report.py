@@ -15,7 +15,7 @@ from analysis.document import Document
 from analysis.exhibits import Page
 from analysis.frames import Results
 from experiments.harness.runs.catalogue import catalogue
-from experiments.harness.runs.run import names
+from experiments.harness.runs.run import ORDER, defaults, names
 from experiments.harness.runs.spec import Run
 
 
@@ -124,8 +124,10 @@ def _plain(value: Any) -> str:
 def _runs(results: Results) -> list[dict[str, Any]]:
     """Every run: what it is, its numbers and its sessions."""
     found = []
+    later = {name: default for name, default in defaults().items() if name not in (*ORDER, "kind")}  # "as before"
     for row in results.runs.to_dict("records"):
-        told = {str(k): _plain(v) for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
+        shown = {str(k): v for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
+        told = {k: _plain(v) for k, v in shown.items() if k not in later or v != later[k]}
         title = f"{row['model']} {row['dataset']} {row['method']} m={row['micro_batches']} rho={_plain(row['rho'])}"
         title += f" batch {row['batch_size']}"
         if row["label_noise"]:

@@ -16,6 +16,7 @@ from analysis.cells import (
     mean_columns,
     rounded,
     run_ids,
+    unmatched,
     values,
 )
 from analysis.document import SCORE_NOTE, formatted, measure, percent, score_text, signed, studied_columns
@@ -136,22 +137,28 @@ def shows(cell: Run) -> bool:
     return cell.kind == "train" or cell.network is not None
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
+def numbers(
+    frame: pd.DataFrame,
+    cells: Sequence[Run],
+    seeds: int,
+    varies: Sequence[str] = (),
+    columns: Sequence[Column] = COLUMNS,
+) -> pd.DataFrame:
     """Test score of each cell, and its differences to the base optimizer and to SAM, paired by seed.
 
     Args:
         frame: one row a finished run, as `frames.frame` makes it.
-        cells: specs at seed 0; a row each, gathered in blocks that share all but rho, m and tuned values. Curvature
+        cells: specs at seed 0; a row each, gathered in blocks that share all that does not define an arm. Curvature
             runs among them add to the rows of the networks that they measure.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
         columns: what else there is of each row.
 
     Returns:
-        One row a cell. The first base cell of a block is its reference, and the SAM cell of the same rho if there is
-        one, else the first.
+        One row a cell, with its differences to the cells that `cells.references` gives.
     """
-    networks, measured = _networks(cells), _measured(cells)
-    table, runs = compared(frame, networks, seeds), frame.set_index("run_id")
+    networks, measured = _networks(cells, varies), _measured(cells, varies)
+    table, runs = compared(frame, networks, seeds, varies), frame.set_index("run_id")
     for column in [c for c in columns if not c.measured] + [c for c in columns if c.measured and any(measured)]:
         found = column.numbers(runs, measured if column.measured else networks, seeds)
         table = table.join(rounded(pd.DataFrame(found)))
@@ -179,9 +186,11 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
     )
 
 
-def sentences(view: View) -> list[str]:
-    """What each block says of the methods."""
-    return block_sentences(view.numbers)
+def sentences(view: View, expected: int = 1) -> list[str]:
+    """What each block says of the arms, and which comparisons there are none of; `expected` is the claims' sign."""
+    cells = view.target.cells
+    trainings = [cell for cell in cells if not cell.network] or cells
+    return [*block_sentences(view.numbers, expected), *unmatched(trainings, view.target.varies)]
 
 
 def notes(view: View) -> Iterable[str]:
@@ -194,12 +203,12 @@ def notes(view: View) -> Iterable[str]:
         yield NOTE_MEASURED
 
 
-def _networks(cells: Sequence[Run]) -> list[Run]:
+def _networks(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run]:
     """The trainings among the cells, in the order of the rows."""
-    return cells_in_order([cell for cell in cells if not cell.network])
+    return cells_in_order([cell for cell in cells if not cell.network], varies)
 
 
-def _measured(cells: Sequence[Run]) -> list[Run | None]:
+def _measured(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run | None]:
     """The curvature run of each row's network, if it is among the cells."""
     found: dict[Run, Run] = {cell.network: cell for cell in cells if cell.network}
-    return [found.get(cell) for cell in _networks(cells)]
+    return [found.get(cell) for cell in _networks(cells, varies)]

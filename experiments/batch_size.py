@@ -14,6 +14,7 @@ from experiments import resnet_cifar
 from experiments.harness.runs.spec import Training
 
 TABLE = "batch_size"
+VARIES = ("batch_size",)
 
 TIMES = {"smoke": (0.5, 1), "cpu": (0.25, 0.5, 1, 2), "paper": (0.25, 0.5, 1, 2, 4)}
 """How many times as large as in Table 1."""

@@ -19,6 +19,7 @@ from experiments.harness.runs.grids import tuning_grid
 from experiments.harness.runs.spec import Training
 
 TABLE = "label_noise"
+VARIES = ("label_noise",)
 
 SHARES = {"smoke": (0.0, 0.4), "cpu": (0.0, 0.2, 0.4, 0.6), "paper": (0.0, 0.2, 0.4, 0.6)}
 

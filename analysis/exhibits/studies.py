@@ -5,6 +5,7 @@ EXHIBIT = study(name, title, caption) gives it a title and a caption.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
@@ -72,10 +73,11 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
 
 
 def against_varied(results: Results, target: Target) -> Figure:
-    """The accuracy against the number that the study's cells vary: what is not tuned before what is."""
+    """The accuracy against the number that the study declares, or else the one that its cells vary."""
     networks = [cell for cell in target.cells if not cell.network]
-    field = _varied(networks)
-    return against(field, in_words(field))(results, Target(target.name, tuple(networks), target.seeds))
+    numbers = [name for name in target.varies if all(isinstance(cell.flat[name], int | float) for cell in networks)]
+    field = numbers[0] if numbers else _varied(networks)
+    return against(field, in_words(field))(results, replace(target, cells=tuple(networks)))
 
 
 def _varied(cells: Sequence[Run]) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import scores
 from analysis.arms import method_name
-from analysis.cells import DIGITS, block_sentences, interval, values, verdict
+from analysis.cells import DIGITS, interval, values, verdict
 from analysis.document import Document, formatted, plain_table, score_text, signed
 from analysis.exhibit import Exhibit, View
 from analysis.statistics import Interval, mean_interval
@@ -30,9 +30,9 @@ FURTHER = {
 """The second official metric of a GLUE task that has one."""
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
-    table, runs = scores.numbers(frame, cells, seeds), frame.set_index("run_id")
+    table, runs = scores.numbers(frame, cells, seeds, varies), frame.set_index("run_id")
     found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
     known = {cell.dataset: 100 * majority.mean() for cell, majority in found.items() if len(majority)}
     table["majority"] = table["dataset"].map(known).astype(float).round(DIGITS)
@@ -114,7 +114,7 @@ def sentences(view: View) -> list[str]:
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
         for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
-    return [*radii, *further_metrics(view), *over_majority(table), *block_sentences(table)]
+    return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view)]
 
 
 def notes(view: View) -> list[str]:

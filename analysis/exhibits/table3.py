@@ -10,8 +10,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from analysis import scores as tables
 from analysis.arms import COLOURS, LINES, MARKS, method_name
-from analysis.cells import averages, block_sentences, cells_in_order, compared, mean_columns, significant, values
+from analysis.cells import averages, cells_in_order, compared, mean_columns, significant, values
 from analysis.document import eigenvalue_columns, measure
 from analysis.evidence import of_scores
 from analysis.exhibit import Claim, Exhibit, Picture, Target, View
@@ -46,19 +47,20 @@ FLATNESS = (
 """What a curvature run's table shows beside the sharpness of micro-batches."""
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """Flatness of the networks of each cell: the numbers of their curvature runs.
 
     Args:
         frame: one row a finished run.
         cells: curvature specs at seed 0; a row each, in blocks as those of Table 1.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
 
     Returns:
         One row a cell. `mean` is the largest Hessian eigenvalue on training data; its paired differences are as in
         Table 1. Every other measure has its mean under its own name and its interval under `<name>_half_width`.
     """
-    table, runs, rows = compared(frame, cells, seeds), frame.set_index("run_id"), cells_in_order(cells)
+    table, runs, rows = compared(frame, cells, seeds, varies), frame.set_index("run_id"), cells_in_order(cells, varies)
     known = [name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))]
     columns: dict[str, list[Any]] = {}
     for name in (*FLATNESS, *sorted(known, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1])))):
@@ -198,7 +200,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.kind == "curvature",
     numbers=numbers,
     text=text,
-    sentences=lambda view: block_sentences(view.numbers, expected=-1),
+    sentences=lambda view: tables.sentences(view, expected=-1),
     notes=notes,
     claims=(
         Claim("mSAM ends in flatter minima than SAM", of_scores("msam", "over_sam", -1)),

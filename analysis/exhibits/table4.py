@@ -39,13 +39,14 @@ TIMED = ("ratio", "over_sam", "seconds", "examples_per_second", "memory_bytes", 
 """What a cost run says of each of its steps."""
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """What a step of each method takes, for each number of micro-batches and workers.
 
     Args:
         frame: one row a finished run.
         cells: cost specs at seed 0, a block each.
         seeds: repetitions 0, ..., seeds - 1 are expected and looked at.
+        varies: not used: all arms are in each cell.
 
     Returns:
         A row for each method, m and number of workers of each cell. `mean` is the time of a step over that of the base

@@ -40,13 +40,14 @@ def _part(cell: Run) -> str:
     return "normalised" if cell.flat["normalised"] else "exact"
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """Largest stable sharpness of each cell of a simulation, beside the predicted one.
 
     Args:
         frame: one row a finished run.
         cells: theory specs at seed 0, a row each.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
 
     Returns:
         One row a cell: `mean` and `half_width` of the simulated boundary, `predicted`, the mean of `simulated /

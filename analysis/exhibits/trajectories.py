@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis import scores as tables
 from analysis.arms import method_name
-from analysis.cells import averages, block_sentences, cells_in_order, compared, mean_columns, significant
+from analysis.cells import averages, cells_in_order, compared, mean_columns, significant
 from analysis.document import eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
@@ -21,17 +22,18 @@ NOTE = (
 )
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """The largest eigenvalue of each cell after its last epoch, as Table 3 has that of Table 1's networks.
 
     Args:
         frame: one row a finished run.
         cells: specs at seed 0 that measure it along training; a row each, in blocks as those of Table 1.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
     """
-    table, runs = compared(frame, cells, seeds), frame.set_index("run_id")
+    table, runs = compared(frame, cells, seeds, varies), frame.set_index("run_id")
     for name, factor in (("greatest_lambda_1", 1), ("test_accuracy", 100)):
-        found = averages(runs, cells_in_order(cells), seeds, name, factor)
+        found = averages(runs, cells_in_order(cells, varies), seeds, name, factor)
         table = table.join(pd.DataFrame(mean_columns(name, found)))
     return significant(table)
 
@@ -70,7 +72,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
-    sentences=lambda view: block_sentences(view.numbers, expected=-1),
+    sentences=lambda view: tables.sentences(view, expected=-1),
     notes=lambda view: (NOTE,),
     figures=(
         Picture(

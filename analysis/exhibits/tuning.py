@@ -17,13 +17,14 @@ NOTE = (
 )
 
 
-def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> pd.DataFrame:
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """Held-out accuracy of each cell of a grid, and which one it chooses for each method.
 
     Args:
         frame: one row a finished run.
         cells: the grid at seed 0. A method's cells share everything but learning rate, weight decay and rho.
         seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
 
     Returns:
         One row a cell. `chosen` marks the best mean of a method whose runs are all there, `best` the best
