@@ -124,7 +124,7 @@ def _plain(value: Any) -> str:
 def _runs(results: Results) -> list[dict[str, Any]]:
     """Every run: what it is, its numbers and its sessions."""
     found = []
-    later = {name: default for name, default in defaults().items() if name not in (*ORDER, "kind")}  # "as before"
+    later = {name: default for name, default in defaults().items() if name not in ORDER}  # "as before"
     for row in results.runs.to_dict("records"):
         shown = {str(k): v for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
         told = {k: _plain(v) for k, v in shown.items() if k not in later or v != later[k]}

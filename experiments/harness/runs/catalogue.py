@@ -39,7 +39,7 @@ class Experiment:
     summary: str
     runs: Mapping[str, Sequence[Run]]
     tuning: Mapping[str, Sequence[Run]]
-    varies: tuple[str, ...]
+    varies: tuple[str, ...] = ()
 
 
 def catalogue() -> dict[str, Experiment]:

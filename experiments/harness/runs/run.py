@@ -21,13 +21,13 @@ RECIPE = 1
 
 ORDER = (
     *("profile", "dataset", "model", "base_optimizer", "learning_rate", "epochs", "batch_size", "rho"),
-    *("micro_batches", "seed", "train_examples", "test_examples", "holdout_examples", "augmentation", "cutout"),
+    *("micro_batches", "seed", "kind", "train_examples", "test_examples", "holdout_examples", "augmentation", "cutout"),
     *("image_size", "label_smoothing", "label_noise", "momentum", "nesterov", "weight_decay", "schedule"),
     *("warmup_epochs", "clip_norm", "ema", "decay", "dropout", "attention", "max_length", "precision", "device"),
     *("channels_last", "fused", "compile", "tf32", "deterministic", "threads", "ranks", "curvature_every"),
     *("measured_examples", "measured_rho", "workers", "normalised", "recipe"),
 )
-"""The order of the fields in tables and CSV files; those of a later version follow by themselves."""
+"""The order of the fields in records and CSV files; those of a later version follow by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,13 @@ class Run:
     def flat(self) -> Mapping[str, Any]:
         """Every field of every kind by its name in records; those that this kind lacks have their defaults."""
         own = {self.renamed.get(name, name): getattr(self, name) for name in hints(type(self))}
-        return {**defaults(), "kind": self.kind, **own}
+        known = {**defaults(), "kind": self.kind, **own}
+        return {name: known[name] for name in sorted(known, key=_place)}
 
     def to_dict(self) -> dict[str, Any]:
-        """`flat`, ready for JSON."""
-        return dict(self.flat)
+        """`flat`, ready for JSON; a field that is not in `ORDER` is written only if it is not at its default."""
+        usual = defaults()
+        return {name: value for name, value in self.flat.items() if name in ORDER or value != usual[name]}
 
     @functools.cached_property
     def run_id(self) -> str:
@@ -212,7 +214,11 @@ def names() -> dict[str, Any]:
     for cls in kinds().values():
         for name, hint in hints(cls).items():
             known.setdefault(cls.renamed.get(name, name), hint)
-    return {name: known[name] for name in sorted(known, key=lambda n: ORDER.index(n) if n in ORDER else len(ORDER))}
+    return {name: known[name] for name in sorted(known, key=_place)}
+
+
+def _place(name: str) -> int:
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 @functools.cache
