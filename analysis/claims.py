@@ -135,7 +135,8 @@ def _told(found: Sequence[Comparison]) -> tuple[str, ...]:
     """A sentence on each claim that the tables bear on, and one on the others."""
     known = {claim: [c for c in found if c.claim == claim] for claim in claims()}
     lines = [_in_all(claim, evidence) for claim, evidence in known.items() if evidence]
-    lacking = [claim for claim, evidence in known.items() if not evidence]
+    further = {claim.text for exhibit in declared().values() for claim in exhibit.claims if claim.further}
+    lacking = [claim for claim, evidence in known.items() if not evidence and claim not in further]
     return (*lines, *([f"Not run, their tables are not among these: {'; '.join(lacking)}."] if lacking else []))
 
 

@@ -90,6 +90,8 @@ class Claim:
     """From the exhibit's own target, the runs by id, and all tables that are shown."""
     place: int | None = None
     """Where it stands among the claims; left out, where the exhibit stands."""
+    further: bool = False
+    """Whether it is about an arm that the paper does not have: it is mentioned only where there are runs of it."""
 
 
 @dataclass(frozen=True)

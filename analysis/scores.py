@@ -23,6 +23,7 @@ from analysis.document import SCORE_NOTE, formatted, measure, percent, score_tex
 from analysis.evidence import of_scores
 from analysis.exhibit import Claim, View
 from analysis.statistics import mean_interval
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
 Cells = Sequence[Run | None]
@@ -121,6 +122,16 @@ NOTE_MEASURED = (
     "accuracy once BatchNorm's statistics have been averaged over one more epoch of mini-batches at the final weights."
 )
 
+
+def _claims_of_further_arms() -> Iterable[Claim]:
+    """Each comparison of an arm that the abstract says nothing of."""
+    for name, arm in ARMS.items():
+        for other in arm.claimed if name not in ("control", "sam", "msam") else ():
+            legends = (one.legend.format(base="plain training") for one in (arm, ARMS[other]))
+            text = "(ours) Test accuracy: {} over {}".format(*legends)
+            yield Claim(text, of_scores(name, f"over_{other}", 1), further=True)
+
+
 CLAIMS = (
     Claim("mSAM's test accuracy is better than SAM's", of_scores("msam", "over_sam", 1)),
     Claim("mSAM's test accuracy is better than plain training's", of_scores("msam", "over_base", 1)),
@@ -129,6 +140,7 @@ CLAIMS = (
         of_scores("msam", "over_control", 1),
     ),
     Claim("SAM's test accuracy is better than plain training's", of_scores("sam", "over_base", 1)),
+    *_claims_of_further_arms(),
 )
 
 
