@@ -15,7 +15,7 @@ def build_task(spec: Spec, data_root: Path | None = None) -> Task:
         data_root: A folder to look for data in first; see `cifar.py`.
 
     Raises:
-        DataError: if the data cannot be had.
+        DataError: if the data are not available.
     """
     if spec.dataset in IMAGES:
         from experiments.harness.tasks import images

@@ -35,7 +35,7 @@ def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
         image_size: Side of the images in pixels, for timm's models.
 
     Raises:
-        DataError: if timm's model cannot be had, with what to do.
+        DataError: if timm's model is not available, with what to do.
     """
     return pretrained(name, classes, image_size) if "/" in name else MODELS[name](classes)
 
@@ -44,7 +44,7 @@ def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
     """timm's model of that place with its weights; position embeddings are resampled for the image size.
 
     Raises:
-        DataError: if it cannot be had, with what to do.
+        DataError: if it is not available, with what to do.
     """
     import timm
 
