@@ -110,7 +110,7 @@ def run(
     Args:
         jobs: Workers at a time; left out: one for each core, or one for each GPU.
         data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
-        redo: Train the target's runs anew, finished ones too; each keeps its result until its own turn comes.
+        redo: Train the target's runs again, finished ones too; each keeps its result until its own turn comes.
     """
     from experiments.harness.runs.provenance import command_line, environment
 
@@ -173,7 +173,7 @@ def check(
 ) -> int:
     """Prove every distinct cell of a target at full size: built, two steps on a small batch, resumed, scored.
 
-    Inputs are made up. What is told of a GPU is an estimate from counted FLOP, not measured.
+    Inputs are made up. Figures of a GPU are estimated from counted FLOP, not measured.
 
     Args:
         jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
@@ -250,7 +250,7 @@ def verify(
     results: Path = DEFAULT_ROOT,
     data_root: Path | None = None,
 ) -> int:
-    """Make a finished run anew, in a temporary folder, and say whether it is the same bit for bit, or what differs.
+    """Make a finished run again, in a temporary folder, and say whether it is the same bit for bit, or what differs.
 
     Args:
         run: The name of its folder, or the beginning of it.

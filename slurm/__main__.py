@@ -193,14 +193,14 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
     scheduler.cancel(jobs)
     note_cancelled(places)
     print(
-        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first; when they are gone tells: "
-        f"{runs.command('status')}"
+        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first. To see when they are "
+        f"gone: {runs.command('status')}"
     )
     return 0
 
 
 def _check_paths(specs: Sequence[Run]) -> None:
-    """Jobs run in a folder of their own: what is relative to this one must not be."""
+    """Jobs run in another folder: paths must not be relative to this one."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
     for spec in specs:

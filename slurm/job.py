@@ -1,6 +1,6 @@
 """What runs inside a job: some runs one after the other, each through the one training loop.
 
-Everything a run needs to go on lies in its record, so a job that is told to stop writes checkpoints and asks Slurm to
+Everything a run needs to go on lies in its record, so a job that is asked to stop writes checkpoints and asks Slurm to
 queue it again; whatever else ends it (a node's failure, an administrator's requeue) is mended by the same restart.
 Torch is not imported before the signals have their handlers.
 """
@@ -128,7 +128,7 @@ def _leave(requeue: Flag) -> None:
     job, first, queued = _job()["slurm_job"], _rank() == 0, False
     until = time.monotonic() + 900
     while time.monotonic() < until:
-        if first and requeue.is_set() and not queued:  # another rank may have been told before this one
+        if first and requeue.is_set() and not queued:  # another rank may have had the signal before this one
             queued = _asked(["scontrol", "requeue", job]) is not None
         state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
         if state not in (None, "RUNNING"):
@@ -164,8 +164,8 @@ def _rank() -> int:
 def _join(spec: Run, results: Path) -> None:
     """Bring the job's processes together as the ranks of a run.
 
-    Rank 0 takes a free port and tells the others in a file of the shared folder: nodes need not know each other's
-    names, and two jobs on one node cannot meet.
+    Rank 0 takes a free port and writes it to a file of the shared folder for the others: nodes need not know each
+    other's names, and two jobs on one node cannot meet.
     """
     import torch
     import torch.distributed as dist
@@ -193,4 +193,4 @@ def _join(spec: Run, results: Path) -> None:
     )
     dist.barrier()
     if rank == 0:
-        meeting.unlink()  # a cluster may count its jobs anew
+        meeting.unlink()  # a cluster may reuse job numbers

@@ -11,7 +11,7 @@ from experiments.harness.runs.facts import DATASETS, TextSet
 from experiments.harness.runs.spec import Run, Timing
 
 SIGNAL_SECONDS = 120
-"""How long before the time limit a job is told to write its checkpoint and queue again."""
+"""How long before the time limit a job is asked to write its checkpoint and queue again."""
 
 LEAST_MINUTES = 6
 """Slurm may send that signal a minute early and looks every half minute: below this a job hardly begins."""
@@ -46,7 +46,7 @@ def resources(spec: Run, estimate: Estimate | None = None, minutes: int | None =
 
     Args:
         spec: The run.
-        estimate: Measured times; twice what they tell is asked for, in steps of half an hour beyond one.
+        estimate: Measured times; twice as much is requested, in steps of half an hour beyond one.
         minutes: Asked for instead.
     """
     if spec.device == "cpu":

@@ -137,7 +137,7 @@ def _standing(
     fate = job.state if job else fates.get(place.job)
     if place.cancelled or fate == "CANCELLED":
         return Standing(spec, "cancelled", f": job {place.job}{words}", place)
-    how = f"ended: {fate}" if fate else "left the queue without a word"
+    how = f"ended: {fate}" if fate else "left the queue without a trace"
     return Standing(spec, "lost", f": job {place.job} {how}. Submit again to go on{words}", place)
 
 

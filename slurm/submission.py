@@ -216,11 +216,11 @@ def _folder(root: Path) -> Path:
 
 
 def _executor(array: Array, folder: Path, site: Site, code: Path, name: str, parallelism: int | None) -> Any:
-    """submitit's executor with everything that sbatch is told."""
+    """submitit's executor with everything that sbatch is given."""
     from submitit import SlurmExecutor
 
     class Anywhere(SlurmExecutor):
-        """For scripts too where there is no Slurm."""
+        """Writes scripts without Slurm too."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -271,7 +271,7 @@ def _refusal(error: Exception, queued: Sequence[str], folder: Path, name: str) -
     except SlurmError:
         accepted = True
     if accepted:
-        return SlurmError(f"{words} Some jobs may be queued all the same: python -m slurm status tells which.")
+        return SlurmError(f"{words} Some jobs may be queued all the same: python -m slurm status shows which.")
     if queued:
         return SlurmError(f"{words} Queued before that: {' '.join(queued)}.")
     shutil.rmtree(folder)

@@ -294,7 +294,7 @@ def record(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("summary.json", b'{"test_accuracy": NaN}', "NaN is no number"),
+        ("summary.json", b'{"test_accuracy": NaN}', "NaN is not a number"),
         ("summary.json", b'{"a": 1, "a": 2}', "twice"),
         ("summary.json", '{"a": 1}'.encode("utf-16"), "cannot be read"),
         ("spec.json", b"\xef\xbb\xbf{}", "not JSON"),
@@ -379,13 +379,13 @@ def test_what_a_record_says_cannot_steer_a_terminal(record):
 def test_pipes_are_not_waited_for(record):
     (record.folder / "metrics.jsonl").unlink()
     os.mkfifo(record.folder / "metrics.jsonl")
-    with pytest.raises(RecordError, match="no plain file"):
+    with pytest.raises(RecordError, match="not a regular file"):
         record.metrics()
 
 
 @pytest.mark.parametrize("run_id", ["../outside", "a/b", "..", ""])
 def test_a_run_is_a_name_and_no_path(run_id, tmp_path):
-    with pytest.raises(RecordError, match="no name of a run"):
+    with pytest.raises(RecordError, match="not the name of a run"):
         Record(tmp_path, run_id)
 
 

@@ -181,7 +181,7 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
     slurm.wait(*ONE)
     ((session,),) = slurm.sessions()
     assert session["code"] == code_hash()
-    changed = code / "experiments" / "harness" / "train.py"
+    changed = code / "experiments" / "harness" / "work" / "train.py"
     whole = changed.read_text()
     two = ("linear_cifar", "--profile", "smoke", "--seeds", "2")
     slurm.cluster("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)

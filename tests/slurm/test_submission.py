@@ -15,7 +15,9 @@ from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
 from slurm import scheduler, site
 from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, resources
-from slurm.submission import SlurmError, alone, arrays, script, snapshot, standings
+from slurm.scheduler import SlurmError
+from slurm.standings import standings
+from slurm.submission import alone, arrays, script, snapshot
 
 NOTHING = Estimate({}, {})
 
@@ -244,7 +246,7 @@ def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
     assert "OUT_OF_MEMORY" in found[2].words
     assert found[3].words == ": ValueError: no such luck"
     assert "NODE_FAIL" in found[4].words
-    assert "without a word" in found[5].words
+    assert "without a trace" in found[5].words
 
 
 def test_one_submission_at_a_time_and_a_sentence_where_nothing_can_be_written(tmp_path):

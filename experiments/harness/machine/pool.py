@@ -52,7 +52,7 @@ class _Worker:
     failure: str | None = None
     silent: bool = False
     """It has closed its end of the pipe: only its process is left to wait for."""
-    told_to_stop: bool = False
+    asked_to_stop: bool = False
 
 
 def run(
@@ -89,14 +89,14 @@ def run(
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
                 workers.append(_start(context, waiting.pop(0), session, slot, redo))
-            heard = [w.reports for w in workers if not w.silent]
-            wait([*heard, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
+            listening = [w.reports for w in workers if not w.silent]
+            wait([*listening, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
-                _hear(worker)
-                if stopping.is_set() and not worker.told_to_stop:
-                    _tell_to_stop(worker)
+                _receive(worker)
+                if stopping.is_set() and not worker.asked_to_stop:
+                    _ask_to_stop(worker)
                 if not worker.process.is_alive():
-                    _hear(worker)
+                    _receive(worker)
                     workers.remove(worker)
                     _close(worker, outcome, session.root, stopping.is_set())
                     display.finished(worker.spec, worker.failure, session.root)
@@ -122,7 +122,7 @@ def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
 
 def _start(context: Any, spec: Run, session: Session, slot: int, redo: bool) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
-    # No daemon: those may not have loader processes of their own.
+    # Not a daemon: those may not start loader processes.
     process = context.Process(target=_work, args=(sender, spec, session, slot, redo))
     process.start()
     sender.close()
@@ -146,7 +146,7 @@ def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: boo
             last = time.monotonic()
             try:
                 reports.send(step / steps)
-            except OSError:  # the pool is gone: nobody waits for this run
+            except OSError:  # the pool is gone, and with it the reader of this run's result
                 stopping.set()
 
     session = replace(session, report=report, stop=stopping.is_set)
@@ -171,7 +171,7 @@ def _visible_gpu(slot: int) -> str:
     return given.split(",")[slot] if given else str(slot)
 
 
-def _hear(worker: _Worker) -> None:
+def _receive(worker: _Worker) -> None:
     """Take in what the worker has sent: a fraction done, or a traceback."""
     try:
         while not worker.silent and worker.reports.poll():
@@ -191,7 +191,7 @@ def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> Non
     if code == 0:
         outcome.trained.append(worker.spec)
         return
-    if (code == INTERRUPTED and stopping) or (worker.told_to_stop and worker.failure is None):
+    if (code == INTERRUPTED and stopping) or (worker.asked_to_stop and worker.failure is None):
         return  # the latter: stopped before it had begun to listen for signals
     if code == INTERRUPTED:
         outcome.failed[worker.spec] = (
@@ -202,15 +202,15 @@ def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> Non
     if worker.failure is None:
         name = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
         worker.failure = (
-            f"The worker process died ({name}) without a word, for want of memory perhaps. "
+            f"The worker process ended early ({name}), possibly out of memory. "
             "Run the same command again to resume it from its last checkpoint."
         )
         record_of(worker.spec, root).fail(worker.failure)
     outcome.failed[worker.spec] = worker.failure
 
 
-def _tell_to_stop(worker: _Worker) -> None:
-    worker.told_to_stop = True
+def _ask_to_stop(worker: _Worker) -> None:
+    worker.asked_to_stop = True
     assert worker.process.pid is not None
     try:
         os.kill(worker.process.pid, signal.SIGTERM)

@@ -1,6 +1,6 @@
 """Proof, before a GPU night, that a target's cells can be built, trained, stopped, resumed and scored at full size.
 
-Models are whole; inputs are made up (what `fetch` gets is its own business), batches small, m is 2 at most, and the
+Models are whole; inputs are made up (what `fetch` gets is not checked here), batches small, m is 2 at most, and the
 training loop is the one that the runs will go through, on whatever device is there. Cells that differ in nothing that a
 check could see (learning rate, rho, epochs, data of as many labels) are checked once.
 """
@@ -66,7 +66,7 @@ class Report:
 
 
 def distinct(specs: Iterable[Run]) -> list[Cell]:
-    """The cells that a check can tell apart, in order."""
+    """The cells that a check can distinguish, in order."""
     cells: dict[Any, Cell] = {}
     for spec in specs:
         trainings = timed_steps(spec) if isinstance(spec, Timing) else [spec]
@@ -81,13 +81,13 @@ def distinct(specs: Iterable[Run]) -> list[Cell]:
 
 
 def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
-    """Check the cells, `jobs` at a time and each in a process of its own, in order.
+    """Check the cells, `jobs` at a time and each in its own process, in order.
 
     Raises:
         SpecError: for an unknown GPU.
     """
     if gpu not in PEAKS:
-        raise SpecError(f"There is no peak known of {gpu!r}: name one of {', '.join(PEAKS)}.")
+        raise SpecError(f"The peak of {gpu!r} is not known: name one of {', '.join(PEAKS)}.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.machine.worker"])
 
@@ -95,7 +95,7 @@ def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Re
         with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
                 return process.submit(prove_one, cell, gpu).result()
-            except Exception as error:  # the process died, for want of memory perhaps
+            except Exception as error:  # the process was killed, possibly out of memory
                 return Report(failure=f"{type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(jobs) as threads:
@@ -301,5 +301,5 @@ def costs(spec: Training) -> tuple[float, float]:
 
 
 def storage_of(tensor: Any) -> int:
-    """What tells the memory of tensors apart, on the meta device too, where none has an address."""
+    """Identifies a tensor's memory, on the meta device too, where no tensor has an address."""
     return tensor.untyped_storage()._cdata

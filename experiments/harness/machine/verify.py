@@ -1,4 +1,4 @@
-"""Whether a finished run can be had again, bit for bit: it is made anew elsewhere and compared, file by file."""
+"""Whether a finished run reproduces bit for bit: it is made again in another folder and compared, file by file."""
 
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from experiments.harness.work.execute import execute
 from experiments.harness.work.session import Interrupted, Session
 
 TIMES = ("seconds", "wall_seconds", "step_seconds")
-"""What is never the same twice."""
+"""What differs from run to run."""
 
 EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
 """Entries of a session that may explain a difference, the likeliest first."""
@@ -58,7 +58,7 @@ def verify(
 
 
 def _copy_network(network: Record, root: Path) -> None:
-    """What a measurement needs of the network's run, read as any stranger's record is."""
+    """What a measurement needs of the network's run, checked as any record is."""
     copy = record_of(network.spec(), root)
     copy.create(network.spec())
     for session in network.environments():
@@ -141,6 +141,6 @@ def _explanations(record: Record, again: Record) -> list[str]:
     for name in EXPLAINS:
         values = [session.get(name) for session in sessions]
         if any(value != here.get(name) for value in values):
-            told = " and ".join(dict.fromkeys(str(value) for value in values))
-            found.append(f"It may be the {name}: {told} there, {here.get(name)} here.")
+            there = " and ".join(dict.fromkeys(str(value) for value in values))
+            found.append(f"It may be the {name}: {there} there, {here.get(name)} here.")
     return found

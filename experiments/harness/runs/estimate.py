@@ -68,7 +68,7 @@ def work(spec: Run) -> int:
 
 
 def measured(root: Path) -> Estimate:
-    """What the finished runs below a results root tell, and where they say nothing what the committed ones tell."""
+    """From the finished runs below a results root, and where there are none from the committed ones."""
     here, committed = _medians(_finished(root)), _medians(_committed(root))
     return Estimate(committed.exact | here.exact, committed.by_model | here.by_model)
 

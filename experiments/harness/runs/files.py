@@ -1,7 +1,7 @@
-"""Files of records and of whoever else keeps JSON: written whole, and read as what strangers may have written.
+"""The files of records and other JSON: written whole, and checked when read.
 
-Records may come from anywhere: they are data, never code, and what is no plain file below its own folder, or larger
-than any record, or not JSON to the letter, is refused by name. Standard library only.
+Records may come from anywhere: they are data, never code, and what is not a regular file in its own folder, or larger
+than any record, or not strict JSON, is rejected, naming the file. Standard library only.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well.
+    """A temporary path next to `path` that takes its place when the block ends well.
 
     What was there before is kept as `former`, if given: one of the two is whole whenever this process dies.
     """
@@ -64,7 +64,7 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Around the writing of a run's file: what goes wrong is told with the mend in it."""
+    """Around the writing of a run's file: an error says how to mend it."""
     try:
         yield
     except OSError as error:
@@ -93,7 +93,7 @@ def read_text(path: Path) -> str:
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
-    """The contents of a plain file in a folder that is no link.
+    """The contents of a regular file in a folder that is not a link.
 
     Raises:
         OSError: if it is missing, or anything else, or larger than `most`.
@@ -103,7 +103,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     with open(path, "rb", opener=no_link) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if most is not None and status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than any record", str(path))
         return file.read()
@@ -143,7 +143,7 @@ def _whole(digits: str) -> int:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def finite(content: Any) -> Any:

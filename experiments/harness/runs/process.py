@@ -32,10 +32,10 @@ about a sixth off a step of the `cpu` ResNet at batch 128."""
 
 
 def library_settings(specs: Sequence[Run]) -> dict[str, str]:
-    """Environment variables for whoever trains these runs, which libraries read when they are loaded.
+    """Environment variables for the processes that train these runs; libraries read them when they are loaded.
 
     Threads: no more than a run is allowed. Memory: see `ALLOCATOR`. Torch's profiler, by which cost runs count memory,
-    keeps to itself when it begins and ends, and that there is no GPU.
+    does not print when it begins and ends, or that there is no GPU.
     """
     threads = str(max((s.threads for s in specs), default=1))
     return {

@@ -53,7 +53,7 @@ def checkout(command: str) -> dict[str, Any]:
     """Which commit a command was given at.
 
     Returns:
-        `commit` and `dirty` (None outside a git checkout; changes under results/ are no dirt), `changes` (of a dirty
+        `commit` and `dirty` (None outside a git checkout; changes under results/ do not count), `changes` (of a dirty
         checkout: its files by `git status`, then the diff, cut off where it is very long), `lock` (a hash of
         requirements.lock, if it is there), `command`.
     """

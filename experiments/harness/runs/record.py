@@ -9,7 +9,7 @@
         summary.json      flat numbers and strings, written last: no summary, not done
         failure.json      why the last attempt ended, if it failed; removed by the next attempt
 
-The folder is the only state. Standard library only: whoever reads records never waits for torch.
+The folder is the only state. Standard library only: reading records never waits for torch.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ FORMAT = 1
 LARGEST_CHECKPOINT = 64 * 2**30
 """Bytes that a reader takes from a checkpoint."""
 
-ANEW = "delete it, and the run goes on from the checkpoint before, or begins anew"
+ANEW = "delete it, and the run goes on from the checkpoint before, or starts over"
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[3] / "results"
 
@@ -68,13 +68,15 @@ class Record:
     run_id: str
 
     def __post_init__(self) -> None:
-        """Refuse what is no name of a folder.
+        """Refuse what is not the name of a folder.
 
         Raises:
             RecordError: for a path, or nothing.
         """
         if self.run_id in ("", ".", "..") or "/" in self.run_id or "\0" in self.run_id:
-            raise RecordError(f"{self.run_id!r} is no name of a run: a folder in {self.root / 'runs'} has one.")
+            raise RecordError(
+                f"{self.run_id!r} is not the name of a run: those are the folders in {self.root / 'runs'}."
+            )
 
     @property
     def folder(self) -> Path:
@@ -179,7 +181,7 @@ class Record:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Note in env.json, beside what `add_environment` adds in the block, when the session ended and what it used.
+        """Note in env.json, with what `add_environment` adds in the block, when the session ended and what it used.
 
         However the block ends; a process that is killed leaves no note.
         """
@@ -205,7 +207,7 @@ class Record:
         """Replace the checkpoint; the one before is kept until the run is finished.
 
         Raises:
-            RecordError: if it cannot be written, for want of space say; then the old ones are there.
+            RecordError: if it cannot be written, because the disk is full, say; then the old ones are there.
         """
         with written(self.checkpoint), replacing(self.checkpoint, self.previous_checkpoint) as temporary:
             temporary.write_bytes(content)
@@ -214,7 +216,7 @@ class Record:
         """The contents of `checkpoint` or `previous_checkpoint`; None if it is not there.
 
         Raises:
-            RecordError: if it cannot be read, or is no plain file.
+            RecordError: if it cannot be read, or is not a regular file.
         """
         try:
             return read_bytes(path, LARGEST_CHECKPOINT)
@@ -232,7 +234,7 @@ class Record:
         """Append one line to metrics.jsonl and flush it to the disk.
 
         Raises:
-            RecordError: if it cannot be written, for want of space say.
+            RecordError: if it cannot be written, because the disk is full, say.
         """
         path = self.folder / "metrics.jsonl"
         with written(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
@@ -337,7 +339,7 @@ def record_of(spec: Run, root: Path) -> Record:
 
 
 def state_of(spec: Run, root: Path) -> tuple[str, str]:
-    """What the disk tells of a run, and words about it.
+    """What the disk says of a run, and words about it.
 
     Returns:
         "done", "running", "failed", "begun", "not begun" or "damaged"; then how far it is, or why it failed.

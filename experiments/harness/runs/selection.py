@@ -14,14 +14,14 @@ from experiments.harness.runs.spec import Run
 
 @dataclass(frozen=True)
 class Runs:
-    """Which runs a command is about, as it is told on the command line."""
+    """Which runs a command is about."""
 
     target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]]
     profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
     seeds: Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")] = None
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
+        arg(metavar="FIELD=VALUE", help="Change fields of every spec; the tables leave such runs out."),
     ] = ()
     results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
 

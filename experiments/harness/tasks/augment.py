@@ -109,7 +109,7 @@ def loaded(batches: Batches, first: int, workers: int, pinned: bool = False) -> 
         workers: Processes. They change no pixel.
         pinned: Whether batches are for a GPU.
     """
-    _policy(batches.spec.augmentation)  # its imports take seconds, which forked processes need not spend anew
+    _policy(batches.spec.augmentation)  # its imports take seconds, which forked processes need not spend again
     return iter(
         DataLoader(
             batches,

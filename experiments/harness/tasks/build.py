@@ -15,7 +15,7 @@ def build_task(spec: Network, data_root: Path | None = None) -> Task:
         data_root: A folder to look for data in first; see `cifar.py`.
 
     Raises:
-        DataError: if the data is unavailable.
+        DataError: if the data are not available.
     """
     if is_images(spec.dataset):
         from experiments.harness.tasks import images

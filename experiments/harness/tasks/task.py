@@ -51,6 +51,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def generator(*key: int) -> torch.Generator:
-    """A generator of its own for a place in the data, so that dropout's draws cannot shift the order."""
+    """A separate generator for a place in the data, so that dropout's draws cannot shift the order."""
     state = np.random.SeedSequence(key).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))

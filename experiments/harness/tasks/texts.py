@@ -1,7 +1,7 @@
 """Text classification and regression: from a spec to a Task.
 
 What a task will need is imported here, where the pool's fork server does it once: transformers would load an
-architecture when it is first asked for one, in every worker anew.
+architecture when it is first asked for one, in every worker again.
 """
 
 import hashlib
@@ -118,7 +118,7 @@ def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedM
     """Tokenizer and model of a spec, its head freshly drawn from torch's global generator; and where they came from.
 
     Raises:
-        DataError: if they cannot be had or do not fit the spec, with what to do.
+        DataError: if they are not available or do not fit the spec, with what to do.
     """
     folder, origin = _checkpoint(spec.model)
     place = str(folder or spec.model)
@@ -129,14 +129,16 @@ def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedM
         config = with_dropout(config, spec)
         _fit(spec, config, tokenizer)
         kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
-        pretrained, told = transformers.AutoModel.from_pretrained(
+        pretrained, loading = transformers.AutoModel.from_pretrained(
             place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kind, **options
         )
     except Exception as error:  # the libraries raise whatever a damaged file makes of them
         if isinstance(error, DataError):
             raise
-        raise _not_to_be_had(spec.model, error) from error
-    wrong = [str(key) for name in ("missing_keys", "mismatched_keys") for key in told[name] if "pooler" not in str(key)]
+        raise _unavailable(spec.model, error) from error
+    wrong = [
+        str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name] if "pooler" not in str(key)
+    ]
     if wrong:
         raise DataError(
             f"The weights of {spec.model} are not those of its config.json ({len(wrong)} differ, {wrong[0]} for one): "
@@ -161,10 +163,10 @@ def with_dropout(config: Any, spec: Network) -> Any:
 
 
 def check(spec: Network, data_root: Path | None = None) -> None:
-    """Find out before any training whether data, tokenizer and configuration of a spec can be had and fit.
+    """Find out before any training whether data, tokenizer and configuration of a spec are available and fit.
 
     Raises:
-        DataError: if not. `texts.DataUnavailable` if it is the data that no source has.
+        DataError: if not. `DataUnavailable` if no source has the data.
     """
     load(spec.dataset, data_root)
     encoder(spec, TASKS[spec.dataset])
@@ -192,7 +194,7 @@ def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def majority(task: TextSet, trained: np.ndarray, labels: np.ndarray) -> float:
-    """The score of whoever always answers with the commonest training label (of a regression, with the mean)."""
+    """The score of always answering with the commonest training label (of a regression, with the mean)."""
     if not task.labels:
         return 0.0
     answer = np.bincount(trained, minlength=len(task.labels)).argmax()
@@ -279,9 +281,9 @@ def _fit(spec: Network, config: Any, tokenizer: Any) -> None:
         )
 
 
-def _not_to_be_had(model: str, error: Exception) -> DataError:
+def _unavailable(model: str, error: Exception) -> DataError:
     said = str(error).strip().splitlines()
     return DataError(
-        f"The model or tokenizer of {model} could not be had ({said[0][:200] if said else type(error).__name__}): name "
+        f"The model or tokenizer of {model} is not available ({said[0][:200] if said else type(error).__name__}): name "
         "a folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
     )

@@ -28,7 +28,7 @@ class Damaged(RecordError):
 
 @dataclass
 class Progress:
-    """Where a run stands: all that a checkpoint holds beside the states of model, optimizer and generators."""
+    """Where a run stands: what a checkpoint holds besides the states of model, optimizer and generators."""
 
     step: int = 0
     seconds: float = 0.0
@@ -163,13 +163,13 @@ def _read(record: Record, path: Path) -> dict[str, Any] | None:
     try:
         content = torch.load(io.BytesIO(read), map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
-            raise ValueError("it is no checkpoint")
+            raise ValueError("it is not a checkpoint")
         wanted = content.pop("sum", None)
         if wanted is not None and wanted != _sum_of(content):  # those of old have no sum
             raise ValueError("its contents are not those that were written")
     except MemoryError:
         raise
-    except Exception as error:  # whatever torch and pickle make of bytes that are no checkpoint
+    except Exception as error:  # whatever torch and pickle make of bytes that are not a checkpoint
         raise _unreadable(path, error) from error
     return content
 

@@ -1,12 +1,12 @@
 """A curvature run: how flat the loss is around the network that a training ended with.
 
 Everything is measured in float32 and eval mode: BatchNorm with the running statistics that the network is used with
-(in train mode the loss of a batch is no mean over its examples, and its Hessian another one), and no dropout. The loss
+(in train mode the loss of a batch is not a mean over its examples, and has another Hessian), and no dropout. The loss
 is the training loss, label smoothing included, without weight decay; the examples are the first of the training set
 and of the test set, without augmentation. The random draws are the same for all networks.
 
 The network is also scored on the whole test set; where there is BatchNorm, once more with its running statistics
-estimated anew: they average the last micro-batches of training, m of them a step, so those of methods with another m
+estimated again: they average the last micro-batches of training, m of them a step, so those of methods with another m
 have seen other numbers of images.
 """
 
@@ -57,7 +57,7 @@ def measure(spec: Curvature, record: Record, session: Session) -> None:
     data and their own names: `train_lambda_1`, `test_trace`, ...
 
     Raises:
-        Interrupted: if `session.stop` says so; the measurement it was at begins anew the next time.
+        Interrupted: if `session.stop` says so; the measurement it was at is started over the next time.
         RecordError: if the network's weights are not there.
     """
     set_torch(replace(spec, tf32=False))
@@ -113,13 +113,13 @@ def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tup
             f"delete {source.folder}, and it is trained again."
         ) from error
     sessions = source.environments()
-    told = {
+    origin = {
         f"network_{name}": "+".join(dict.fromkeys(str(session.get(name)) for session in sessions))
         for name in ("commit", "code")
     }
     unclean = [session.get("dirty") for session in sessions]
     dirty = True if True in unclean else None if None in unclean else False
-    return task, {"network": source.run_id, **told, "network_dirty": dirty}
+    return task, {"network": source.run_id, **origin, "network_dirty": dirty}
 
 
 def measured_on(part: str, seed: int) -> list[str]:

@@ -15,7 +15,7 @@ Loss = Callable[[Any], Tensor]
 
 
 class Rise(NamedTuple):
-    """What `micro_batch_sharpness` tells for one m."""
+    """What `micro_batch_sharpness` measures for one m."""
 
     sharpness: float
     """Mean over the micro-batches of L_i(w + e_i) - L_i(w)."""

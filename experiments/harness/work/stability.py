@@ -82,7 +82,7 @@ def measure(spec: Stability, record: Record, session: Session) -> None:
     The summary holds `stable_sharpness`, `predicted_sharpness` and `relative_error`.
 
     Raises:
-        Interrupted: if `session.stop` says so; the run begins anew the next time.
+        Interrupted: if `session.stop` says so; the run starts over the next time.
         SpecError: for what the simulation does not have.
     """
     check(spec)
@@ -167,7 +167,7 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
     """Whether gradient descent, or unnormalised SAM or mSAM, falls back to the minimum of the loss times each scale.
 
     Args:
-        spec: The method; batches smaller than the data are drawn anew for each step.
+        spec: The method; batches smaller than the data are drawn for each step.
         minimum: Where it starts, at a small random distance.
         scales: (S,)
 
@@ -186,7 +186,7 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
         return minimum.loss(_shaped(w, shape), x, y)
 
     per_micro_batch = vmap(grad(loss), in_dims=(None, 0, 0))  # one point, every micro-batch
-    at_own_points = vmap(grad(loss))  # each micro-batch at a point of its own
+    at_own_points = vmap(grad(loss))  # each micro-batch at its own point
     first = vmap(per_micro_batch, in_dims=(0, None, None))
     second = vmap(at_own_points, in_dims=(0, None, None))
     scale = scales[:, None, None]

@@ -1,4 +1,4 @@
-"""A cost run: what whole training steps of every method take, beside each other.
+"""A cost run: what whole training steps of every method take, measured in turn.
 
 All methods take their steps in one process, on the same network and batches, in turn and each round in a new order, so
 that whatever slows the machine slows them alike; the first round is thrown away. Then once more data-parallel, in
@@ -51,7 +51,7 @@ def measure(spec: Timing, record: Record, session: Session) -> None:
     The summary holds the lines' numbers by method, m and workers: `msam_m4_w1_seconds`, ...
 
     Raises:
-        Interrupted: if `session.stop` says so; the run then begins anew.
+        Interrupted: if `session.stop` says so; the run then starts over.
         RuntimeError: if there are fewer cores than workers need, or a data-parallel process ended with an error.
     """
     begun = time.monotonic()

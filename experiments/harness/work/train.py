@@ -230,7 +230,7 @@ def _initial_state(spec: Training, task: Task) -> State:
 
 
 def _compiled(model: torch.nn.Module, spec: Training) -> Any:
-    """The model through `torch.compile`, as in a process of its own: what was compiled before would change its kernels.
+    """The model through `torch.compile`, as in a new process: what was compiled before would change its kernels.
 
     Texts are of any length, and what is compiled for one would depend on where a run was resumed.
     """

@@ -108,7 +108,7 @@ def test_a_part_of_a_split_is_refused(tmp_path, monkeypatch):
     """Subsets are cut from a permutation of all rows: of a part of them they would be others."""
     write(tmp_path, "rte")
     monkeypatch.setitem(glue_files.TASKS, "rte", DATASETS["rte"])
-    with pytest.raises(DataError, match=r"12 rows, but GLUE's rte has 2490\. Get the file anew"):
+    with pytest.raises(DataError, match=r"12 rows, but GLUE's rte has 2490\. Download the whole file again"):
         load_texts("rte", tmp_path)
 
 
@@ -161,7 +161,7 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence_and_at_once(tmp_path):
         "except Exception as error: print(type(error).__name__, time.monotonic() - begun < 10, error)",
         tmp_path,
     )
-    assert done.stdout.startswith("DataUnavailable True GLUE's qnli could not be had: the hub does not answer"), (
+    assert done.stdout.startswith("DataUnavailable True GLUE's qnli is not available: the hub does not answer"), (
         done.stderr
     )
 

@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
         texts.check(spec(mixed), str(data))
     (mixed / "config.json").write_text(json.dumps(content))
     (mixed / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(DataError, match="could not be had"):
+    with pytest.raises(DataError, match="is not available"):
         texts.check(spec(mixed), str(data))
     for changes, words in (
         ({"augmentation": "crop-flip"}, "left out, except for images"),
