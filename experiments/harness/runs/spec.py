@@ -93,6 +93,11 @@ class Network(Run):
             refuse("dataset", self.dataset, "a set of images or texts: only stability runs simulate")
         super().check()
         images = isinstance(data, ImageSet)
+        known = models_of(self.dataset)
+        if self.model not in known and "/" not in self.model and not (images and is_callable(self.model)):
+            own = ", or module:callable" if images else ""
+            allowed = f"one of {', '.join(known)} for {self.dataset}, or the path of a checkpoint's folder{own}"
+            refuse("model", self.model, allowed)
         usual = _IMAGES_ONLY if not images else _TEXTS_ONLY
         for name in usual:
             if getattr(self, name) != defaults()[name]:
@@ -102,11 +107,6 @@ class Network(Run):
         for name in ("tf32", "deterministic"):
             if self.device != "cuda" and getattr(self, name):
                 refuse(name, True, "left out on CPUs: it is for GPUs")
-        known = models_of(self.dataset)
-        if self.model not in known and "/" not in self.model and not (images and is_callable(self.model)):
-            own = ", or module:callable" if images else ""
-            allowed = f"one of {', '.join(known)} for {self.dataset}, or the path of a checkpoint's folder{own}"
-            refuse("model", self.model, allowed)
         if self.image_size != 32 and "/" not in self.model:
             refuse("image_size", self.image_size, "32, except for pretrained models of timm")
         if isinstance(data, TextSet) and not data.labels and self.label_smoothing:

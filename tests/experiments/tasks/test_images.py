@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import chisquare
 
-from experiments.harness.runs.facts import models_of
+from experiments.harness.runs.facts import image_set, models_of
 from experiments.harness.tasks.augment import by_policy, crop_and_flip, cut_out
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
 from experiments.harness.tasks.images import image_task, normalised, with_wrong_labels
@@ -184,7 +184,7 @@ def test_a_folder_of_timms_is_a_model_with_its_weights(tmp_path):
     )
     model = build(str(tmp_path), 10, 32)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-    assert pixel_statistics(model) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pixel_statistics(model, image_set("cifar10")) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     weights = {k: v for k, v in given.state_dict().items() if not k.startswith("head") and k != "pos_embed"}
     assert len(weights) > 20
     assert all(torch.equal(model.state_dict()[name], value) for name, value in weights.items())
