@@ -30,4 +30,4 @@ def end_with(command: Callable[[], int | None], stopped: str) -> NoReturn:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    sys.exit(code or 0)

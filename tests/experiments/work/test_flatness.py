@@ -13,7 +13,7 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import curvature_of, with_networks, with_ranks
 from experiments.harness.runs.record import record_of, state_of
-from experiments.harness.runs.spec import SpecError
+from experiments.harness.runs.spec import SpecError, from_dict
 from experiments.harness.tasks.build import build_task
 from experiments.harness.work import hessian
 from experiments.harness.work.execute import execute
@@ -205,7 +205,7 @@ def test_a_network_that_is_measured_keeps_its_ranks():
 )
 def test_what_cannot_be_measured_is_refused(changes, words):
     with pytest.raises(SpecError, match=words):
-        replace(measured(RESNET), **changes)
+        from_dict(measured(RESNET).to_dict() | changes)
 
 
 def test_halvings_nest():
