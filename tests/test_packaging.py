@@ -120,9 +120,8 @@ def test_wheel_holds_msam_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"msam", f"msam_torch-{PROJECT['version']}.dist-info"}
     assert {"msam/__init__.py", "msam/py.typed"} <= set(names)
-    assert {Path(n).name for n in names if n.startswith("msam/")} == {
-        path.name for path in (ROOT / "msam").iterdir() if path.is_file()
-    }
+    sources = {*(ROOT / "msam").rglob("*.py"), ROOT / "msam" / "py.typed"}
+    assert {n for n in names if n.startswith("msam/")} == {path.relative_to(ROOT).as_posix() for path in sources}
 
 
 def test_wheel_requires_torch_alone(wheel):
