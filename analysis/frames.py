@@ -180,7 +180,7 @@ def _row(run: Finished) -> dict[str, Any]:
     row = {
         "run_id": run.spec.run_id,
         "method": run.spec.method,
-        **run.spec.to_dict(),
+        **run.spec.flat,
         **_provenance(sessions),
     }
     for key, value in plain_keys(run.summary).items():

@@ -13,7 +13,7 @@ from analysis.frames import Results
 from analysis.publish import Refused, drawn, mixed, publish, redraw, target
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.grids import with_seeds, timing_of
 from experiments.harness.runs.spec import SpecError
 from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
 
@@ -234,7 +234,8 @@ def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_table
 
 
 def test_times_of_models_are_compared_so_that_all_of_table_4_is_of_one_training_code(tmp_path, known):
-    costs = [replace(SGD, kind="cost", model=model, micro_batches=4, rho=0.1) for model in ("resnet8", "wrn-10-1")]
+    networks = [replace(SGD, model=model) for model in ("resnet8", "wrn-10-1")]
+    costs = [timing_of(network, rho=0.1, micro_batches=4, rounds=2) for network in networks]
     known["cost"] = experiment("cost", "table4", costs)
     fill(tmp_path, costs[:1])
     fill(tmp_path, costs[1:], code="0ther")

@@ -108,7 +108,7 @@ def test_the_profiler_says_nothing_on_a_workers_terminal():
 
 
 def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thrown_away(monkeypatch):
-    spec = replace(RESNET, epochs=6, workers=1)
+    spec = replace(RESNET, rounds=6, workers=1)
     task = timing._task(spec, None)
     taken = []
     monkeypatch.setattr(timing, "_seconds", lambda spec, workers, step: taken.append(step.args[0]) or 1.0 + len(taken))
