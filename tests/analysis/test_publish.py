@@ -13,7 +13,7 @@ from analysis.frames import Results
 from analysis.publish import Refused, drawn, mixed, publish, redraw, target
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.grids import with_seeds, timing_of
+from experiments.harness.runs.grids import timing_of, with_seeds
 from experiments.harness.runs.spec import SpecError
 from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
 
