@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 TRAINING_CODE = (
     "msam",
+    "experiments/harness/runs/run.py",
     "experiments/harness/runs/spec.py",
     "experiments/harness/runs/facts.py",
     "experiments/harness/tasks",
