@@ -12,7 +12,7 @@ from analysis.cells import DIGITS, interval, values, verdict
 from analysis.document import Document, formatted, plain_table, score_text, signed
 from analysis.exhibit import Exhibit, View
 from analysis.statistics import Interval, mean_interval
-from experiments.harness.runs.facts import DATASETS, is_images
+from experiments.harness.runs.facts import DATASETS, is_images, text_set
 from experiments.harness.runs.spec import Run
 
 NOTES = (
@@ -20,15 +20,6 @@ NOTES = (
     "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
     "The majority row always gives the commonest label of the training set.",
 )
-
-FURTHER = {
-    "mrpc": ("test_f1", "F1"),
-    "qqp": ("test_f1", "F1"),
-    "stsb": ("test_spearman", "Spearman correlation"),
-    "mnli": ("test_mismatched_score", "accuracy on the mismatched part"),
-}
-"""The second official metric of a GLUE task that has one."""
-
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
@@ -43,7 +34,7 @@ def further_metrics(view: View) -> list[str]:
     """A line for each model and task with a second official metric: what each method has of it, times 100."""
     runs, found = view.frame.set_index("run_id"), defaultdict(list)
     for cell in view.target.cells:
-        column, words = FURTHER.get(cell.dataset, ("", ""))
+        column, words = text_set(cell.dataset).second or ("", "")
         known = mean_interval(100 * values(runs, cell, view.target.seeds, column))
         if known.n:
             half = f" ± {known.half_width:.2f}" if known.n > 1 else ""

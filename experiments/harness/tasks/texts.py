@@ -22,7 +22,7 @@ from experiments.harness.runs.facts import MODELS, TextSet, text_set
 from experiments.harness.runs.spec import Network
 from experiments.harness.tasks import glue_files
 from experiments.harness.tasks.data import load
-from experiments.harness.tasks.glue_files import TASKS, Texts
+from experiments.harness.tasks.glue_files import Texts
 from experiments.harness.tasks.storage import DataError
 from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
@@ -169,7 +169,7 @@ def check(spec: Network, data_root: Path | None = None) -> None:
         DataError: if not. `DataUnavailable` if no source has the data.
     """
     load(spec.dataset, data_root)
-    encoder(spec, TASKS[spec.dataset])
+    encoder(spec, text_set(spec.dataset))
 
 
 def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
