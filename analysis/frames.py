@@ -20,7 +20,7 @@ from analysis.arms import METHODS
 from analysis.collect import Finished, Lines, plain, plain_keys
 from analysis.columns import PROVENANCE, column_of, csv_text, joined_column, known_dtypes, parse
 from experiments.harness.runs.files import RecordError, replacing
-from experiments.harness.runs.run import defaults, names
+from experiments.harness.runs.run import defaults, in_order
 
 FIRST = (
     "run_id",
@@ -169,7 +169,7 @@ def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str
 
 def _runs(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     rows = sorted(rows, key=_order)
-    known = [*FIRST, *(name for name in (*names(), "kind") if name not in FIRST)]
+    known = [*FIRST, *(name for name in in_order() if name not in FIRST)]
     told = {key for row in rows for key in row} - set(known) - set(PROVENANCE)
     summary = [*(k for k in SUMMARY if k in told), *sorted(told - set(SUMMARY))]
     return _table(rows, [*known, *summary, *PROVENANCE])

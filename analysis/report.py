@@ -15,7 +15,7 @@ from analysis.document import Document
 from analysis.exhibits import Page
 from analysis.frames import Results
 from experiments.harness.runs.catalogue import catalogue
-from experiments.harness.runs.run import ORDER, defaults, names
+from experiments.harness.runs.run import ORDER, defaults, in_order
 from experiments.harness.runs.spec import Run
 
 
@@ -98,7 +98,7 @@ def _hyper_parameters(cells: Sequence[Run]) -> Section:
         for c in dict.fromkeys(cells)
         if c.kind == "train" and not (c.flat["holdout_examples"] or c.flat["curvature_every"])
     ]
-    varied = [name for name in names() if len({c.flat[name] for c in trained}) > 1]
+    varied = [name for name in in_order() if len({c.flat[name] for c in trained}) > 1]
     listed = {cell: name for name, e in catalogue().items() for cell in e.runs.get(_profile(trained), ())}
     rows = tuple(
         (

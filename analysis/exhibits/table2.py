@@ -21,6 +21,7 @@ NOTES = (
     "The majority row always gives the commonest label of the training set.",
 )
 
+
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
     """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
     table, runs = scores.numbers(frame, cells, seeds, varies), frame.set_index("run_id")

@@ -86,7 +86,7 @@ class Run:
         if self.adaptive and not self.rho:
             refuse("adaptive", True, "left out where rho is 0: there is no perturbation to scale")
         available = DATASETS[self.dataset].train
-        if (self.train_examples or 0) + available - self.available > available:
+        if (self.train_examples or 0) > self.available:
             refuse("train_examples", self.train_examples, f"at most {available}, held-out examples included")
         if self.examples < self.batch_size:
             refuse("batch_size", self.batch_size, f"at most the {self.examples} training examples")
@@ -131,7 +131,7 @@ class Run:
         """Every field of every kind by its name in records; those that this kind lacks have their defaults."""
         own = {self.renamed.get(name, name): getattr(self, name) for name in hints(type(self))}
         known = {**defaults(), "kind": self.kind, **own}
-        return {name: known[name] for name in sorted(known, key=_place)}
+        return {name: known[name] for name in in_order()}
 
     def to_dict(self) -> dict[str, Any]:
         """`flat`, ready for JSON; a field that is not in `ORDER` is written only if it is not at its default."""
@@ -209,16 +209,18 @@ _HINTS: dict[type[Run], dict[str, Any]] = {}
 
 @functools.cache
 def names() -> dict[str, Any]:
-    """The types of all fields of all kinds by their names in records, in `ORDER`."""
+    """The types of all fields of all kinds by their names in records."""
     known: dict[str, Any] = {}
     for cls in kinds().values():
         for name, hint in hints(cls).items():
             known.setdefault(cls.renamed.get(name, name), hint)
-    return {name: known[name] for name in sorted(known, key=_place)}
+    return known
 
 
-def _place(name: str) -> int:
-    return ORDER.index(name) if name in ORDER else len(ORDER)
+@functools.cache
+def in_order() -> tuple[str, ...]:
+    """Every name in records: those in `ORDER`, then those of later versions."""
+    return tuple(dict.fromkeys((*ORDER, *names())))
 
 
 @functools.cache
