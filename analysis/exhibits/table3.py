@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis import scores as tables
 from analysis.arms import COLOURS, LINES, MARKS, method_name
 from analysis.cells import averages, cells_in_order, compared, mean_columns, significant, values
 from analysis.document import eigenvalue_columns, measure
@@ -18,6 +17,7 @@ from analysis.evidence import of_scores
 from analysis.exhibit import Claim, Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, line_of, panels_of, row_of_panels, six_digits
+from analysis.scores import sentences
 from analysis.statistics import mean_interval
 from experiments.harness.runs.spec import Run
 
@@ -200,7 +200,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.kind == "curvature",
     numbers=numbers,
     text=text,
-    sentences=lambda view: tables.sentences(view, expected=-1),
+    sentences=lambda view: sentences(view, expected=-1),
     notes=notes,
     claims=(
         Claim("mSAM ends in flatter minima than SAM", of_scores("msam", "over_sam", -1)),

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import scores as tables
 from analysis.arms import method_name
 from analysis.cells import averages, cells_in_order, compared, mean_columns, significant
 from analysis.document import eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, draw_band, ends_of, panels_of, row_of_panels, set_logarithmic
+from analysis.scores import sentences
 from experiments.harness.runs.spec import Run
 
 NOTE = (
@@ -72,7 +72,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
-    sentences=lambda view: tables.sentences(view, expected=-1),
+    sentences=lambda view: sentences(view, expected=-1),
     notes=lambda view: (NOTE,),
     figures=(
         Picture(

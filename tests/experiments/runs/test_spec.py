@@ -88,8 +88,10 @@ def test_every_field_is_part_of_the_name():
         "dropout": 0.1,
         "attention": "sdpa",
         "weight_decay": 0.1,
+        "workers": 1,
     }
     assert len({run.run_id for run in KINDS}) == len(KINDS)
+    tried = set()
     for run in KINDS:
         for field in dataclasses.fields(run):
             value = others[field.name] if field.name in others else not_the_same(getattr(run, field.name))
@@ -99,6 +101,8 @@ def test_every_field_is_part_of_the_name():
             except SpecError:
                 continue  # a field that this kind has one value of
             assert changed.run_id != base.run_id, field.name
+            tried.add(field.name)
+    assert tried == {field.name for run in KINDS for field in dataclasses.fields(run)}
 
 
 def not_the_same(value):
