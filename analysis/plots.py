@@ -103,7 +103,8 @@ def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: s
     colour = COLOURS[cell.method]
     means, halves = (np.array([getattr(f, name) for f in found.values()]) for name in ("mean", "half_width"))
     mark = MARKS[cell.method] if len(found) < 20 else ""
-    axes.plot(list(found), means, f"{mark}{LINES[cell.method]}", ms=3, lw=1, color=colour, label=method_name(cell))
+    look: dict[str, Any] = {"marker": mark, "ls": LINES[cell.method], "ms": 3, "lw": 1, "color": colour}
+    axes.plot(list(found), means, **look, label=method_name(cell))
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
     axes.fill_between(list(found), np.maximum(low, means / 10), high, color=colour, alpha=0.2, lw=0)
     return found[max(found)]
