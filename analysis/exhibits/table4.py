@@ -43,9 +43,9 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
 
     Args:
         frame: one row for each finished run.
-        cells: cost specs at seed 0, a block each.
-        seeds: repetitions 0, ..., seeds - 1 are expected and looked at.
-        varies: not used: all arms are in each cell.
+        cells: cost specs at seed 0, one block for each.
+        seeds: the repetitions 0, ..., seeds - 1 are expected and used.
+        varies: unused, because each cell contains all arms.
 
     Returns:
         One row for each method, m and number of workers of each cell. `mean` is the time of a step over that of the
