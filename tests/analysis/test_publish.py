@@ -333,11 +333,6 @@ def test_command_line_reports_seeds_left_out_and_problems(tmp_path, monkeypatch,
     assert "(3)" in out
 
 
-def test_from_committed_takes_no_targets(tmp_path, monkeypatch, capsys):
-    status, _, error = command(monkeypatch, capsys, "table1", "--results", tmp_path, "--from-committed")
-    assert (status, error.count("\n")) == (2, 1)
-
-
 def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "smoke/tables").mkdir(parents=True)
     (tmp_path / "smoke/tables/table1.csv").write_text("a,b\n1,2\n")
@@ -353,6 +348,8 @@ def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
         (["--profile", "huge"], "the profiles are smoke, cpu, paper"),
         (["--results", "/nowhere/at/all"], "does not exist"),
         (["table1", "--seeds", "0"], "must be 1 or more"),
+        (["table1:x"], "'x' is not a number of seeds"),
+        (["table1", "--from-committed"], "leave out targets"),
         (["--seeds", "two"], "two"),
         (["--no-such-flag"], "no-such-flag"),
     ],
