@@ -1,4 +1,4 @@
-"""The study of rho: accuracy of SAM and mSAM against it."""
+"""The study of rho: accuracy of SAM and mSAM against rho."""
 
 from matplotlib.figure import Figure
 
@@ -19,7 +19,7 @@ from analysis.plots import (
 
 
 def against_rho(results: Results, target: Target) -> Figure:
-    """Test accuracy of SAM and mSAM against rho; the methods without one as lines with their intervals."""
+    """Test accuracy of SAM and mSAM against rho; methods without a rho are horizontal lines with their intervals."""
     seeds, panels, frame = target.seeds, panels_of(target.cells), results.runs.set_index("run_id")
     figure, row = row_of_panels(len(panels))
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
