@@ -105,8 +105,8 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
 
 
 def _numbers(evidence: Sequence[Comparison]) -> pd.DataFrame:
-    """One row for each comparison."""
-    order = claims()
+    """One row for each comparison. Claims without any do not count in the blocks' numbers."""
+    order = list(dict.fromkeys(c.claim for c in evidence))
     numbers = pd.DataFrame(
         [
             {
