@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.arms import method_name
 from analysis.cells import references, run_ids, scores
 from analysis.exhibit import Comparison, Shown, Target
 from analysis.statistics import Interval, bootstrap_interval, mean_interval, paired
@@ -27,10 +26,13 @@ def of_scores(method: str, over: str, expected: int) -> Callable[[Target, pd.Dat
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
         comparisons = []
         for cell, by_name in references(target.cells, target.varies).items():
-            reference = by_name.get(over)
-            if cell.method == method and reference is not None:
+            arm, reference = target.arms[cell], by_name.get(over)
+            if arm.name == method and reference is not None:
                 differences = paired(*(scores(c, runs, target.seeds) for c in (cell, reference)))
-                where, what = f"{cell.model}, {cell.dataset}", f"{method_name(cell)} over {method_name(reference)}"
+                where, what = (
+                    f"{cell.model}, {cell.dataset}",
+                    f"{arm.called(cell)} over {target.arms[reference].called(reference)}",
+                )
                 result = verdict(mean_interval(differences), expected)
                 comparisons.append(
                     comparison(where, what, differences, result, ids_of((cell, reference), runs, target.seeds))

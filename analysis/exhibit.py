@@ -13,6 +13,7 @@ from analysis.cells import retrained, warnings
 from analysis.document import Document, origin, row_notes
 from analysis.statistics import Interval
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.methods import Arm, arms_of
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Run, SpecError
 
@@ -33,6 +34,11 @@ class Target:
     """The results root that the runs belong to."""
     varies: tuple[str, ...] = ()
     """The fields that its experiments declare to vary."""
+
+    @cached_property
+    def arms(self) -> dict[Run, Arm]:
+        """The arm of each cell."""
+        return arms_of(self.cells, self.varies)
 
     @property
     def tuning(self) -> bool:

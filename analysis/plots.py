@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.arms import COLOURS, LINES, MARKS, method_name
 from analysis.cells import ids, scores, values
 from analysis.statistics import Interval, mean_interval, paired_difference
+from experiments.harness.runs.methods import Arm
 from experiments.harness.runs.spec import Run
 
 STYLE: dict[Any, Any] = {
@@ -53,8 +53,10 @@ class Series:
     """Factor applied to the field, so that points at the same value are drawn next to each other."""
 
 
-def draw_points(axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: int, series: Series) -> None:
-    """Draw means with their intervals, in the colour of the last cell's method."""
+def draw_points(
+    axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: int, series: Series, arms: Mapping[Run, Arm]
+) -> None:
+    """Draw means with their intervals, in the colour of the last cell's arm."""
     field, shift = series.field, series.shift
     points = [
         (
@@ -66,28 +68,29 @@ def draw_points(axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: in
     points = [(x, interval) for x, interval in points if interval.n]
     if not points:
         return
-    method = cells[-1].method
+    arm = arms[cells[-1]]
     axes.errorbar(
         [shift * x for x, _ in points],
         [interval.mean for _, interval in points],
         [interval.half_width if interval.n > 1 else 0 for _, interval in points],
-        fmt=f"{MARKS[method]}{series.style}",
+        fmt=f"{arm.mark}{series.style}",
         ms=4,
         lw=1,
         capsize=2,
-        color=COLOURS[method],
-        mfc=COLOURS[method] if series.style else "none",
+        color=arm.colour,
+        mfc=arm.colour if series.style else "none",
         label=series.label,
     )
     # at m = 1 a line starts at the base optimizer or SAM, which keeps its colour and marker
-    others = {cell.flat[field]: cell for cell in cells if cell.method != method}
+    others = {cell.flat[field]: cell for cell in cells if arms[cell] is not arm}
     for x, interval in points:
         if x in others:
-            other, name = others[x].method, method_name(others[x])
-            axes.plot([shift * x], [interval.mean], MARKS[other], ms=5, color=COLOURS[other], label=name, zorder=3)
+            other = arms[others[x]]
+            style: dict[str, Any] = {"ms": 5, "color": other.colour, "label": other.called(others[x])}
+            axes.plot([shift * x], [interval.mean], other.mark, **style, zorder=3)
 
 
-def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str) -> Interval:
+def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str, arm: Arm) -> Interval:
     """Draw the mean over seeds by epoch with its 95 % band, cut off below a tenth of the mean.
 
     Returns:
@@ -100,27 +103,25 @@ def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: s
     by_epoch = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
     if not by_epoch:
         return empty
-    colour = COLOURS[cell.method]
     means, halves = (
         np.array([getattr(interval, name) for interval in by_epoch.values()]) for name in ("mean", "half_width")
     )
-    mark = MARKS[cell.method] if len(by_epoch) < 20 else ""
-    style: dict[str, Any] = {"marker": mark, "ls": LINES[cell.method], "ms": 3, "lw": 1, "color": colour}
-    axes.plot(list(by_epoch), means, **style, label=method_name(cell))
+    mark = arm.mark if len(by_epoch) < 20 else ""
+    style: dict[str, Any] = {"marker": mark, "ls": arm.line, "ms": 3, "lw": 1, "color": arm.colour}
+    axes.plot(list(by_epoch), means, **style, label=arm.called(cell))
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
-    axes.fill_between(list(by_epoch), np.maximum(low, means / 10), high, color=colour, alpha=0.2, lw=0)
+    axes.fill_between(list(by_epoch), np.maximum(low, means / 10), high, color=arm.colour, alpha=0.2, lw=0)
     return by_epoch[max(by_epoch)]
 
 
-def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int) -> None:
+def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int, arm: Arm) -> None:
     """Draw a cell's mean as a horizontal line, with its interval as a band."""
     interval = mean_interval(100 * values(frame, cell, seeds, cell.score))
     if interval.n:
-        style = {"base": "-", "control": ":"}[cell.method]
-        axes.axhline(interval.mean, ls=style, lw=1, color=COLOURS[cell.method], label=method_name(cell))
+        axes.axhline(interval.mean, ls=arm.line, lw=1, color=arm.colour, label=arm.called(cell))
         if interval.n > 1:
             low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
-            axes.axhspan(low, high, color=COLOURS[cell.method], alpha=0.15, lw=0)
+            axes.axhspan(low, high, color=arm.colour, alpha=0.15, lw=0)
 
 
 def ends_of(last: Mapping[str, Interval]) -> str:
@@ -147,7 +148,7 @@ def gain_of_msam(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, field: s
     return f"\nmSAM over SAM:\n{', '.join(dict.fromkeys(gains))}" if gains else ""
 
 
-def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> str:
+def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, arms: Mapping[Run, Arm]) -> str:
     """For a title: the highest mean and its cell."""
     means = {cell: mean_interval(100 * values(frame, cell, seeds, cell.score)) for cell in cells}
     means = {cell: interval for cell, interval in means.items() if interval.n}
@@ -156,8 +157,7 @@ def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> str:
     best = max(means, key=lambda cell: means[cell].mean)
     rho = f", rho {best.rho:g}" if best.rho else ""
     half = f" ± {means[best].half_width:.1f}" if means[best].n > 1 else ""
-    name = method_name(best)
-    return f"\nhighest mean {means[best].mean:.1f}{half} %:\n{name}{rho} (n = {means[best].n})"
+    return f"\nhighest mean {means[best].mean:.1f}{half} %:\n{arms[best].called(best)}{rho} (n = {means[best].n})"
 
 
 def set_logarithmic(axes: Axes) -> None:

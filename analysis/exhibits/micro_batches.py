@@ -1,6 +1,6 @@
 """The study of m: accuracy and flatness against the number of micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.figure import Figure
@@ -10,6 +10,7 @@ from analysis.exhibit import Target
 from analysis.exhibits.studies import study
 from analysis.frames import Results
 from analysis.plots import Series, draw_points, highest_mean, panels_of, set_ticks
+from experiments.harness.runs.methods import Arm
 from experiments.harness.runs.spec import Run
 
 
@@ -24,15 +25,16 @@ def against_m(results: Results, target: Target) -> Figure:
     figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
     for line, (title, rows) in zip(figure.subplots(len(panels), 3, squeeze=False), panels.items(), strict=True):
         score, reestimated, curvature = line
-        for group, series in _series(rows):
-            draw_points(score, frame, group, target.seeds, series)
+        for group, series in _series(rows, target.arms):
+            draw_points(score, frame, group, target.seeds, series, target.arms)
             measurements = [measured[cell] for cell in group if cell in measured]
             for axes, column, factor in (
                 (reestimated, "test_reestimated_accuracy", 100),
                 (curvature, "train_lambda_1", 1),
             ):
-                draw_points(axes, frame, measurements, target.seeds, replace(series, column=column, factor=factor))
-        score.set(title=f"{title}{highest_mean(frame, rows, target.seeds)}", ylabel="test accuracy %")
+                shown = replace(series, column=column, factor=factor)
+                draw_points(axes, frame, measurements, target.seeds, shown, target.arms)
+        score.set(title=f"{title}{highest_mean(frame, rows, target.seeds, target.arms)}", ylabel="test accuracy %")
         reestimated.set(title="BatchNorm re-estimated", ylabel="test accuracy %")
         curvature.set(title="flatness, training data", ylabel="lambda 1")
         for axes in line:
@@ -48,10 +50,10 @@ def against_m(results: Results, target: Target) -> Figure:
     return figure
 
 
-def _series(rows: Sequence[Run]) -> list[tuple[list[Run], Series]]:
+def _series(rows: Sequence[Run], arms: Mapping[Run, Arm]) -> list[tuple[list[Run], Series]]:
     """A network's cells without a perturbation, at SAM's rho, and at another rho, each with the style of its points."""
     unperturbed = [cell for cell in rows if not cell.rho]
-    rho = next((cell.rho for cell in rows if cell.method == "sam"), 0.0)
+    rho = next((cell.rho for cell in rows if arms[cell].name == "sam"), 0.0)
     at_sams_rho = [cell for cell in rows if cell.rho and cell.rho == rho]
     at_other_rho = [cell for cell in rows if cell.rho and cell.rho != rho]
     name = base_name(rows[0])

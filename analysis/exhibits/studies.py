@@ -59,9 +59,9 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
         figure, row = row_of_panels(len(panels))
         for axes, (title, rows) in zip(row, panels.items(), strict=True):
             for method in METHODS:
-                line = [cell for cell in rows if cell.method == method]
+                line = [cell for cell in rows if target.arms[cell].name == method]
                 label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
-                draw_points(axes, frame, line, target.seeds, Series(field, label))
+                draw_points(axes, frame, line, target.seeds, Series(field, label), target.arms)
             gain = gain_of_msam(frame, rows, target.seeds, field)
             axes.set(title=f"{title}{gain}", xlabel=words, ylabel="test accuracy %")
             if logarithmic:

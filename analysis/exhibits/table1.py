@@ -5,7 +5,6 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from analysis import scores
-from analysis.arms import method_name
 from analysis.exhibit import Exhibit, Picture, Target
 from analysis.frames import Results
 from analysis.plots import add_legend, draw_band, ends_of, panels_of, set_logarithmic
@@ -25,10 +24,12 @@ def curves(results: Results, target: Target) -> Figure:
     figure = Figure(figsize=(3.4 * len(panels), 5), layout="constrained")
     losses, rises = figure.subplots(2, len(panels), squeeze=False)
     for top, bottom, (title, rows) in zip(losses, rises, panels.items(), strict=True):
-        last = {method_name(c): draw_band(top, results.curves, c, target.seeds, "train_loss") for c in rows}
+        last = {}
         for cell in rows:
+            draw = partial(draw_band, curves=results.curves, cell=cell, seeds=target.seeds, arm=target.arms[cell])
+            last[target.arms[cell].called(cell)] = draw(top, column="train_loss")
             if cell.rho:
-                draw_band(bottom, results.curves, cell, target.seeds, "sharpness")
+                draw(bottom, column="sharpness")
         top.set(title=f"{title}{ends_of(last)}", xlabel="epoch", ylabel="training loss")
         bottom.set(xlabel="epoch", ylabel="rise of the loss")
         for axes in (top, bottom):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import scores
-from analysis.arms import method_name
 from analysis.cells import DIGITS, difference_in_words, interval, values
 from analysis.document import SIGNIFICANCE_NOTE, Document, formatted, plain_table, score_text, signed
 from analysis.exhibit import Exhibit, View
@@ -39,7 +38,7 @@ def further_metrics(view: View) -> list[str]:
         mean = mean_interval(100 * values(runs, cell, view.target.seeds, column))
         if mean.n:
             half = f" ± {mean.half_width:.2f}" if mean.n > 1 else ""
-            text = f"{method_name(cell)} {mean.mean:.2f}{half} ({mean.n})"
+            text = f"{view.target.arms[cell].called(cell)} {mean.mean:.2f}{half} ({mean.n})"
             lines[f"{cell.model}, {cell.dataset}, {words}"].append(text)
     return [f"{name}: {', '.join(texts)}." for name, texts in lines.items()]
 

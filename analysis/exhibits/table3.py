@@ -10,7 +10,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis.arms import COLOURS, LINES, MARKS, method_name
 from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative, values
 from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure
 from analysis.evidence import of_scores
@@ -132,9 +131,9 @@ def flatness(results: Results, target: Target) -> Figure:
             for seed in common:
                 points[seed].append((eigenvalues[seed], scores[seed]))
             if common:
-                label = method_name(cell)
-                style: dict[str, Any] = {"ms": 4, "color": COLOURS[cell.method], "label": label}
-                axes.plot(eigenvalues[common], scores[common], MARKS[cell.method], **style)
+                arm = target.arms[cell]
+                style: dict[str, Any] = {"ms": 4, "color": arm.colour, "label": arm.called(cell)}
+                axes.plot(eigenvalues[common], scores[common], arm.mark, **style)
         ranks = mean_interval(stats.spearmanr(pairs).statistic for pairs in points.values() if len(pairs) > 2)
         correlation = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
         axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data", ylabel="test accuracy %")
@@ -157,9 +156,9 @@ def spectra(results: Results, target: Target) -> Figure:
             width = (nodes.max() - nodes.min()) / 100
             bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
             density = six_digits(bumps @ weights)
-            style = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
-            axes.semilogy(grid, density, label=method_name(cell), **style)
-            greatest[method_name(cell)] = nodes.max()
+            arm = target.arms[cell]
+            axes.semilogy(grid, density, label=arm.called(cell), color=arm.colour, ls=arm.line, lw=1)
+            greatest[arm.called(cell)] = nodes.max()
         axes.set(title=f"{title}{_reach(greatest)}", xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
         add_legend(axes)
     return figure
@@ -179,13 +178,13 @@ def slices(results: Results, target: Target) -> Figure:
             positions, losses, grid = (
                 np.array(json.loads(line[n])) for n in ("slice_positions", "slice_losses", "plane_losses")
             )
-            style: dict[str, Any] = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
-            axes.plot(positions, losses, label=method_name(cell), **style)
+            arm = target.arms[cell]
+            axes.plot(positions, losses, label=arm.called(cell), color=arm.colour, ls=arm.line, lw=1)
             coarse = positions[::2]
-            if cell.method in ("base", "msam"):
+            if arm.name in ("base", "msam"):
                 surface = grid.reshape(len(coarse), len(coarse))
                 levels = levels if len(levels) else six_digits(np.geomspace(max(grid.min(), 1e-3), grid.max(), 7))
-                plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
+                plane.contour(coarse, coarse, surface.T, levels, colors=arm.colour, linewidths=0.7)
         axes.set(title=f"{title}, seed 0", xlabel="position", ylabel="training loss")
         plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
         add_legend(axes)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.arms import method_name
 from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative
 from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
@@ -59,7 +58,10 @@ def by_epoch(results: Results, target: Target) -> Figure:
     panels = panels_of(target.cells)
     figure, row = row_of_panels(len(panels))
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
-        last = {method_name(c): draw_band(axes, results.curves, c, target.seeds, "lambda_1") for c in rows}
+        last = {}
+        for cell in rows:
+            arm = target.arms[cell]
+            last[arm.called(cell)] = draw_band(axes, results.curves, cell, target.seeds, "lambda_1", arm)
         axes.set(title=f"{title}{ends_of(last)}", xlabel="epoch", ylabel="lambda 1")
         set_logarithmic(axes)
         add_legend(axes)

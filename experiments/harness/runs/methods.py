@@ -5,7 +5,7 @@ is one entry here and one line in an experiment.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -179,8 +179,8 @@ def arms_of(cells: Iterable["Run"], varies: Sequence[str] = ()) -> dict["Run", A
     for arm in (arm for arm in ARMS.values() if arm.change):
         for base in [cell for cell in arms if arm.fits(cell.flat)]:
             changed = arm.changed(base.flat)
-            if not changed.keys() & set(varies) and (cell := replace(base, **changed)) in arms:
-                arms[cell] = arm
+            if not changed.keys() & set(varies):
+                arms |= {cell: arm for cell in arms if cell.flat == {**base.flat, **changed}}
     return arms
 
 

@@ -1,6 +1,7 @@
 """All exhibits: discovery, order, and that a column of one is not in another."""
 
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -75,3 +76,15 @@ def test_one_line_adds_a_column_to_table_1_and_to_no_other_table():
     # 1.5 and 1.49 with plain training: 12.7062 * 0.01 / 2.
     assert shown.cells["test loss"].iloc[0] == "1.50 ± 0.06"
     assert not added & set(document("rho", frame, cells, 2).numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [("resnet_cifar", "curves"), ("trajectories", "trajectories"), ("hessian", "flatness")]
+)
+def test_a_figure_draws_an_arm_that_is_relative_to_its_blocks_base(twice, name, figure):
+    cells = [c for c in catalogue.cells(name, "smoke") if c.model == "resnet8"]
+    base = next(c for c in cells if c.method == "base")
+    cells.append(replace(base, epochs=2 * base.epochs))
+    draw = next(picture.draw for picture in exhibit_of(name).figures if picture.name == figure)
+    axes = draw(results_of(cells, 2, any_run), Target(name, tuple(cells), 2)).axes[0]
+    assert {"SGD", "SGD, twice the epochs", "SAM"} < set(axes.get_legend_handles_labels()[1])

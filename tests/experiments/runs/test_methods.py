@@ -81,21 +81,6 @@ def test_no_other_field_is_free(field):
     assert found(other, "sam", [*FOUR, other]) is None
 
 
-@pytest.fixture
-def twice(monkeypatch):
-    """An arm that only its block's base defines."""
-    arm = replace(
-        ARMS["base"],
-        name="twice",
-        words="{base}, twice the epochs",
-        change=lambda base: {"epochs": 2 * base["epochs"]},
-        against=("base",),
-        claimed=("base",),
-    )
-    monkeypatch.setitem(ARMS, "twice", arm)
-    return arm
-
-
 def test_an_arm_may_be_a_change_of_its_blocks_base(twice):
     longer = replace(SGD, epochs=4)
     assert arms_of([longer])[longer] is ARMS["base"]
