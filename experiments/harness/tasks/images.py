@@ -93,7 +93,7 @@ class _Images:
         layout = torch.channels_last if spec.channels_last else torch.contiguous_format
         mean, std = pixel_statistics(model, known)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
+        self.normalise = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
         self.steps_per_epoch = len(self.labels) // spec.batch_size  # an incomplete last batch is left out
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -121,21 +121,21 @@ class _Images:
                 x = augmented(self.spec, self.images[chosen], epoch, index)
             else:
                 x = to_device(next(made), self.device)
-            yield self.seen(x), self.labels[chosen]
+            yield self.normalise(x), self.labels[chosen]
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and loss on the scored part, then on the training images."""
         self.model.eval()
         scores: dict[str, float] = {}
         for part, (x, y) in self.parts.items():
-            accuracy, loss = _score(lambda images: self.forward(self.model, self.seen(images)), x, y)
+            accuracy, loss = _score(lambda images: self.forward(self.model, self.normalise(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 
     def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` examples of a part, as they are."""
         x, y = self.parts[part]
-        return self.seen(x[:count]), y[:count]
+        return self.normalise(x[:count]), y[:count]
 
     def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).long().to(self.device)

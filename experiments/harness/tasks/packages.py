@@ -14,7 +14,7 @@ from experiments.harness.tasks.storage import (
     cache_folder,
     file_checksum,
     locked,
-    refuse,
+    reject_checksum,
     storage_errors,
 )
 
@@ -66,4 +66,4 @@ def compare(path: Path, sha256: str) -> None:
     """
     found = file_checksum(path, "sha256")
     if found != sha256:
-        refuse(path, f"sha256 {sha256}", found, "Delete it and run again.")
+        reject_checksum(path, f"sha256 {sha256}", found, "Delete it and run again.")

@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msam"
 
 
-def refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
+def reject_checksum(what: object, expected: str, found: str, mend: str) -> NoReturn:
     """Says that something has another checksum than it should, and what to do."""
     raise DataError(f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}")
 

@@ -20,19 +20,19 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self._update = get_ema_multi_avg_fn(decay)
-        self._begun = False
+        self._started = False
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the model's weights and buffers in."""
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        averaged = [pair for pair in pairs if pair[0].is_floating_point() and self._begun]
+        averaged = [pair for pair in pairs if pair[0].is_floating_point() and self._started]
         for own, new in pairs:
-            if not own.is_floating_point() or not self._begun:
+            if not own.is_floating_point() or not self._started:
                 own.copy_(new)
         if averaged:
             self._update([own for own, _ in averaged], [new for _, new in averaged], 0)
-        self._begun = True
+        self._started = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The average, for a checkpoint."""
@@ -41,4 +41,4 @@ class MovingAverage:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Go on from a checkpoint's."""
         self.module.load_state_dict(state)
-        self._begun = True
+        self._started = True

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.record import ANEW, Record
+from experiments.harness.runs.record import DELETE_TO_RESUME, Record
 from experiments.harness.work.average import MovingAverage
 from experiments.harness.work.ranks import Ranks
 
@@ -77,29 +77,29 @@ def load_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
         RecordError: if there are checkpoints but none is whole, or one cannot be read at all, or is another run's, or
             the ranks do not see the same one.
     """
-    useless: dict[Path, str | None] = {}
+    unusable: dict[Path, str | None] = {}
     for path in (record.checkpoint, record.previous_checkpoint):
         try:
             content = _read(record, path)
         except Damaged as error:
-            useless[path] = str(error)
+            unusable[path] = str(error)
             continue
         if content is None:
             continue
         if "progress" not in content:  # the final weights: this run was ended before its summary
-            useless[path] = None
+            unusable[path] = None
             continue
         try:
             _restore(state, content, ranks.rank)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from error
         ranks.agree(state.progress.step, f"{record.checkpoint} is not the same file on all nodes")
-        _put_away(record, ranks, useless)
+        _delete_unused(record, ranks, unusable)
         return
-    if damages := [words for words in useless.values() if words]:
+    if damages := [words for words in unusable.values() if words]:
         raise RecordError("\n".join(damages))
     ranks.agree(0, f"{record.checkpoint} is not the same file on all nodes")
-    _put_away(record, ranks, useless)
+    _delete_unused(record, ranks, unusable)
 
 
 def _restore(state: State, content: Mapping[str, Any], rank: int) -> None:
@@ -134,11 +134,11 @@ def load_weights(record: Record) -> dict[str, torch.Tensor]:
     return content["model"]
 
 
-def _put_away(record: Record, ranks: Ranks, useless: Mapping[Path, str | None]) -> None:
+def _delete_unused(record: Record, ranks: Ranks, unusable: Mapping[Path, str | None]) -> None:
     """Delete what all ranks have read and none goes on from, lest it takes the place of what they do go on from."""
     if not ranks.first:
         return
-    for path, words in useless.items():
+    for path, words in unusable.items():
         if words:
             log.warning("Run %s goes on from the checkpoint before: %s", record.run_id, words)
         path.unlink(missing_ok=True)
@@ -146,7 +146,7 @@ def _put_away(record: Record, ranks: Ranks, useless: Mapping[Path, str | None]) 
 
 def _serialised(content: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
-    torch.save({**content, "sum": _sum_of(content)}, buffer)
+    torch.save({**content, "sum": _checksum(content)}, buffer)
     return buffer.getbuffer()
 
 
@@ -165,7 +165,7 @@ def _read(record: Record, path: Path) -> dict[str, Any] | None:
         if not isinstance(content, dict):
             raise ValueError("it is not a checkpoint")
         wanted = content.pop("sum", None)
-        if wanted is not None and wanted != _sum_of(content):  # those of old have no sum
+        if wanted is not None and wanted != _checksum(content):  # those of old have no sum
             raise ValueError("its contents are not those that were written")
     except MemoryError:
         raise
@@ -174,7 +174,7 @@ def _read(record: Record, path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _sum_of(content: Any) -> str:
+def _checksum(content: Any) -> str:
     """SHA-256 over the names, the types and the values of what a checkpoint holds."""
     digest = hashlib.sha256()
 
@@ -205,4 +205,4 @@ def _sum_of(content: Any) -> str:
 
 def _unreadable(path: Path, why: object) -> "Damaged":
     words = [*str(why).strip().splitlines(), type(why).__name__][0]
-    return Damaged(f"{path} cannot be read ({words[:200]}): {ANEW}.")
+    return Damaged(f"{path} cannot be read ({words[:200]}): {DELETE_TO_RESUME}.")

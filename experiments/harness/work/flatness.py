@@ -68,20 +68,20 @@ def measure(spec: Curvature, record: Record, session: Session) -> None:
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
     since = time.monotonic()
-    measurements = {part: measured_on(part, spec.seed) for part in ("train", "test")}
+    measurements = {part: measurements_of(part, spec.seed) for part in ("train", "test")}
     count = sum(map(len, measurements.values()))
 
     def check() -> None:
-        session.leave_if_asked(f"Stopped after {len(done)} of {count} measurements.")
+        session.stop_if_asked(f"Stopped after {len(done)} of {count} measurements.")
 
     with hessian.evaluating(task.model):
         for part, names in measurements.items():
-            look = _Look(spec, task, part, check)
+            context = _Context(spec, task, part, check)
             for name in names:
                 if (part, name) in done:
                     continue
                 check()
-                found = MEASUREMENTS[name](look)
+                found = MEASUREMENTS[name](context)
                 now = round(seconds + time.monotonic() - since, 3)
                 line = {"part": part, "measure": name, "step": len(done) + 1, "steps": count, "seconds": now, **found}
                 record.append(line)
@@ -122,13 +122,13 @@ def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tup
     return task, {"network": source.run_id, **origin, "network_dirty": dirty}
 
 
-def measured_on(part: str, seed: int) -> list[str]:
+def measurements_of(part: str, seed: int) -> list[str]:
     """Which measurements a part of the data has, in their order."""
     names = [name for name in MEASUREMENTS if name not in PICTURES or (part == "train" and seed == 0)]
     return [name for name in names if name != "scores" or part == "test"]
 
 
-class _Look:
+class _Context:
     """What all measurements on one part of the data share."""
 
     def __init__(self, spec: Curvature, task: Task, part: str, check: Callable[[], None]) -> None:
@@ -149,83 +149,83 @@ class _Look:
         return hessian.largest_eigenvalues(self.hessian, EIGENVALUES, tolerance=TOLERANCE)
 
 
-def _loss(look: _Look) -> dict[str, Any]:
+def _loss(context: _Context) -> dict[str, Any]:
     with torch.no_grad():
-        return {"loss": look.loss_fn(look.batch).item()}
+        return {"loss": context.loss_fn(context.batch).item()}
 
 
-def _eigenvalues(look: _Look) -> dict[str, Any]:
-    before = look.hessian.products
-    found = look.spectrum
+def _eigenvalues(context: _Context) -> dict[str, Any]:
+    before = context.hessian.products
+    found = context.spectrum
     return {
         **{f"lambda_{i}": float(value) for i, value in enumerate(found.values, start=1)},
         "lambda_ratio": float(found.values[0] / found.values[-1]),
         "residual": found.residual,
         "tolerance": TOLERANCE,
-        "products": look.hessian.products - before,
+        "products": context.hessian.products - before,
     }
 
 
-def _trace(look: _Look) -> dict[str, Any]:
-    probes = hessian.rademacher(look.hessian.shape[0], TRACE_PROBES)
-    estimate, error = hessian.trace(look.hessian, probes, beside=look.spectrum)
+def _trace(context: _Context) -> dict[str, Any]:
+    probes = hessian.rademacher(context.hessian.shape[0], TRACE_PROBES)
+    estimate, error = hessian.trace(context.hessian, probes, beside=context.spectrum)
     return {"trace": estimate, "trace_standard_error": error}
 
 
-def _density(look: _Look) -> dict[str, Any]:
-    nodes, weights = hessian.density(look.hessian, nodes=DENSITY_NODES, probes=DENSITY_PROBES)
+def _density(context: _Context) -> dict[str, Any]:
+    nodes, weights = hessian.density(context.hessian, nodes=DENSITY_NODES, probes=DENSITY_PROBES)
     return {"density_nodes": nodes.tolist(), "density_weights": weights.tolist()}
 
 
-def _sharpness(look: _Look) -> dict[str, Any]:
-    rho = look.spec.measured_rho
-    rises = sharpness.random_sharpness(look.loss_fn, look.batch, look.model, rho=rho, directions=DIRECTIONS)
+def _sharpness(context: _Context) -> dict[str, Any]:
+    rho = context.spec.measured_rho
+    rises = sharpness.random_sharpness(context.loss_fn, context.batch, context.model, rho=rho, directions=DIRECTIONS)
     return {
         "average_sharpness": float(rises.mean()),
         "average_sharpness_standard_error": float(rises.std(ddof=1) / len(rises) ** 0.5),
         "greatest_random_sharpness": float(rises.max()),
         "ascent_sharpness": sharpness.ascent_sharpness(
-            look.loss_fn, look.batch, look.model, rho=rho, steps=ASCENT_STEPS
+            context.loss_fn, context.batch, context.model, rho=rho, steps=ASCENT_STEPS
         ),
     }
 
 
-def _micro_batches(look: _Look) -> dict[str, Any]:
+def _micro_batches(context: _Context) -> dict[str, Any]:
     found: dict[str, float] = {}
-    for m in halvings(look.spec.measured_examples):
+    for m in halvings(context.spec.measured_examples):
         rise = sharpness.micro_batch_sharpness(
-            look.loss_fn, look.batch, look.model, rho=look.spec.measured_rho, micro_batches=m
+            context.loss_fn, context.batch, context.model, rho=context.spec.measured_rho, micro_batches=m
         )
         found |= {f"sharpness_m{m}": rise.sharpness, f"penalty_m{m}": rise.penalty, f"squared_m{m}": rise.squared}
     return found
 
 
-def _slices(look: _Look) -> dict[str, Any]:
-    first, second = (sharpness.filter_normalised(look.model, seed) for seed in (1, 2))
+def _slices(context: _Context) -> dict[str, Any]:
+    first, second = (sharpness.filter_normalised(context.model, seed) for seed in (1, 2))
     coarse = SLICE[::2]
-    line = sharpness.loss_slice(look.loss_fn, look.batch, look.model, [first], [(a,) for a in SLICE])
+    line = sharpness.loss_slice(context.loss_fn, context.batch, context.model, [first], [(a,) for a in SLICE])
     plane = sharpness.loss_slice(
-        look.loss_fn, look.batch, look.model, [first, second], [(a, b) for a in coarse for b in coarse]
+        context.loss_fn, context.batch, context.model, [first, second], [(a, b) for a in coarse for b in coarse]
     )
     return {"slice_positions": list(SLICE), "slice_losses": line, "plane_losses": plane}
 
 
-def _scores(look: _Look) -> dict[str, Any]:
+def _scores(context: _Context) -> dict[str, Any]:
     """Of the whole test set; and once more with BatchNorm's statistics averaged over one epoch more of mini-batches."""
-    trained, model = look.spec.network, look.model
+    trained, model = context.spec.network, context.model
     assert trained is not None
     score = replace(trained, curvature_every=0).score
     name = score.partition("_")[2]
-    found = {name: look.task.evaluate()[score]}
+    found = {name: context.task.evaluate()[score]}
     if any(isinstance(module, BatchNorm) for module in model.modules()):
         before = copy.deepcopy(model.state_dict())
-        update_bn((inputs for inputs, _ in look.task.batches(trained.epochs, 0)), model)
-        found[f"reestimated_{name}"] = look.task.evaluate()[score]
+        update_bn((inputs for inputs, _ in context.task.batches(trained.epochs, 0)), model)
+        found[f"reestimated_{name}"] = context.task.evaluate()[score]
         model.load_state_dict(before)
     return found
 
 
-MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[[_Context], dict[str, Any]]] = {
     "loss": _loss,
     "eigenvalues": _eigenvalues,
     "trace": _trace,

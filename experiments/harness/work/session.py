@@ -14,7 +14,7 @@ class Diverged(Exception):
     """The loss is no longer finite."""
 
 
-def _unreported(step: int, steps: int) -> None:
+def _no_report(step: int, steps: int) -> None:
     """A session that reports to nobody."""
 
 
@@ -36,12 +36,12 @@ class Session:
     """A folder to look for data in first."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Provenance, for the records: `provenance.environment`."""
-    report: Callable[[int, int], None] = _unreported
+    report: Callable[[int, int], None] = _no_report
     """Called with (steps done, steps in all) as a run goes on."""
     stop: Callable[[], bool] = _never
     """Asked often; True writes down what there is and ends the run with `Interrupted`."""
 
-    def leave_if_asked(self, words: str) -> None:
+    def stop_if_asked(self, words: str) -> None:
         """End the run here if it is asked to stop.
 
         Raises:

@@ -87,13 +87,13 @@ def measure(spec: Stability, record: Record, session: Session) -> None:
     """
     check(spec)
     set_torch(spec)
-    begun = time.monotonic()
+    started = time.monotonic()
     record.add_environment({**session.environment, **torch_environment(spec)})
     minimum = interpolating_minimum(spec)
     sharpness = _largest(minimum.hessians(1)[0])
     ends = low, high = tuple(factor * 2 / spec.learning_rate / sharpness for factor in WIDEST)
     while high / low > RESOLUTION:
-        session.leave_if_asked("Stopped between two rounds of the simulation.")
+        session.stop_if_asked("Stopped between two rounds of the simulation.")
         one_by_one = spec.normalised and spec.rho > 0
         inner = np.geomspace(low, high, 3 if one_by_one else SCALES + 2)[1:-1]
         stable = [bounded(spec, minimum, inner[0])] if one_by_one else decaying(spec, minimum, torch.from_numpy(inner))
@@ -111,7 +111,7 @@ def measure(spec: Stability, record: Record, session: Session) -> None:
             "stable_sharpness": found,
             "predicted_sharpness": predicted,
             "relative_error": found / predicted - 1,
-            "wall_seconds": round(time.monotonic() - begun, 3),
+            "wall_seconds": round(time.monotonic() - started, 3),
         }
     )
 
@@ -191,8 +191,8 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
     second = vmap(at_own_points, in_dims=(0, None, None))
     scale = scales[:, None, None]
     every_loss = vmap(loss, in_dims=(0, None, None))
-    begun = every_loss(w, minimum.x, minimum.y)
-    left, half = torch.zeros(len(scales), dtype=torch.bool), begun
+    started = every_loss(w, minimum.x, minimum.y)
+    left, half = torch.zeros(len(scales), dtype=torch.bool), started
     for step in range(steps):
         x, y = _batch(spec, minimum, draw)
         x, y = (part.unflatten(0, (m, -1)) for part in (x, y))
@@ -201,10 +201,10 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
             g = scale * second(w[:, None] + rho * g, x, y)
         w = w - eta * g.mean(1)
         now = every_loss(w, minimum.x, minimum.y)
-        left |= ~(now < GROWN * begun)
+        left |= ~(now < GROWN * started)
         if step + 1 == steps // 2:
             half = now
-    return ~left & ((now < half) | (now < GONE * begun))
+    return ~left & ((now < half) | (now < GONE * started))
 
 
 def bounded(spec: Stability, minimum: Minimum, scale: float) -> bool:

@@ -54,12 +54,12 @@ def measure(spec: Timing, record: Record, session: Session) -> None:
         Interrupted: if `session.stop` says so; the run then starts over.
         RuntimeError: if there are fewer cores than workers need, or a data-parallel process ended with an error.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     record.rewind(-1)
     rounds = spec.rounds + 1
 
     def each(done: int) -> None:
-        session.leave_if_asked(f"Stopped after {done} of {rounds} rounds.")
+        session.stop_if_asked(f"Stopped after {done} of {rounds} rounds.")
         session.report(done, 2 * rounds)
 
     if spec.device == "cpu" and spec.workers * spec.threads > (available := cores()):
@@ -81,7 +81,7 @@ def measure(spec: Timing, record: Record, session: Session) -> None:
         if name not in ("measure", "m", "workers")
     }
     parameters = sum(p.numel() for p in task.model.parameters())
-    record.finish({**named, "parameters": parameters, "wall_seconds": round(time.monotonic() - begun, 3)})
+    record.finish({**named, "parameters": parameters, "wall_seconds": round(time.monotonic() - started, 3)})
 
 
 def timed(
@@ -102,9 +102,9 @@ def timed(
         to the base optimizer and to SAM within each round) with their 95 % intervals `_low` and `_high`,
         `examples_per_second`, the peak of memory allocated in a step, and the bytes that it hands over to be reduced.
     """
-    sent = _Sent()
+    reduced = _ReducedBytes()
     if isinstance(model, DistributedDataParallel):
-        model.register_comm_hook(sent, _count_and_reduce)
+        model.register_comm_hook(reduced, _count_and_reduce)
     optimizer = build_optimizer(spec, task.model)
     shares = [_share(batch, workers, rank) for batch in islice(cycle(task.batches(0, 0)), BATCHES)]
     model.train()
@@ -131,7 +131,7 @@ def timed(
     base, sam = (found[next(step for step in steps if step.method == method)] for method in ("base", "sam"))
     lines = []
     for step in steps:
-        sent.bytes = 0
+        reduced.bytes = 0
         memory = peak_bytes(partial(take, step, shares[0]), spec.device)
         lines.append(
             {"measure": step.method, "m": step.micro_batches, "workers": workers}
@@ -141,7 +141,7 @@ def timed(
             | {
                 "examples_per_second": spec.batch_size / median(found[step]),
                 "memory_bytes": memory,
-                "reduced_bytes": sent.bytes,
+                "reduced_bytes": reduced.bytes,
             }
         )
     return lines
@@ -186,14 +186,14 @@ def _share(batch: Any, workers: int, rank: int) -> Any:
 
 
 def _seconds(spec: Timing, workers: int, step: Callable[[], None]) -> float:
-    """Of one step, begun together by all workers, its work on the device included."""
+    """Of one step, started together by all workers, its work on the device included."""
     if workers > 1:
         dist.barrier()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     step()
     if spec.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:
@@ -207,15 +207,15 @@ def _within_rounds(seconds: Sequence[float], others: Sequence[float]) -> list[fl
     return [a / b for a, b in zip(seconds, others, strict=True)]
 
 
-class _Sent:
+class _ReducedBytes:
     """Counts what the reducer is given."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
 
-def _count_and_reduce(sent: _Sent, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    sent.bytes += bucket.buffer().nbytes
+def _count_and_reduce(reduced: _ReducedBytes, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    reduced.bytes += bucket.buffer().nbytes
     world = dist.group.WORLD
     assert world is not None
     return allreduce_hook(world, bucket)
@@ -233,7 +233,7 @@ def data_parallel(spec: Timing, session: Session) -> list[dict[str, Any]]:
                 with open(Path(folder) / f"{rank}.log", "w") as log:
                     processes.append(subprocess.Popen([*command, str(rank)], stdout=log, stderr=log))
             while any(p.poll() is None for p in processes):
-                session.leave_if_asked("Stopped in the data-parallel rounds.")
+                session.stop_if_asked("Stopped in the data-parallel rounds.")
                 if any(p.poll() for p in processes):
                     break
                 time.sleep(0.2)

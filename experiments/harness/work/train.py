@@ -87,14 +87,14 @@ def _train(
     load_checkpoint(record, ranks, state)
     progress, steps = state.progress, spec.epochs * task.steps_per_epoch
     if ranks.first:
-        about = {**session.environment, **task.data, **_process(spec)}
+        about = {**session.environment, **task.data, **_process_fields(spec)}
         record.add_environment({**about, "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
-    keeper = _Keeper(record, ranks, session, state, checkpoint_seconds)
+    recorder = _Recorder(record, ranks, session, state, checkpoint_seconds)
 
     model.train()
     for batch in _batches_from(task, progress.step, steps):
-        keeper.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
+        recorder.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
 
         state.optimizer.zero_grad()
         batch, micro_batches = ranks.share(batch)
@@ -107,21 +107,21 @@ def _train(
             state.average.update(task.model)
         progress.step += 1
 
-        keeper.took(step)
+        recorder.add_step(step)
         if progress.step % task.steps_per_epoch == 0:
-            keeper.collect_losses()
+            recorder.collect_losses()
             epoch = progress.step // task.steps_per_epoch
             line = _epoch_line(epoch, progress, float(state.scheduler.get_last_lr()[0]))
             if ranks.first:
                 record.append(line | _curvature(spec, task, epoch))
         session.report(progress.step, steps)
 
-    keeper.checkpoint_if_due("Stopped before the scores.")
+    recorder.checkpoint_if_due("Stopped before the scores.")
     if ranks.first:
-        _finish(record, task, state, keeper)
+        _finish(record, task, state, recorder)
 
 
-class _Keeper:
+class _Recorder:
     """Keeps a training's record as it goes on: its losses, its checkpoints, and whether it is asked to stop.
 
     Args:
@@ -137,12 +137,12 @@ class _Keeper:
         self.checkpoint_seconds = checkpoint_seconds
         self.next_checkpoint = time.monotonic() + checkpoint_seconds
         self.last_tick = time.monotonic()
-        self.unread: list[msam.Step] = []
+        self.uncollected: list[msam.Step] = []
 
-    def took(self, step: msam.Step) -> None:
+    def add_step(self, step: msam.Step) -> None:
         """Take in what a step returned; every `CHECK_EVERY` steps its losses are collected."""
-        self.unread.append(step)
-        if len(self.unread) == CHECK_EVERY:
+        self.uncollected.append(step)
+        if len(self.uncollected) == CHECK_EVERY:
             self.collect_losses()
 
     def collect_losses(self) -> None:
@@ -151,12 +151,12 @@ class _Keeper:
         Raises:
             Diverged: naming the first step, from 1, whose loss is not finite.
         """
-        if not self.unread:
+        if not self.uncollected:
             return
         progress = self.state.progress
-        losses = self.ranks.mean(torch.stack([s.loss for s in self.unread])).tolist()
-        sharpness = self.ranks.mean(torch.stack([s.sharpness for s in self.unread])).tolist()
-        first = progress.step - len(self.unread) + 1
+        losses = self.ranks.mean(torch.stack([s.loss for s in self.uncollected])).tolist()
+        sharpness = self.ranks.mean(torch.stack([s.sharpness for s in self.uncollected])).tolist()
+        first = progress.step - len(self.uncollected) + 1
         for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
             if not math.isfinite(loss + rise):
                 raise Diverged(
@@ -165,8 +165,8 @@ class _Keeper:
                 )
         progress.losses += losses
         progress.sharpness += sharpness
-        self.tick(len(self.unread))
-        self.unread.clear()
+        self.tick(len(self.uncollected))
+        self.uncollected.clear()
 
     def checkpoint_if_due(self, words: str) -> None:
         """Write a checkpoint if it is time for one, or if any rank is asked to stop.
@@ -177,9 +177,9 @@ class _Keeper:
         stopping, due = self.ranks.any(self.session.stop(), time.monotonic() > self.next_checkpoint)
         if stopping or due:
             self.collect_losses()
-            begun = time.monotonic()
+            started = time.monotonic()
             save_checkpoint(self.record, self.ranks, self.state)
-            took = time.monotonic() - begun
+            took = time.monotonic() - started
             self.next_checkpoint = time.monotonic() + self.checkpoint_seconds * max(1.0, took)
         if stopping:
             raise Interrupted(words)
@@ -193,7 +193,7 @@ class _Keeper:
         self.last_tick = now
 
 
-def _finish(record: Record, task: Task, state: State, keeper: _Keeper) -> None:
+def _finish(record: Record, task: Task, state: State, recorder: _Recorder) -> None:
     """Score the network, keep its weights and write the summary.
 
     Raises:
@@ -207,7 +207,7 @@ def _finish(record: Record, task: Task, state: State, keeper: _Keeper) -> None:
         raise Diverged(
             f"failed after step {progress.step}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho."
         )
-    keeper.tick(0)
+    recorder.tick(0)
     save_weights(record, task.model)
     record.finish(
         {
@@ -290,7 +290,7 @@ def schedule(spec: Training, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
-def _process(spec: Training) -> dict[str, Any]:
+def _process_fields(spec: Training) -> dict[str, Any]:
     """How this process computes, for the record."""
     return {
         **torch_environment(spec),

@@ -112,22 +112,22 @@ def test_the_smoke_cells_pass_by_the_command():
 
 def test_what_does_not_fit_is_caught(monkeypatch):
     (cell,) = proof.distinct([replace(resnet_cifar.SMOKE, model="wrn-10-1")])
-    assert proof.prove_one(cell, "a100").failure is None
+    assert proof.check_cell(cell, "a100").failure is None
     monkeypatch.setitem(MODELS, "wrn-10-1", Model(ImageSet, 1e6, "somebody"))
-    assert "1000000 were published (somebody)" in proof.prove_one(cell, "a100").failure
+    assert "1000000 were published (somebody)" in proof.check_cell(cell, "a100").failure
     monkeypatch.undo()
     monkeypatch.setattr(Record, "read_checkpoint", lambda self, path: None)
-    assert "did not go on from its checkpoint" in proof.prove_one(cell, "a100").failure
+    assert "did not go on from its checkpoint" in proof.check_cell(cell, "a100").failure
     monkeypatch.setattr(Record, "write_checkpoint", lambda self, content: None)
-    assert "did not stop for its checkpoint" in proof.prove_one(cell, "a100").failure
+    assert "did not stop for its checkpoint" in proof.check_cell(cell, "a100").failure
     with pytest.raises(SpecError, match="a100, h100"):
-        list(proof.prove([cell], 1, "abacus"))
+        list(proof.check_cells([cell], 1, "abacus"))
 
 
 def test_estimates_grow_with_the_run():
     (small,) = proof.distinct([resnet_cifar.SMOKE])
     (large,) = proof.distinct([replace(resnet_cifar.SMOKE, rho=0.1, epochs=8, batch_size=64)])
-    one, other = (proof.prove_one(cell, "a100") for cell in (small, large))
+    one, other = (proof.check_cell(cell, "a100") for cell in (small, large))
     assert other.step_flops == pytest.approx(4 * one.step_flops), "twice the examples, twice each"
     assert other.run_seconds[0] == pytest.approx(4 * one.run_seconds[0]), "twice the epochs, twice each example"
     assert one.run_seconds[0] < one.run_seconds[1]

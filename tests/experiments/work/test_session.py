@@ -14,6 +14,6 @@ def test_it_can_be_sent_to_a_worker():
 
 
 def test_it_ends_a_run_only_if_it_is_asked_to():
-    Session(Path()).leave_if_asked("never")
+    Session(Path()).stop_if_asked("never")
     with pytest.raises(Interrupted, match="after 3"):
-        Session(Path(), stop=lambda: True).leave_if_asked("after 3")
+        Session(Path(), stop=lambda: True).stop_if_asked("after 3")

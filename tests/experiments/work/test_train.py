@@ -305,8 +305,8 @@ def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
     AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
     """
     looks, counts = [], []
-    collect = loop._Keeper.collect_losses
-    monkeypatch.setattr(loop._Keeper, "collect_losses", lambda keeper: (looks.append(1), collect(keeper)))
+    collect = loop._Recorder.collect_losses
+    monkeypatch.setattr(loop._Recorder, "collect_losses", lambda recorder: (collected.append(1), collect(recorder)))
     with Waits() as waits:
         train(
             replace(spec, epochs=2, warmup_epochs=0.0),
