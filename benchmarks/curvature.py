@@ -51,7 +51,7 @@ def main() -> None:
             sys.exit(f"{spec.title} is not trained: make reproduce-table1 does it.")
         task = build_task(spec)
         task.model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
-        with hessian.evaluating(task.model):
+        with hessian.eval_mode(task.model):
             parts = split(task.sample("train", EXAMPLES), EXAMPLES // CHUNK)
             H = hessian.Hessian(
                 lambda batch, task=task: task.loss_fn(task.model, batch),

@@ -140,7 +140,7 @@ def test_the_trace_over_an_exact_basis_is_that_of_the_dense_hessian(case):
     basis = [size**0.5 * e for e in np.eye(size)]
     assert hessian.trace(H, basis)[0] == pytest.approx(exact, rel=1e-8)
     known = hessian.largest_eigenvalues(H, 5, tolerance=1e-12)
-    assert hessian.trace(H, basis, beside=known)[0] == pytest.approx(exact, rel=1e-8)
+    assert hessian.trace(H, basis, known=known)[0] == pytest.approx(exact, rel=1e-8)
 
 
 def test_the_stochastic_trace_lies_within_three_of_its_standard_errors(case):
@@ -150,7 +150,7 @@ def test_the_stochastic_trace_lies_within_three_of_its_standard_errors(case):
     plain, error = hessian.trace(H, hessian.rademacher(H.shape[0], 40))
     assert abs(plain - exact) < 3 * error
     known = hessian.largest_eigenvalues(H, 5, tolerance=1e-8)
-    better, less = hessian.trace(H, hessian.rademacher(H.shape[0], 40), beside=known)
+    better, less = hessian.trace(H, hessian.rademacher(H.shape[0], 40), known=known)
     assert abs(better - exact) < 3 * less
     assert less < error
 
@@ -238,7 +238,7 @@ def test_whatever_is_raised_before_a_product_ends_the_computation(case):
 def test_eval_mode_is_for_the_block_only():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2).eval()))
     before = [m.training for m in model.modules()]
-    with hessian.evaluating(model):
+    with hessian.eval_mode(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == before
 
