@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import end_with
-from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, load_estimate
 from experiments.harness.runs.files import printable
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import cores
@@ -53,7 +53,7 @@ def plan(
     """
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
-    estimate, left, alone, unknown = measured(results), 0.0, 0.0, 0
+    estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
         seconds = estimate.seconds(spec)
@@ -141,7 +141,7 @@ def run(
         waiting,
         Session(results, data_root, provenance),
         jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
-        estimate=measured(results),
+        estimate=load_estimate(results),
         redo=redo,
     )
     for spec, failure in outcome.failed.items():

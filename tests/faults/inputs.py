@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.__main__ import show
-from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of, state_of
 from experiments.harness.work.checkpoint import load_weights, save_weights
@@ -117,7 +117,7 @@ def outcome(record: Record) -> tuple[bool, bool]:
         lambda: load_weights(record),
         lambda: " ".join(state_of(SPEC, record.root)).encode(),
         lambda: _shown(record),
-        lambda: measured(record.root),
+        lambda: load_estimate(record.root),
     ]
     refused = crashed = False
     for reader in readers:

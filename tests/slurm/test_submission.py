@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bert_glue, resnet_cifar, wrn_cifar
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.estimate import Estimate, gpu_hours, load_estimate
 from experiments.harness.runs.provenance import ROOT, code_hash
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
@@ -50,8 +50,8 @@ def test_measured_times_decide_the_time_limit(tmp_path):
     record = record_of(spec, tmp_path)
     record.create(spec)
     record.finish({"wall_seconds": 1200.0})
-    assert resources(spec, measured(tmp_path)).minutes == 60  # twice 20 minutes, and the least, by half hours
-    assert resources(spec, measured(tmp_path), minutes=7).minutes == 7
+    assert resources(spec, load_estimate(tmp_path)).minutes == 60  # twice 20 minutes, and the least, by half hours
+    assert resources(spec, load_estimate(tmp_path), minutes=7).minutes == 7
 
 
 def test_runs_are_packed_and_arrays_stay_below_the_largest():
@@ -239,7 +239,7 @@ def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
     states = [("PENDING", "Priority"), ("RUNNING", "None"), ("OUT_OF_MEMORY", "None"), ("FAILED", "None")]
     queue = {f"7_{i}": scheduler.Job(f"7_{i}", *state) for i, state in enumerate([(s, "msam-x", r) for s, r in states])}
     monkeypatch.setattr(scheduler, "queue", lambda users: queue)
-    monkeypatch.setattr(scheduler, "fates", lambda ids: {"7_4": "NODE_FAIL"})
+    monkeypatch.setattr(scheduler, "final_states", lambda ids: {"7_4": "NODE_FAIL"})
     found = standings(specs, tmp_path)
     assert [run.state for run in found] == ["queued", "running", "lost", "failed", "lost", "lost"]
     assert "Priority" in found[0].words

@@ -67,7 +67,7 @@ def work(spec: Run) -> int:
     return spec.examples // spec.batch_size * spec.batch_size * spec.flat["epochs"] * passes // spec.processes
 
 
-def measured(root: Path) -> Estimate:
+def load_estimate(root: Path) -> Estimate:
     """The estimate from the finished runs below a results root; where it has none, from the committed runs."""
     local, committed = _medians(_finished(root)), _medians(_committed(root))
     return Estimate(committed.exact | local.exact, committed.by_model | local.by_model)

@@ -121,7 +121,9 @@ def parse_object(text: str, path: Path) -> dict[str, Any]:
         RecordError: if it is not one JSON object.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_reject_repeated, parse_constant=_reject_constant, parse_int=_parse_integer)
+        content = json.loads(
+            text, object_pairs_hook=_reject_repeated, parse_constant=_reject_constant, parse_int=_parse_integer
+        )
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not JSON ({error}): repair it or move its folder away.") from error
     if not isinstance(content, dict):

@@ -36,9 +36,9 @@ from experiments.harness.runs.files import (
     read_json,
     read_text,
     replacing,
+    write_errors,
     write_json,
     write_text,
-    write_errors,
 )
 from experiments.harness.runs.spec import Run, SpecError, Training, from_dict
 
@@ -74,9 +74,7 @@ class Record:
             RecordError: for a path, or an empty string.
         """
         if self.run_id in ("", ".", "..") or "/" in self.run_id or "\0" in self.run_id:
-            raise RecordError(
-                f"{self.run_id!r} is not a run id: give the name of a folder in {self.root / 'runs'}."
-            )
+            raise RecordError(f"{self.run_id!r} is not a run id: give the name of a folder in {self.root / 'runs'}.")
 
     @property
     def folder(self) -> Path:

@@ -256,8 +256,7 @@ def density(H: PyTorchLinearOperator, *, nodes: int, probes: int, seed: int = 0)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block (BatchNorm with running statistics, no dropout); then each layer's mode is restored.
-    """
+    """Eval mode within the block: running BatchNorm statistics, no dropout. Then each layer's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

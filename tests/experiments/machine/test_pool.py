@@ -15,7 +15,7 @@ import pytest
 
 from experiments.harness.machine import pool
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import measured, work
+from experiments.harness.runs.estimate import load_estimate, work
 from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training, from_dict
@@ -32,7 +32,7 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=measured(root))
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=load_estimate(root))
 
 
 def scores(specs: list[Training], root: Path) -> list[dict]:
@@ -148,10 +148,10 @@ def test_two_commands_at_once_train_each_run_once(tmp_path):
 
 
 def test_estimates_come_from_measured_runs(tmp_path):
-    assert measured(tmp_path).seconds(SMALL) is None
+    assert load_estimate(tmp_path).seconds(SMALL) is None
     run(FOUR[:1], tmp_path)
     seconds = record_of(SMALL, tmp_path).summary()["wall_seconds"]
-    estimate = measured(tmp_path)
+    estimate = load_estimate(tmp_path)
     assert estimate.seconds(replace(SMALL, seed=5)) == pytest.approx(seconds)
     assert estimate.seconds(FOUR[2]) == pytest.approx(2 * seconds)  # SAM: each example twice
     assert work(with_seeds([SMALL], 2)[1]) == 128
@@ -166,9 +166,9 @@ def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):
         writer = csv.DictWriter(file, [*row])
         writer.writeheader()
         writer.writerows([row, {**row, "epochs": "many"}])
-    assert measured(tmp_path).seconds(spec) == pytest.approx(40)
-    assert measured(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
+    assert load_estimate(tmp_path).seconds(spec) == pytest.approx(40)
+    assert load_estimate(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
     record = record_of(spec, tmp_path)
     record.create(spec)
     record.finish({"wall_seconds": 10.0})
-    assert measured(tmp_path).seconds(spec) == pytest.approx(10)
+    assert load_estimate(tmp_path).seconds(spec) == pytest.approx(10)

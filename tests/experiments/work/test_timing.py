@@ -11,7 +11,7 @@ import torch
 
 from experiments.harness.machine import pool
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError, from_dict
@@ -125,7 +125,7 @@ def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thr
 def test_what_is_timed_has_the_machine_for_itself(tmp_path):
     others = catalogue.runs("linear_cifar", "smoke")
     specs = [others[0], RESNET, *others[1:]]
-    pool.run(specs, Session(tmp_path), jobs=2, estimate=measured(tmp_path))
+    pool.run(specs, Session(tmp_path), jobs=2, estimate=load_estimate(tmp_path))
     folders = [record_of(spec, tmp_path).folder for spec in specs]
     spans = [((f / "env.json").stat().st_mtime_ns, (f / "summary.json").stat().st_mtime_ns) for f in folders]
     timed = spans[1]

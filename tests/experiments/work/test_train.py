@@ -304,7 +304,7 @@ def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
 
     AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
     """
-    looks, counts = [], []
+    collected, counts = [], []
     collect = loop._Recorder.collect_losses
     monkeypatch.setattr(loop._Recorder, "collect_losses", lambda recorder: (collected.append(1), collect(recorder)))
     with Waits() as waits:
@@ -314,7 +314,7 @@ def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
         )
         assert waits.found[counts[-1] :], "scoring does look at values: the count works"
     assert counts == [counts[0]] * 8, "more than when the model was built"
-    assert len(looks) == 2, "once an epoch"
+    assert len(collected) == 2, "once an epoch"
 
 
 @pytest.mark.needs("gpu")
