@@ -4,7 +4,7 @@
 
 Each run times steps of the base optimizer, the control, SAM and mSAM, interleaved (see `harness/work/timing.py`); seeds
 are repetitions. The networks are those of Table 1 at their batch size, ResNet-8 also at half and twice its batch size,
-and the deeper ResNet-20. On CPUs, two data-parallel workers with a core each are timed as well; on GPUs only one worker.
+and the deeper ResNet-20. On CPUs, two data-parallel workers with a core each are timed as well; on GPUs only one.
 """
 
 from dataclasses import replace

@@ -4,8 +4,8 @@
     python -m experiments run label_noise-tuning --profile cpu     # the grid that chooses learning rate and rho
 
 The ResNet of Table 1 on CIFAR-10 with 0, 20, 40 and 60 % wrong training labels, where each of the other nine classes is
-equally likely (the table label_noise, drawn as a curve). In this setting Foret et al. 2021 (section 3.3) saw the largest
-gain from SAM. Labels of test and held-out images are correct; the same labels are wrong for every method and seed. The
+equally likely (the table label_noise, drawn as a curve). In this setting, Foret et al. 2021 (section 3.3) saw SAM gain
+most. Labels of test and held-out images are correct; the same labels are wrong for every method and seed. The
 training accuracy counts wrong labels too, so it shows memorization. Learning rate and rho are Table 1's unless `CHOSEN`
 has others. As in Table 1, the learning rate is the best one for plain training. It is lower than without wrong labels,
 so effects of the labels cannot be separated from effects of the learning rate across shares. The grid is the committed

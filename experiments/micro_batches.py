@@ -4,7 +4,7 @@
     python -m experiments run micro_batches-tuning --profile cpu     # the grid that chooses rho for each m
 
 The ResNet of Table 1 on CIFAR-10 at Table 1's batch size, with m = 1 (SAM), 2, 4, ... (the table micro_batches, drawn
-as curves). mSAM runs at SAM's rho, and at a tuned rho where `TUNED` has one. At each m the control (plain gradients over
+as curves). mSAM runs at SAM's rho, and at a tuned rho if `TUNED` has one. At each m the control (plain gradients over
 the same micro-batches) separates the effect of micro-batch BatchNorm from that of mSAM. So does the same network with
 GroupNorm, which does not depend on m. Each network is measured like those of Table 3: the largest Hessian eigenvalue,
 and the accuracy with re-estimated BatchNorm statistics.
@@ -31,7 +31,7 @@ RHO = {"smoke": 0.1, "cpu": 0.05, "paper": 0.05}
 TUNED: dict[str, dict[str, dict[int, float]]] = {
     "cpu": {"resnet8": {2: 0.2, 4: 0.1, 8: 0.1, 32: 0.0125}, "resnet8-groupnorm": {1: 0.00625, 8: 0.00625}}
 }
-"""By profile and model, the rho of each m if the grid chose another value than `RHO`; GroupNorm has only m = 1 and 8."""
+"""By profile and model, the rho of each m if the grid chose another than `RHO`; GroupNorm has only m = 1 and 8."""
 
 GROUPNORM = {
     "smoke": replace(resnet_cifar.SMOKE, model="resnet8-groupnorm"),
@@ -43,7 +43,7 @@ MEASURED = {"smoke": (16, 0.05), "cpu": (256, 0.05), "paper": (512, 0.05)}
 
 
 def against_m(base: Training, profile: str) -> list[Training]:
-    """The base optimizer, SAM and, at each m, the control, mSAM at SAM's rho, and mSAM at its tuned rho if different."""
+    """The base optimizer, SAM and, at each m, the control, mSAM at SAM's rho, and mSAM at its tuned rho."""
     tuned = TUNED.get(profile, {}).get(base.model, {})
     cells = [base, *(replace(base, rho=rho) for rho in dict.fromkeys((RHO[profile], tuned.get(1, RHO[profile]))))]
     for m in M[profile]:

@@ -59,7 +59,7 @@ PAPER = replace(
 
 # SAM's rho: 0.05 on CIFAR-10 from Foret et al. 2021 (Table 1, WRN-28-10), 0.2 on CIFAR-100 from the configurations of
 # MarlonBecker/MSAM@780fa4f. We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM
-# uses SAM's rho and m=8, that is micro-batches of 32: the per-device shards with which Foret et al. computed SAM.
+# uses SAM's rho and m=8: micro-batches of 32, the per-device shards with which Foret et al. computed SAM.
 PAPER_CELLS = [
     *four_methods(PAPER, micro_batches=8, sam_rho=0.05, msam_rho=0.05),
     *four_methods(replace(PAPER, dataset="cifar100"), micro_batches=8, sam_rho=0.2, msam_rho=0.2),

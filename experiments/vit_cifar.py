@@ -10,7 +10,7 @@ to help; with this stem and 32 epochs, AdamW does best at half the learning rate
 paper: a ViT of 7 layers and width 384 over patches of 4, from scratch, on CIFAR-10 and CIFAR-100; no GPU has run it.
 
 Expected (n=8, +- 95 %): AdamW 42.5 +- 0.5, over micro-batches 42.5 +- 0.5, SAM 42.2 +- 0.5, mSAM 42.3 +- 0.7; 38, 59,
-72 and 108 seconds per run on one core of an AMD EPYC, 1.5 times that on another EPYC. No rho helps: the model underfits.
+72 and 108 seconds per run on one core of an AMD EPYC, 1.5 times that on another. No rho helps: the model underfits.
 """
 
 from dataclasses import replace

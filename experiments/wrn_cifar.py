@@ -55,8 +55,8 @@ PAPER = replace(
     **ON_GPU,
 )
 
-# We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM uses SAM's rho and m=8, that
-# is micro-batches of 32: the per-device shards with which Foret et al. computed SAM.
+# We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM uses SAM's rho and m=8:
+# micro-batches of 32, the per-device shards with which Foret et al. computed SAM.
 PAPER_CELLS = [
     *four_methods(PAPER, micro_batches=8, sam_rho=0.05, msam_rho=0.05),
     *four_methods(replace(PAPER, dataset="cifar100"), micro_batches=8, sam_rho=0.1, msam_rho=0.1),
