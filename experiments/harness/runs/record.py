@@ -265,7 +265,7 @@ class Record:
                     lines.append(parse_object(text, path))
             except RecordError:
                 if number < len(pieces):
-                    raise RecordError(f"{path}: line {number} is damaged. Move the run's folder away.") from None
+                    raise RecordError(f"{path}, line {number}, is damaged: move the run's folder away.") from None
         return lines
 
     def finish(self, summary: Mapping[str, float | int | str | None]) -> None:

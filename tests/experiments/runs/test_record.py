@@ -58,7 +58,7 @@ def test_a_truncated_last_line_is_left_out_and_a_damaged_earlier_line_is_named(r
     assert record.metrics() == [{"epoch": 1}]
     with open(record.folder / "metrics.jsonl", "a") as file:
         file.write('\n{"epoch": 3}\n')
-    with pytest.raises(RecordError, match=r"metrics\.jsonl: line 2"):
+    with pytest.raises(RecordError, match=r"metrics\.jsonl, line 2"):
         record.metrics()
 
 
