@@ -91,7 +91,7 @@ bench: setup ## Time msam.backward against other implementations and against the
 	$(python) -m benchmarks.backward
 	$(python) -m benchmarks.loop
 
-soak: setup ## Kill trainings, pools and analyses at random times, damage records, print the outcomes (half an hour)
+soak: setup ## Kill training runs, pools and analyses at random times, damage records, print the outcomes (half an hour)
 	$(python) -m tests.faults.soak
 
 lint: setup ## Check style, format, types and imports

@@ -96,7 +96,7 @@ def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: in
     print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
     kept = sum(disk_bytes(spec)[0] for spec in waiting)
     working = sorted((disk_bytes(spec)[1] for spec in waiting), reverse=True)[:gpus]
-    print(f"Disk: {kept / 1e9:.0f} GB for final weights, plus {sum(working) / 1e9:.1f} GB while {gpus} run at a time.")
+    print(f"Disk: {kept / 1e9:.0f} GB for final weights, plus {sum(working) / 1e9:.1f} GB for {gpus} at a time.")
 
 
 def run(
