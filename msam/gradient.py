@@ -76,7 +76,7 @@ def backward(
     Running statistics, as of BatchNorm layers in train mode, move in the clean passes only, once for each
     micro-batch (see `msam.state`). Tensor hooks of a parameter see its ascent gradient and then its
     perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only, as it adds up, and
-    must not step an optimizer there. What DistributedDataParallel does is told in `msam.parallel`.
+    must not step an optimizer there. What DistributedDataParallel does is described in `msam.parallel`.
 
     Args:
         loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and its
@@ -102,11 +102,11 @@ def backward(
             CPU's and the GPUs' generators then end where one pass over each micro-batch would leave them;
             otherwise where two would.
         vectorized: Take all micro-batches through the model in one pass at w and one at their own w + e_i, where the
-            default lets them take their turns. The result is the same up to rounding; it takes less time where
+            default loops over micro-batches. The result is the same up to rounding; it takes less time where
             micro-batches are small, and more memory: the activations of the whole mini-batch, and up to m gradients of
             each weight. `loss_fn` gets the whole batch, whose mean loss must be the mean of the micro-batches'.
             `msam.vectorized` says what it asks of a model; what it cannot do it refuses. If m does not divide the
-            number of examples, m = 1 or rho = 0, micro-batches take their turns. Buffers other than BatchNorm's move
+            number of examples, m = 1 or rho = 0, the default loop is used. Buffers other than BatchNorm's move
             once a step, and hooks of a parameter see its perturbed gradient alone, once.
         scaler: The `GradScaler` of fp16 training. Both passes are scaled; `unscale_`, `step` and `update` stay the
             caller's. A step that overflows anywhere leaves values that are not finite in `.grad`, for it to skip.

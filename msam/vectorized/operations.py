@@ -222,7 +222,7 @@ def refuse(what: str) -> NoReturn:
         NotImplementedError: always.
     """
     raise NotImplementedError(
-        f"msam.backward(vectorized=True) cannot do {what}: leave vectorized out, and micro-batches take their turns."
+        f"msam.backward(vectorized=True) cannot do {what}: use vectorized=False."
     )
 
 

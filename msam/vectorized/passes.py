@@ -184,7 +184,7 @@ class Vectorized(TorchFunctionMode):
         return run(operation, None, x, params)
 
     def _other(self, func: Callable[..., Any], touched: list[int], results: Sequence[Any]) -> None:
-        """Note a call that is done at w. Whether it matters the ascent pass tells, if autograd sees it."""
+        """Note a call that is done at w. The ascent pass shows whether it matters, if autograd sees it."""
         tensors = [t for t in results if isinstance(t, Tensor)]
         name = self._names[touched[0]]
         if any(t.is_floating_point() and not t.requires_grad for t in tensors):
