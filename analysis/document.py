@@ -1,4 +1,4 @@
-"""A table's numbers as Markdown, LaTeX and plain text, all from one value.
+"""`Document` writes a table's numbers as Markdown, LaTeX and plain text.
 
 Text from run records is data: every format escapes all cells and lines.
 """

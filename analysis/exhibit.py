@@ -1,4 +1,4 @@
-"""An exhibit: a table of the paper or a study as one value, with its numbers, text, figures and claims."""
+"""`Exhibit` declares a table of the paper or a study: its title, numbers, text, figures and claims."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""What runs any experiment."""
+"""Runs any experiment: specs and records, data and models, training and measuring, many runs on a machine."""

@@ -221,9 +221,7 @@ def refuse(what: str) -> NoReturn:
     Raises:
         NotImplementedError: always.
     """
-    raise NotImplementedError(
-        f"msam.backward(vectorized=True) cannot do {what}: use vectorized=False."
-    )
+    raise NotImplementedError(f"msam.backward(vectorized=True) cannot do {what}: use vectorized=False.")
 
 
 def _mark() -> Tensor:

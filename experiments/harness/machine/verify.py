@@ -74,7 +74,9 @@ def _check(spec: Run, epochs: int | None) -> None:
     if isinstance(spec, Timing):
         raise SpecError("A timing run measures times, which always differ: rerun it with --redo and compare them.")
     if spec.processes > 1:
-        raise SpecError("A data-parallel run needs several processes: submit it with another --results and compare.")
+        raise SpecError(
+            "verify cannot retrain data-parallel runs: submit it with another --results and compare the two folders."
+        )
     if epochs is None:
         return
     if type(spec) is not Training:

@@ -5,8 +5,8 @@ An experiment is a module of `experiments/` with a docstring and
     TABLE     the table its runs fill, for example "table1"
     RUNS      profile -> cells: the runs of the table, each written once, at seed 0
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
-    VARIES    the fields that a study varies, for example ("batch_size",) (optional). A cell is compared with the cell
-              that equals it in all other fields; without VARIES, in every field that does not define the arms.
+    VARIES    the fields that a study varies, for example ("batch_size",) (optional). Two cells are compared
+              if they differ only in the fields that define their arms; if there is no such pair, these may differ too
 
 A target is an experiment's name, a table's name, either of them followed by "-tuning", or "all": every table, without
 the grids.

@@ -104,7 +104,7 @@ def measure(spec: Stability, record: Record, session: Session) -> None:
         session.report(round(100 * (wide - math.log(high / low))), round(100 * (wide - narrow)))
     if low == ends[0] or high == ends[1]:
         raise SpecError(
-            f"There is no boundary between {WIDEST[0]} and {WIDEST[1]} times that of gradient descent: lower rho."
+            f"No stability boundary was found between {WIDEST[0]} and {WIDEST[1]} times gradient descent's: lower rho."
         )
     simulated = math.sqrt(low * high) * sharpness
     predicted = predicted_sharpness(spec, minimum)
