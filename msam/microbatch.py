@@ -1,11 +1,31 @@
-"""Splitting a mini-batch into disjoint micro-batches."""
+"""Splitting a mini-batch into disjoint micro-batches.
+
+What is split: tensors and NumPy arrays along their first dimension, and lists, tuples and other sequences with one
+entry an example. What holds them is kept: dicts, tuples and lists of tensors, named tuples, dataclasses, and classes
+that are registered with `torch.utils._pytree`. What is not by example (a string, None, a number, a list of another
+length) is given to every micro-batch. What could be read in two ways is refused.
+"""
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree
+
+READY = "give ready micro-batches instead: batch=None, micro_batches=[...], with loss_fn returning msam.Output"
+
+_SIMPLE = {str, int, float, bool, bytes, type(None)}
+
+Cut = tuple[int, int]
+"""Where a micro-batch begins and ends."""
 
 
 def split(batch: Any, micro_batches: int) -> list[Any]:
@@ -15,25 +35,60 @@ def split(batch: Any, micro_batches: int) -> list[Any]:
     3, 3, 3, 1, and for some sizes fewer than asked).
 
     Args:
-        batch: A tensor, or dicts, lists, tuples (named ones too) and dataclasses of tensors, nested as you
-            like. All tensors share their first dimension, the examples; anything else in it (a string, None,
-            a number) is given to every micro-batch.
-        micro_batches: m >= 1. A batch of fewer examples than m is split into single examples.
+        batch: A tensor, or dicts, lists, tuples (named ones too), dataclasses and registered classes of tensors,
+            nested as you like. All tensors share their first dimension, the examples. Lists, tuples and arrays
+            without tensors are split like a tensor if they have an entry for each example. Lists of tensors of
+            different shapes (images and their boxes, say) are split by entry, if all of them have one for each
+            example. Anything else is given to every micro-batch.
+        micro_batches: m >= 1. A batch of fewer examples than m is split into single examples. One micro-batch is
+            the batch itself, whatever that is.
 
     Returns:
         The micro-batches, each of the batch's own structure. Tensors are views, not copies.
 
     Raises:
         ValueError: if m is below 1, or the batch has no example or no tensor, or its tensors disagree about
-            the number of examples.
+            the number of examples, or it holds anything that cannot be split or could be split in two ways.
 
     >>> import torch
     >>> [part.tolist() for part in split(torch.arange(5), 2)]
     [[0, 1, 2], [3, 4]]
+    >>> split({"x": torch.zeros(2, 3), "text": ["one", "two"]}, 2)[1]["text"]
+    ['two']
     """
-    check_micro_batches(micro_batches)
-    parts = min(micro_batches, examples(batch))
-    return [_part(batch, index, parts) for index in range(parts)]
+    return split_with_sizes(batch, micro_batches)[0]
+
+
+def split_with_sizes(batch: Any, micro_batches: Any) -> tuple[list[Any], list[int] | None]:
+    """The micro-batches and how many examples each holds; None if the one there is cannot be counted."""
+    m = whole_number(micro_batches)
+    if m == 1:
+        try:
+            return [batch], [examples(batch)]
+        except Uncountable:
+            return [batch], None
+    size, rows = _counted(batch)
+    parts = min(m, size)
+    each, more = divmod(size, parts)
+    ends = list(itertools.accumulate(each + (number < more) for number in range(parts)))
+    cuts = list(zip([0, *ends], ends, strict=False))
+    return [_part(batch, cut, size, rows) for cut in cuts], [end - start for start, end in cuts]
+
+
+def ready_sizes(parts: Sequence[Any]) -> list[int] | None:
+    """How many examples each of some ready micro-batches holds; None if they cannot be counted alike.
+
+    Lists of tensors of different lengths hold one entry an example.
+    """
+    ways: list[Callable[[Any], int]] = [_size_by_tensors, partial(_size_by_entries, ready=True)]
+    if len({_signature(part) for part in parts}) > 1:
+        ways.reverse()
+    for way in ways:
+        try:
+            return [_not_empty(way(part)) for part in parts]
+        except Uncountable:
+            continue
+    return None
 
 
 def examples(batch: Any) -> int:
@@ -42,18 +97,12 @@ def examples(batch: Any) -> int:
     Raises:
         ValueError: as `split` does.
     """
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in _tensors(batch)}
-    if not sizes:
-        raise ValueError(f"The batch ({type(batch).__name__}) holds no tensor, so it cannot be split by example.")
-    if len(sizes) > 1 or None in sizes:
-        found = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(batch))
-        raise ValueError(
-            f"The batch's tensors must share their first dimension, the examples; their shapes are {found}."
-        )
-    (size,) = sizes
-    if not size:
-        raise ValueError("The batch holds no example: skip empty batches.")
-    return size
+    return _counted(batch)[0]
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, those within objects that are not split too."""
+    yield from _found(batch, (Tensor,))
 
 
 def fresh(batch: Any) -> Any:
@@ -62,49 +111,293 @@ def fresh(batch: Any) -> Any:
     if children is None:
         return batch
     pieces = [fresh(child) for child in children]
-    if any(a is not b for a, b in zip(children, pieces, strict=True)):
+    if _is_registered(batch) or any(a is not b for a, b in zip(children, pieces, strict=True)):
         return _rebuilt(batch, pieces)
     return copy.copy(batch) if isinstance(batch, list | Mapping) else batch
 
 
-def check_micro_batches(micro_batches: object) -> None:
-    """Refuse anything but an integer m >= 1.
+def whole_number(micro_batches: Any) -> int:
+    """m, from a whole number of any type: of Python, of NumPy, or a tensor without dimensions.
 
     Raises:
-        ValueError: with what was given.
+        ValueError: for anything but an integer m >= 1, with what was given.
     """
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+    number = micro_batches
+    if (
+        isinstance(number, Tensor)
+        and not number.dim()
+        and not (number.is_floating_point() or number.dtype is torch.bool)
+    ):
+        number = number.item()
+    if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
         raise ValueError(
             f"micro_batches is {micro_batches!r}, but must be a whole number of micro-batches, 1 (SAM) or more."
         )
+    return operator.index(number)
+
+
+class Uncountable(ValueError):
+    """It is not known how many examples a batch holds."""
+
+
+def _counted(batch: Any) -> tuple[int, bool]:
+    """The number of examples, and whether lists of tensors hold an entry for each of them.
+
+    Raises:
+        ValueError: if there is none, or no one number.
+    """
+    try:
+        return _not_empty(_size_by_tensors(batch)), False
+    except Uncountable as error:
+        try:
+            return _not_empty(_size_by_entries(batch)), True
+        except Uncountable:
+            raise error from None
+
+
+def _not_empty(size: int) -> int:
+    if not size:
+        raise ValueError("The batch holds no example: skip empty batches.")
+    return size
+
+
+def _size_by_tensors(batch: Any) -> int:
+    """The first dimension that all tensors share; without tensors, the length that all arrays share, then all lists."""
+    _check_kinds(batch)
+    for leaves in (_sized(batch, _is_tensor), _sized(batch, _is_array), _sized(batch, _is_plain_sequence)):
+        sizes = {size for size, _ in leaves}
+        if len(sizes) > 1 or None in sizes:
+            shapes = ", ".join(str(shape) for _, shape in leaves)
+            raise Uncountable(
+                f"The batch's tensors must share their first dimension, the examples; their shapes are {shapes}."
+            )
+        if sizes:
+            return sizes.pop()
+    raise Uncountable(f"The batch ({type(batch).__name__}) holds no tensor, so it cannot be split by example.")
+
+
+def _size_by_entries(batch: Any, ready: bool = False) -> int:
+    """The length that a batch's lists share, or that a list of examples has, each of tensors that disagree.
+
+    Args:
+        batch: The batch.
+        ready: Whether a list of tensors is a list of examples, which other micro-batches have shown.
+    """
+    _check_kinds(batch)
+    if (
+        isinstance(batch, list)
+        and batch
+        and (
+            _only_tensors(batch)
+            if ready
+            else len({_signature(entry) for entry in batch}) == 1 and not any(map(_agrees, batch))
+        )
+    ):
+        return len(batch)
+    sizes: set[Any] = set()
+    for column in _children(batch) or ():
+        if isinstance(column, list | tuple) and not hasattr(column, "_fields"):
+            if len(column) or _holds_tensors(column):
+                sizes.add(len(column))
+        elif _is_tensor(column) or _is_array(column):
+            sizes.add(column.shape[0] if column.ndim else None)
+        elif _holds_tensors(column):
+            raise Uncountable("A part of the batch is neither a tensor nor a list.")
+    if len(sizes) != 1 or None in sizes:
+        raise Uncountable("The batch's lists have different lengths.")
+    return sizes.pop()
+
+
+def _only_tensors(batch: Sequence[Any]) -> bool:
+    return all(isinstance(entry, Tensor) for entry in batch)
+
+
+def _agrees(entry: Any) -> bool:
+    """Whether an entry is by itself a batch, or holds nothing to be counted."""
+    try:
+        _size_by_tensors(entry)
+        return True
+    except Uncountable:
+        return not _holds_tensors(entry)
+
+
+def _sized(batch: Any, wanted: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
+    """Size and shape of each leaf of a kind."""
+    if wanted(batch):
+        shape = tuple(batch.shape) if hasattr(batch, "shape") else (len(batch),)
+        return [(_length(batch), shape)]
+    return [found for child in _children(batch) or () for found in _sized(child, wanted)]
+
+
+def _length(leaf: Any) -> int | None:
+    if hasattr(leaf, "shape"):
+        return leaf.shape[0] if len(leaf.shape) else None
+    return len(leaf)
+
+
+def _check_kinds(batch: Any) -> None:
+    """Refuse what cannot be split.
+
+    Raises:
+        ValueError: by its type.
+    """
+    if isinstance(batch, Tensor) and batch.is_nested:
+        raise Uncountable(f"A nested tensor cannot be split by example: {READY}.")
+    if isinstance(batch, PackedSequence):
+        raise Uncountable(f"A PackedSequence cannot be split by example: pack within loss_fn, or {READY}.")
+    if isinstance(batch, Iterator):
+        raise ValueError(
+            f"The batch holds an iterator ({type(batch).__name__}), which the first pass over a micro-batch would use "
+            "up: make a list of it."
+        )
+    children = _children(batch)
+    if children is None and not _is_leaf(batch) and next(_found(batch, (Tensor,), arrays=True), None) is not None:
+        raise Uncountable(
+            f"A {type(batch).__name__} holds tensors and cannot be split by example: register its class with "
+            f"torch.utils._pytree.register_pytree_node, or {READY}."
+        )
+    for child in children or ():
+        _check_kinds(child)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    """A tensor, or what is indexed like one: a TensorDict, say."""
+    return isinstance(leaf, Tensor) or _is_tensor_like(leaf)
+
+
+def _is_tensor_like(leaf: Any) -> bool:
+    size = getattr(leaf, "batch_size", None)
+    return isinstance(size, torch.Size) and len(size) > 0 and hasattr(type(leaf), "__getitem__")
+
+
+def _is_array(leaf: Any) -> bool:
+    """A NumPy array with a first dimension, or a table of pandas."""
+    return type(leaf).__module__.partition(".")[0] in ("numpy", "pandas") and bool(getattr(leaf, "shape", ()))
+
+
+def _is_plain_sequence(leaf: Any) -> bool:
+    """A sequence that holds neither tensors nor arrays; not text."""
+    if not isinstance(leaf, Sequence) or isinstance(leaf, str | bytes | bytearray) or hasattr(leaf, "_fields"):
+        return False
+    return not isinstance(leaf, torch.Size) and not _holds_tensors(leaf)
+
+
+def _is_leaf(leaf: Any) -> bool:
+    return _is_tensor(leaf) or _is_array(leaf) or _is_plain_sequence(leaf)
+
+
+def _holds_tensors(value: Any) -> bool:
+    return next(_found(value, (Tensor,), arrays=True), None) is not None
+
+
+def _found(value: Any, kinds: tuple[type, ...], arrays: bool = False, depth: int = 0) -> Iterator[Any]:
+    """What a value is or holds of some kinds, in containers or in attributes of objects."""
+    if isinstance(value, kinds) or (arrays and _is_array(value)):
+        yield value
+        return
+    if depth > 5 or isinstance(value, type | torch.nn.Module | str | bytes | range) or _is_array(value):
+        return
+    children = _children(value)
+    if children is None and isinstance(value, Sequence | Set):
+        children = list(value)
+    if children is None:
+        children = [] if callable(value) else list(getattr(value, "__dict__", {}).values())
+        depth += 2
+    if set(map(type, children)) <= _SIMPLE:
+        return
+    for child in children:
+        yield from _found(child, kinds, arrays, depth + 1)
+
+
+def _is_registered(batch: Any) -> bool:
+    kind = type(batch)
+    return kind in _pytree.SUPPORTED_NODES and kind.__module__ not in ("builtins", "collections") and not _named(batch)
+
+
+def _named(batch: Any) -> bool:
+    return isinstance(batch, tuple) and hasattr(batch, "_fields")
 
 
 def _children(batch: Any) -> list[Any] | None:
     """The values one level down, or None for a leaf."""
+    if isinstance(batch, Tensor) or _is_tensor_like(batch):
+        return None
     if isinstance(batch, Mapping):
         return list(batch.values())
-    if isinstance(batch, list | tuple):
+    if isinstance(batch, list | tuple) and not isinstance(batch, torch.Size | PackedSequence):
         return list(batch)
+    if _is_registered(batch):
+        return list(_pytree.SUPPORTED_NODES[type(batch)].flatten_fn(batch)[0])
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     return None
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    for child in _children(batch) or ():
-        yield from _tensors(child)
+def _part(batch: Any, cut: Cut, size: int, rows: bool) -> Any:
+    """What lies within a cut, in the structure of the batch.
 
-
-def _part(batch: Any, index: int, parts: int) -> Any:
-    """Micro-batch `index` of `parts`, in the structure of `batch`."""
+    Args:
+        batch: The batch, or a part of it.
+        cut: Where the micro-batch begins and ends.
+        size: How many examples the batch holds.
+        rows: Whether lists of tensors hold an entry for each example.
+    """
+    start, end = cut
     if isinstance(batch, Tensor):
-        return batch.tensor_split(parts)[index]
+        return batch[start:end]
+    if _is_tensor_like(batch):
+        return batch[start:end]
+    if _is_array(batch):
+        if batch.shape[0] != size:
+            return batch
+        return batch.iloc[start:end] if hasattr(batch, "iloc") else batch[start:end]
+    if isinstance(batch, Set) and len(batch) == size:
+        raise ValueError(f"A set of {size} entries beside {size} examples has no order to split it by: make it a list.")
+    if rows and isinstance(batch, list | tuple) and not _named(batch) and len(batch) == size:
+        return _cut(batch, cut)
+    if _is_plain_sequence(batch):
+        return _sequence_part(batch, cut, size)
+    if isinstance(batch, list) and len(batch) == size and not rows and _entries_are_arrays(batch, size):
+        return _cut(batch, cut)
     children = _children(batch)
     if children is None:
         return batch
-    return _rebuilt(batch, [_part(child, index, parts) for child in children])
+    return _rebuilt(batch, [_part(child, cut, size, rows) for child in children])
+
+
+def _entries_are_arrays(batch: list[Any], size: int) -> bool:
+    """Whether a list of arrays has one for each example, and not one array over all of them."""
+    if not all(_is_array(entry) for entry in batch):
+        return False
+    if all(entry.shape[0] == size for entry in batch):
+        raise ValueError(
+            f"A list of {size} arrays of {size} entries each could be split by either: stack the arrays, or {READY}."
+        )
+    return True
+
+
+def _sequence_part(batch: Any, cut: Cut, size: int) -> Any:
+    """Of a sequence without tensors."""
+    columns = [entry for entry in batch if _is_plain_sequence(entry)] if not isinstance(batch, range) else []
+    by_columns = bool(columns) and len(columns) == len(batch) and all(len(entry) == size for entry in columns)
+    if len(batch) == size:
+        if by_columns and size > 1:
+            raise ValueError(
+                f"A list of {size} lists of {size} entries each could be split by either: make the outer one a dict, "
+                f"or {READY}."
+            )
+        return _cut(batch, cut)
+    children = _children(batch)
+    if children is None or not columns:
+        return batch
+    return _rebuilt(batch, [_part(child, cut, size, False) for child in children])
+
+
+def _cut(batch: Any, cut: Cut) -> Any:
+    try:
+        return batch[slice(*cut)]
+    except TypeError:  # a deque
+        return type(batch)(itertools.islice(batch, *cut))
 
 
 def _rebuilt(batch: Any, pieces: list[Any]) -> Any:
@@ -112,8 +405,29 @@ def _rebuilt(batch: Any, pieces: list[Any]) -> Any:
     kind = type(batch)
     if isinstance(batch, Mapping):
         pairs = dict(zip(batch, pieces, strict=True))
-        return pairs if kind is dict else kind(pairs)
+        if kind is dict:
+            return pairs
+        clone = copy.copy(batch)
+        if not hasattr(clone, "__setitem__"):
+            return kind(pairs)
+        for key, piece in pairs.items():
+            clone[key] = piece
+        return clone
     if isinstance(batch, list | tuple):
-        return kind(*pieces) if hasattr(batch, "_fields") else kind(pieces)
-    names = [field.name for field in dataclasses.fields(batch)]
-    return dataclasses.replace(batch, **dict(zip(names, pieces, strict=True)))
+        return kind(*pieces) if _named(batch) else kind(pieces)
+    if _is_registered(batch):
+        node = _pytree.SUPPORTED_NODES[kind]
+        return node.unflatten_fn(pieces, node.flatten_fn(batch)[1])
+    clone = copy.copy(batch)
+    for field, piece in zip(dataclasses.fields(batch), pieces, strict=True):
+        object.__setattr__(clone, field.name, piece)
+    return clone
+
+
+def _signature(batch: Any) -> Any:
+    """What a batch is built of: types and lengths."""
+    children = _children(batch)
+    if children is None:
+        return type(batch).__name__
+    keys = tuple(map(str, batch)) if isinstance(batch, Mapping) else None
+    return type(batch).__name__, keys, tuple(_signature(child) for child in children)

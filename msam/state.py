@@ -28,7 +28,7 @@ from torch.autograd.graph import increment_version
 from msam.atomic import expanded
 
 LARGE = 2**16
-"""Elements from which on a tensor is cloned lazily."""
+"""Elements from which on a tensor is cloned lazily. Parameters always are: they rarely move."""
 
 LONGEST = 4096
 """Entries of a list, dict, set or deque up to which it counts as state."""
@@ -121,7 +121,7 @@ class State:
         for t, v in zip(then.tensors, then.values, strict=True):
             if not _alike(t, v):
                 self._attempt(failures, _reshaped, t, v)
-            elif t.numel() < LARGE or not _shared(t, v):
+            elif not _shared(t, v):
                 whole.append((t.detach(), v))
         for tensors, values in _grouped(whole):
             try:
@@ -166,7 +166,8 @@ class State:
         values: list[Any] = list(memory) if fits else [None] * len(tensors)
         small = []
         for number, t in enumerate(tensors):
-            if self._lazily and t.numel() >= LARGE and (clone := self._cloned(t)) is not None:
+            large = isinstance(t, nn.Parameter) or t.numel() >= LARGE
+            if self._lazily and large and (clone := self._cloned(t)) is not None:
                 values[number] = clone
                 continue
             if not fits or values[number] is self._clones.get(id(t)):
