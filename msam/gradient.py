@@ -14,13 +14,13 @@ from torch.nn.utils import parametrize
 from msam import embedding
 from msam.atomic import Gradients, transaction
 from msam.mean import Mean, Output, Total
-from msam.microbatch import ready_sizes, split_with_sizes, tensors, whole_number
+from msam.microbatch import ready_sizes, split_with_sizes, versions, whole_number
 from msam.noise import Noise
 from msam.parallel import Replicas, compiled, unwrapped
 from msam.passes import Passes
 from msam.perturbation import Weights
 from msam.state import State
-from msam.vectorized import Vectorized
+from msam.vectorized import Vectorized, together
 
 Returned = Tensor | tuple[Tensor, int | Tensor] | Output
 """A mean loss, or a mean loss and the count of what it is the mean of, or these and anything else."""
@@ -155,11 +155,11 @@ def backward(
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
     _check_options(shared, vectorized, batch, sizes)
-    together = _together(model, perturbed, rho, adaptive, sizes) if vectorized and sizes else None
-    if together:
+    once = together(model, perturbed, rho, adaptive, sizes, batch) if vectorized and sizes else None
+    if once:
         parts, sizes = [batch], [sum(sizes or [])]
     weights, replicas = Weights(perturbed, rho, adaptive), Replicas(ddp)
-    tables = [] if ddp or together else embedding.tables(model)
+    tables = [] if ddp or once else embedding.tables(model)
     kept = State([network, *modules], params, lazily=not compiled(model))
     started, gradients = kept.taken("start"), Gradients(params, overwritten=replicas.overwrites)
     undo: list[Callable[[], None]] = [weights.put_back, partial(kept.put_back, started)]
@@ -178,11 +178,11 @@ def backward(
             mean=Mean(sizes, gradients, replicas),
             noise=Noise(model, params, generators) if rho and same_noise else None,
             started=started,
-            written=[(t, t._version) for t in tensors(parts if batch is None else batch) if not t.is_inference()] if rho else (),
+            written=versions(parts if batch is None else batch) if rho else (),
             shared=bool(shared and rho),
         )
-        if together:
-            return _in_one_pass(passes, together, batch)
+        if once:
+            return _in_one_pass(passes, once, batch)
         if passes.shared:
             return _with_one_perturbation(passes, weights, parts, over_ranks=shared == "ranks")
         return _one_after_the_other(passes, weights, parts)
@@ -217,12 +217,13 @@ def _with_one_perturbation(passes: Passes, weights: Weights, parts: Sequence[Any
     return _step(passes, norm.reshape(1))
 
 
-def _in_one_pass(passes: Passes, together: Vectorized, S: Any) -> Step:
+def _in_one_pass(passes: Passes, once: Vectorized, S: Any) -> Step:
     """The same for all micro-batches at once: the mini-batch S at w, and then each micro-batch at its own w + e_i."""
-    passes.mode = together
+    passes.mode = once
     clean = passes.clean(S)
-    together.ascend(passes.scaled(clean.take_loss()), empty=isinstance(clean.weight, float) and clean.weight == 0)
-    with together.moved() as norms:
+    once.check_state(passes.state, passes.started)
+    once.ascend(passes.scaled(clean.take_loss()), empty=isinstance(clean.weight, float) and clean.weight == 0)
+    with once.moved() as norms:
         passes.descend(S, clean, norms)
     # In one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows.
     return _step(passes, None if clean.weight is not None else len(norms) * norms)
@@ -277,15 +278,6 @@ def _check_options(shared: Any, vectorized: bool, batch: Any, sizes: Sequence[in
         raise ValueError(
             "vectorized=True needs the mini-batch itself, of tensors: give batch, and the number m as micro_batches."
         )
-
-
-def _together(
-    model: nn.Module, perturbed: Sequence[Tensor], rho: float, adaptive: bool, sizes: Sequence[int]
-) -> Vectorized | None:
-    """All micro-batches in one pass; None where there is nothing to gain, or their sizes differ."""
-    if not rho or len(sizes) == 1 or min(sizes) < max(sizes):
-        return None
-    return Vectorized(model, perturbed, rho, adaptive, len(sizes), sum(sizes))
 
 
 def _parameters(

@@ -7,7 +7,6 @@ length) is given to every micro-batch. What could be read in two ways is refused
 """
 
 import copy
-import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -18,11 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree
+
+from msam.structure import (
+    children_of,
+    found,
+    holds_tensors,
+    is_array,
+    is_leaf,
+    is_plain_sequence,
+    is_registered,
+    is_tensor,
+    is_tensor_like,
+    named,
+    rebuilt,
+    signature,
+)
 
 READY = "give ready micro-batches instead: batch=None, micro_batches=[...], with loss_fn returning msam.Output"
-
-_SIMPLE = {str, int, float, bool, bytes, type(None)}
 
 Cut = tuple[int, int]
 """Where a micro-batch begins and ends."""
@@ -81,7 +92,7 @@ def ready_sizes(parts: Sequence[Any]) -> list[int] | None:
     Lists of tensors of different lengths hold one entry an example.
     """
     ways: list[Callable[[Any], int]] = [_size_by_tensors, partial(_size_by_entries, ready=True)]
-    if len({_signature(part) for part in parts}) > 1:
+    if len({signature(part) for part in parts}) > 1:
         ways.reverse()
     for way in ways:
         try:
@@ -102,17 +113,22 @@ def examples(batch: Any) -> int:
 
 def tensors(batch: Any) -> Iterator[Tensor]:
     """The tensors of a batch, those within objects that are not split too."""
-    yield from _found(batch, (Tensor,))
+    yield from found(batch, (Tensor,))
+
+
+def versions(batch: Any) -> list[tuple[Tensor, int]]:
+    """The tensors of a batch and their versions, which torch raises with each write."""
+    return [(t, t._version) for t in tensors(batch) if not t.is_inference()]
 
 
 def fresh(batch: Any) -> Any:
     """The same tensors in containers of its own, so that a `loss_fn` may pop from them."""
-    children = _children(batch)
+    children = children_of(batch)
     if children is None:
         return batch
     pieces = [fresh(child) for child in children]
-    if _is_registered(batch) or any(a is not b for a, b in zip(children, pieces, strict=True)):
-        return _rebuilt(batch, pieces)
+    if is_registered(batch) or any(a is not b for a, b in zip(children, pieces, strict=True)):
+        return rebuilt(batch, pieces)
     return copy.copy(batch) if isinstance(batch, list | Mapping) else batch
 
 
@@ -164,7 +180,7 @@ def _not_empty(size: int) -> int:
 def _size_by_tensors(batch: Any) -> int:
     """The first dimension that all tensors share; without tensors, the length that all arrays share, then all lists."""
     _check_kinds(batch)
-    for leaves in (_sized(batch, _is_tensor), _sized(batch, _is_array), _sized(batch, _is_plain_sequence)):
+    for leaves in (_sized(batch, is_tensor), _sized(batch, is_array), _sized(batch, is_plain_sequence)):
         sizes = {size for size, _ in leaves}
         if len(sizes) > 1 or None in sizes:
             shapes = ", ".join(str(shape) for _, shape in leaves)
@@ -190,18 +206,18 @@ def _size_by_entries(batch: Any, ready: bool = False) -> int:
         and (
             _only_tensors(batch)
             if ready
-            else len({_signature(entry) for entry in batch}) == 1 and not any(map(_agrees, batch))
+            else len({signature(entry) for entry in batch}) == 1 and not any(map(_agrees, batch))
         )
     ):
         return len(batch)
     sizes: set[Any] = set()
-    for column in _children(batch) or ():
+    for column in children_of(batch) or ():
         if isinstance(column, list | tuple) and not hasattr(column, "_fields"):
-            if len(column) or _holds_tensors(column):
+            if len(column) or holds_tensors(column):
                 sizes.add(len(column))
-        elif _is_tensor(column) or _is_array(column):
+        elif is_tensor(column) or is_array(column):
             sizes.add(column.shape[0] if column.ndim else None)
-        elif _holds_tensors(column):
+        elif holds_tensors(column):
             raise Uncountable("A part of the batch is neither a tensor nor a list.")
     if len(sizes) != 1 or None in sizes:
         raise Uncountable("The batch's lists have different lengths.")
@@ -218,7 +234,7 @@ def _agrees(entry: Any) -> bool:
         _size_by_tensors(entry)
         return True
     except Uncountable:
-        return not _holds_tensors(entry)
+        return not holds_tensors(entry)
 
 
 def _sized(batch: Any, wanted: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
@@ -226,7 +242,7 @@ def _sized(batch: Any, wanted: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
     if wanted(batch):
         shape = tuple(batch.shape) if hasattr(batch, "shape") else (len(batch),)
         return [(_length(batch), shape)]
-    return [found for child in _children(batch) or () for found in _sized(child, wanted)]
+    return [found for child in children_of(batch) or () for found in _sized(child, wanted)]
 
 
 def _length(leaf: Any) -> int | None:
@@ -250,87 +266,14 @@ def _check_kinds(batch: Any) -> None:
             f"The batch holds an iterator ({type(batch).__name__}), which the first pass over a micro-batch would use "
             "up: make a list of it."
         )
-    children = _children(batch)
-    if children is None and not _is_leaf(batch) and next(_found(batch, (Tensor,), arrays=True), None) is not None:
+    children = children_of(batch)
+    if children is None and not is_leaf(batch) and next(found(batch, (Tensor,), arrays=True), None) is not None:
         raise Uncountable(
             f"A {type(batch).__name__} holds tensors and cannot be split by example: register its class with "
             f"torch.utils._pytree.register_pytree_node, or {READY}."
         )
     for child in children or ():
         _check_kinds(child)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    """A tensor, or what is indexed like one: a TensorDict, say."""
-    return isinstance(leaf, Tensor) or _is_tensor_like(leaf)
-
-
-def _is_tensor_like(leaf: Any) -> bool:
-    size = getattr(leaf, "batch_size", None)
-    return isinstance(size, torch.Size) and len(size) > 0 and hasattr(type(leaf), "__getitem__")
-
-
-def _is_array(leaf: Any) -> bool:
-    """A NumPy array with a first dimension, or a table of pandas."""
-    return type(leaf).__module__.partition(".")[0] in ("numpy", "pandas") and bool(getattr(leaf, "shape", ()))
-
-
-def _is_plain_sequence(leaf: Any) -> bool:
-    """A sequence that holds neither tensors nor arrays; not text."""
-    if not isinstance(leaf, Sequence) or isinstance(leaf, str | bytes | bytearray) or hasattr(leaf, "_fields"):
-        return False
-    return not isinstance(leaf, torch.Size) and not _holds_tensors(leaf)
-
-
-def _is_leaf(leaf: Any) -> bool:
-    return _is_tensor(leaf) or _is_array(leaf) or _is_plain_sequence(leaf)
-
-
-def _holds_tensors(value: Any) -> bool:
-    return next(_found(value, (Tensor,), arrays=True), None) is not None
-
-
-def _found(value: Any, kinds: tuple[type, ...], arrays: bool = False, depth: int = 0) -> Iterator[Any]:
-    """What a value is or holds of some kinds, in containers or in attributes of objects."""
-    if isinstance(value, kinds) or (arrays and _is_array(value)):
-        yield value
-        return
-    if depth > 5 or isinstance(value, type | torch.nn.Module | str | bytes | range) or _is_array(value):
-        return
-    children = _children(value)
-    if children is None and isinstance(value, Sequence | Set):
-        children = list(value)
-    if children is None:
-        children = [] if callable(value) else list(getattr(value, "__dict__", {}).values())
-        depth += 2
-    if set(map(type, children)) <= _SIMPLE:
-        return
-    for child in children:
-        yield from _found(child, kinds, arrays, depth + 1)
-
-
-def _is_registered(batch: Any) -> bool:
-    kind = type(batch)
-    return kind in _pytree.SUPPORTED_NODES and kind.__module__ not in ("builtins", "collections") and not _named(batch)
-
-
-def _named(batch: Any) -> bool:
-    return isinstance(batch, tuple) and hasattr(batch, "_fields")
-
-
-def _children(batch: Any) -> list[Any] | None:
-    """The values one level down, or None for a leaf."""
-    if isinstance(batch, Tensor) or _is_tensor_like(batch):
-        return None
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    if isinstance(batch, list | tuple) and not isinstance(batch, torch.Size | PackedSequence):
-        return list(batch)
-    if _is_registered(batch):
-        return list(_pytree.SUPPORTED_NODES[type(batch)].flatten_fn(batch)[0])
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
-    return None
 
 
 def _part(batch: Any, cut: Cut, size: int, rows: bool) -> Any:
@@ -345,29 +288,29 @@ def _part(batch: Any, cut: Cut, size: int, rows: bool) -> Any:
     start, end = cut
     if isinstance(batch, Tensor):
         return batch[start:end]
-    if _is_tensor_like(batch):
+    if is_tensor_like(batch):
         return batch[start:end]
-    if _is_array(batch):
+    if is_array(batch):
         if batch.shape[0] != size:
             return batch
         return batch.iloc[start:end] if hasattr(batch, "iloc") else batch[start:end]
     if isinstance(batch, Set) and len(batch) == size:
         raise ValueError(f"A set of {size} entries beside {size} examples has no order to split it by: make it a list.")
-    if rows and isinstance(batch, list | tuple) and not _named(batch) and len(batch) == size:
+    if rows and isinstance(batch, list | tuple) and not named(batch) and len(batch) == size:
         return _cut(batch, cut)
-    if _is_plain_sequence(batch):
+    if is_plain_sequence(batch):
         return _sequence_part(batch, cut, size)
     if isinstance(batch, list) and len(batch) == size and not rows and _entries_are_arrays(batch, size):
         return _cut(batch, cut)
-    children = _children(batch)
+    children = children_of(batch)
     if children is None:
         return batch
-    return _rebuilt(batch, [_part(child, cut, size, rows) for child in children])
+    return rebuilt(batch, [_part(child, cut, size, rows) for child in children])
 
 
 def _entries_are_arrays(batch: list[Any], size: int) -> bool:
     """Whether a list of arrays has one for each example, and not one array over all of them."""
-    if not all(_is_array(entry) for entry in batch):
+    if not all(is_array(entry) for entry in batch):
         return False
     if all(entry.shape[0] == size for entry in batch):
         raise ValueError(
@@ -378,7 +321,7 @@ def _entries_are_arrays(batch: list[Any], size: int) -> bool:
 
 def _sequence_part(batch: Any, cut: Cut, size: int) -> Any:
     """Of a sequence without tensors."""
-    columns = [entry for entry in batch if _is_plain_sequence(entry)] if not isinstance(batch, range) else []
+    columns = [entry for entry in batch if is_plain_sequence(entry)] if not isinstance(batch, range) else []
     by_columns = bool(columns) and len(columns) == len(batch) and all(len(entry) == size for entry in columns)
     if len(batch) == size:
         if by_columns and size > 1:
@@ -387,10 +330,10 @@ def _sequence_part(batch: Any, cut: Cut, size: int) -> Any:
                 f"or {READY}."
             )
         return _cut(batch, cut)
-    children = _children(batch)
+    children = children_of(batch)
     if children is None or not columns:
         return batch
-    return _rebuilt(batch, [_part(child, cut, size, False) for child in children])
+    return rebuilt(batch, [_part(child, cut, size, False) for child in children])
 
 
 def _cut(batch: Any, cut: Cut) -> Any:
@@ -398,36 +341,3 @@ def _cut(batch: Any, cut: Cut) -> Any:
         return batch[slice(*cut)]
     except TypeError:  # a deque
         return type(batch)(itertools.islice(batch, *cut))
-
-
-def _rebuilt(batch: Any, pieces: list[Any]) -> Any:
-    """A container of the batch's type with other values."""
-    kind = type(batch)
-    if isinstance(batch, Mapping):
-        pairs = dict(zip(batch, pieces, strict=True))
-        if kind is dict:
-            return pairs
-        clone = copy.copy(batch)
-        if not hasattr(clone, "__setitem__"):
-            return kind(pairs)
-        for key, piece in pairs.items():
-            clone[key] = piece
-        return clone
-    if isinstance(batch, list | tuple):
-        return kind(*pieces) if _named(batch) else kind(pieces)
-    if _is_registered(batch):
-        node = _pytree.SUPPORTED_NODES[kind]
-        return node.unflatten_fn(pieces, node.flatten_fn(batch)[1])
-    clone = copy.copy(batch)
-    for field, piece in zip(dataclasses.fields(batch), pieces, strict=True):
-        object.__setattr__(clone, field.name, piece)
-    return clone
-
-
-def _signature(batch: Any) -> Any:
-    """What a batch is built of: types and lengths."""
-    children = _children(batch)
-    if children is None:
-        return type(batch).__name__
-    keys = tuple(map(str, batch)) if isinstance(batch, Mapping) else None
-    return type(batch).__name__, keys, tuple(_signature(child) for child in children)

@@ -190,15 +190,15 @@ class Passes:
 
 def leaves(loss: Tensor) -> list[Tensor]:
     """The tensors that a backward pass from the loss accumulates gradients in."""
-    return [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+    return [node.variable for node in graph_of(loss) if hasattr(node, "variable")]
 
 
 def _reentrant(loss: Tensor) -> bool:
     """Whether the loss came through a checkpoint whose parameters torch.autograd.grad cannot see."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss))
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_of(loss))
 
 
-def _graph(loss: Tensor) -> Iterator[Any]:
+def graph_of(loss: Tensor) -> Iterator[Any]:
     """Every node of autograd's graph behind a loss, once."""
     seen: set[Any] = {None}
     waiting: list[Any] = [loss.grad_fn]

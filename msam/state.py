@@ -132,6 +132,17 @@ class State:
         if failures:
             raise failures[0]
 
+    def replaced(self, then: Snapshot) -> str | None:
+        """The name of a parameter, a buffer or a plain tensor that is another object than before, if there is one."""
+        for live, table in zip(self._live, then.tables, strict=True):
+            for name in live.keys() | table.keys():
+                if live.get(name, _MISSING) is not table.get(name, _MISSING):
+                    return name
+        for owner, record in zip(self._owners, then.attributes, strict=True):
+            if (name := owner.replaced_tensor(record)) is not None:
+                return name
+        return None
+
     @contextmanager
     def rewound(self, before: Snapshot) -> Iterator[None]:
         """In the block the state starts as it was before; afterwards it is as it was when the block began."""
@@ -231,6 +242,14 @@ class _Attributes:
         for key in self._own.keys() - record.keys - _BASE:
             if _copied(self._own[key], []) is not None:
                 del self._own[key]
+
+    def replaced_tensor(self, record: "_Record") -> str | None:
+        """The name of an attribute that is another tensor than it was, or was none."""
+        for key in self._own.keys() - _BASE:
+            value, copy = self._own[key], record.copies.get(key)
+            if isinstance(value, Tensor) and not value.requires_grad and (copy is None or copy.value is not value):
+                return key
+        return None
 
     def _same(self) -> bool:
         """Whether every attribute is the object that it was. What is no state is held by its id alone."""

@@ -30,11 +30,13 @@ class Operation(ABC):
 
     Attributes:
         norms: ||T g_i||, over the perturbed parameters together. Shape (m,); None if they have no gradient.
+        trained: Whether each of the parameters wants a gradient. In the clean pass they stay out of autograd's graph.
     """
 
     def __init__(self, m: int, perturbed: Sequence[bool], adaptive: bool) -> None:
         self.m, self._perturbed, self._adaptive = m, perturbed, adaptive
         self.norms: Tensor | None = None
+        self.trained: Sequence[bool] = [True] * len(perturbed)
         self._own: list[Stack | None] = [None] * len(perturbed)
 
     @abstractmethod
@@ -88,6 +90,7 @@ class Each(Operation):
     """
 
     def __init__(self, function: Callable[..., Tensor], m: int, perturbed: Sequence[bool], adaptive: bool) -> None:
+        """As `Operation`; the function is given the number of the micro-batch, its part of x, and the parameters."""
         super().__init__(m, perturbed, adaptive)
         self._function = function
         self._passes: list[tuple[GradientEdge, list[Tensor | None]]] = []
@@ -110,15 +113,15 @@ class Each(Operation):
         return dx, *(torch.stack(own).sum(0) if own else None for own in gradients)
 
     def _run(self, x: Tensor | None, params: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]) -> Tensor:
-        wanted = [t is not None and t.requires_grad for t in (x, *params)]
+        wanted = [x is not None and x.requires_grad, *self.trained]
         parts = [x] * self.m if x is None else x.chunk(self.m)
         self._passes = []  # of a clean pass without a way back, if there are any
 
         def outputs() -> Iterator[Tensor]:
-            for inputs in zip(parts, *weights, strict=True):
+            for number, inputs in enumerate(zip(parts, *weights, strict=True)):
                 leaves = [t.detach().requires_grad_() if want else t for t, want in zip(inputs, wanted, strict=True)]
                 with torch.enable_grad():
-                    y = self._function(*leaves)
+                    y = self._function(number, *leaves)
                 if y.requires_grad:
                     self._passes.append((get_gradient_edge(y), leaves))
                 yield y.detach()
@@ -162,7 +165,8 @@ class Embedding(Operation):
         g = torch.zeros_like(D).index_add_(0, place, D)[place]
         if self._adaptive:
             g *= w[x.flatten()].square()
-        self.norms = (D * g).view(self.m, -1).sum(1).clamp_min(0).sqrt()  # D sums to g over what looked up a row
+        squares = (D.double() * g).view(self.m, -1).sum(1)  # D sums to g over what looked up a row
+        self.norms = squares.clamp_min(0).sqrt().to(D.dtype)
         self._steps = g.view(self.m, -1)
 
     def moved(self, scale: Tensor, x: Any, *params: Any) -> Tensor:
@@ -177,10 +181,10 @@ class Embedding(Operation):
 
 
 class _Clean(torch.autograd.Function):
-    """The clean pass of an operation. Its parameters get no gradient here."""
+    """The clean pass of an operation. Its parameters get no gradient here; the anchor brings autograd back."""
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, x: Any, *params: Any) -> Tensor:
+    def forward(ctx: Any, operation: Operation, anchor: Tensor, x: Any, *params: Any) -> Tensor:
         ctx.operation = operation
         ctx.save_for_backward(x, *params, _mark())
         return _own(operation.clean(x, *params))
@@ -189,7 +193,7 @@ class _Clean(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *params, _ = ctx.saved_tensors
         _once(ctx)
-        return None, ctx.operation.ascent(dy, ctx.needs_input_grad[1], x, *params), *(None for _ in params)
+        return None, None, ctx.operation.ascent(dy, ctx.needs_input_grad[2], x, *params), *(None for _ in params)
 
 
 class _Moved(torch.autograd.Function):
@@ -208,10 +212,14 @@ class _Moved(torch.autograd.Function):
         return None, None, *ctx.operation.descent(dy, ctx.needs_input_grad[2], x, *params)
 
 
-def run(operation: Operation, scale: Tensor | None, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
-    """The operation's value for autograd: at w without a scale, else at w + e_i."""
-    if scale is None:
-        return _Clean.apply(operation, x, *params)
+def run_clean(operation: Operation, anchor: Tensor, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
+    """The operation's value at w. Autograd comes back to it if it comes back to the anchor, a tensor of no meaning."""
+    operation.trained = [p is not None and p.requires_grad for p in params]
+    return _Clean.apply(operation, anchor, x, *(None if p is None else p.detach() for p in params))
+
+
+def run_moved(operation: Operation, scale: Tensor, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
+    """The operation's value at w + e_i, for autograd."""
     return _Moved.apply(operation, scale, x, *params)
 
 
@@ -221,9 +229,7 @@ def refuse(what: str) -> NoReturn:
     Raises:
         NotImplementedError: always.
     """
-    raise NotImplementedError(
-        f"msam.backward(vectorized=True) cannot do {what}: leave vectorized out, and micro-batches take their turns."
-    )
+    raise NotImplementedError(f"msam.backward(vectorized=True) cannot do {what}: use vectorized=False.")
 
 
 def _mark() -> Tensor:

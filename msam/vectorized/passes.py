@@ -7,18 +7,19 @@ saved is time, most where micro-batches are small.
 
 What this asks of a model, besides what is refused by name:
 
-- The examples lie along the first dimension of everything that meets a parameter, in the batch's order. Should another
-  dimension come first there and happen to be as long, it is taken for the examples.
+- The examples lie along the first dimension of everything that meets a parameter, in the batch's order, each with as
+  many rows as the others. Functions of torch that move them are followed (`msam.vectorized.origins`).
 - Examples meet each other in BatchNorm layers alone, which are done by micro-batch, and in the loss, which is a mean
   over them (or over what `loss_fn` counts): the loss of the mini-batch must be the mean of the micro-batches'.
-  Statistics written by hand, and buffers that the forward pass both moves and reads, are those of the mini-batch.
-- Parameters are read by functions that autograd sees; so no norms for logging within `loss_fn`.
+  Statistics written by hand are those of the mini-batch.
+
+Parameters may be reshaped, sliced, scaled or otherwise turned into other tensors by any function, as long as no example
+is among its arguments; what comes of it may meet examples in the functions of `plans`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +27,72 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
+from msam.microbatch import tensors
 from msam.parallel import compiled
-from msam.vectorized.operations import Each, Embedding, Operation, refuse, run
-from msam.vectorized.products import Convolution, Linear
-
-CONVOLUTIONS = {getattr(F, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
-ON_EXAMPLES = CONVOLUTIONS | {F.linear, F.prelu, F.layer_norm, F.group_norm, F.rms_norm, F.batch_norm}
-"""Functions that take examples first, and parameters after them."""
-
-BETWEEN = {getattr(of, name) for of in (torch, Tensor) for name in ("add", "sub", "mul", "div")}
-"""Functions of examples and a parameter, in either order, whose shapes are broadcast."""
-
-INTO = {getattr(Tensor, f"{name}_") for name in ("add", "sub", "mul", "div")}
-"""The same in place."""
+from msam.passes import graph_of
+from msam.state import Snapshot, State
+from msam.vectorized.operations import Operation, refuse, run_clean, run_moved
+from msam.vectorized.origins import Derived, Origins, call, name_of, tensors_in
+from msam.vectorized.plans import BATCH_NORMS, BETWEEN, INTO, Plan, Plans, argument
 
 DIFFERENT = "a loss_fn that calls other functions in its second pass than in its first"
 
-Plan = tuple[Callable[[], Operation], Tensor | None, list[Tensor | None]]
-"""How to make an operation, and its input and parameters."""
+ASKS = frozenset(
+    [
+        "shape",
+        "size",
+        "dim",
+        "ndim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "dtype",
+        "device",
+        "layout",
+        "names",
+        "stride",
+        "storage_offset",
+        "element_size",
+        "itemsize",
+        "nbytes",
+        "get_device",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "retains_grad",
+        "output_nr",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "is_meta",
+        "is_sparse",
+        "is_nested",
+        "is_quantized",
+        "is_complex",
+        "is_floating_point",
+        "is_contiguous",
+        "is_tensor",
+        "is_neg",
+        "is_inference",
+        "is_same_size",
+        "is_conj",
+        "is_signed",
+        "result_type",
+        "can_cast",
+        "_version",
+        "_base",
+        "_is_view",
+        "__len__",
+        "__hash__",
+    ]
+)
+"""What reads no values of a tensor."""
+
+
+RANDOM = ("dropout", "bernoulli", "normal", "rand", "multinomial", "poisson", "rrelu", "gumbel")
+"""Parts of the names of functions that draw, and so give something else when they are worked out again."""
 
 
 class Vectorized(TorchFunctionMode):
@@ -51,46 +100,69 @@ class Vectorized(TorchFunctionMode):
 
     Args:
         model: The module that holds the parameters.
-        perturbed: Those that are perturbed.
+        plans: How functions are done by micro-batch.
+        perturbed: The parameters that are perturbed.
         rho: Radius of the perturbation, > 0.
-        adaptive: Whether it is ASAM's.
-        m: The number of micro-batches, which divides the number of examples.
-        examples: The number of examples of the mini-batch.
 
     Raises:
-        NotImplementedError: if the model is compiled, has perturbed parameters that are not of float32 or float64, or
-            a BatchNorm with momentum=None.
+        NotImplementedError: if the model is compiled or scripted, has perturbed parameters that are not of float32 or
+            float64, or a BatchNorm with momentum=None.
     """
 
-    def __init__(
-        self, model: nn.Module, perturbed: Sequence[Tensor], rho: float, adaptive: bool, m: int, examples: int
-    ) -> None:
+    def __init__(self, model: nn.Module, plans: Plans, perturbed: Sequence[Tensor], rho: float) -> None:
         super().__init__()
-        self._rho, self._adaptive, self._m, self._examples = rho, adaptive, m, examples
+        self._plans, self._rho, self._m = plans, rho, plans.m
+        self._origins: Origins = plans.origins
         self._perturbed = {id(p): p for p in perturbed}
         self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._counters: dict[int, Tensor] = {}
-        if compiled(model):
-            refuse("torch.compile")
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-                if module.momentum is None and module.training:
-                    refuse("BatchNorm with momentum=None")
-                self._counters[id(module.running_mean)] = module.num_batches_tracked
-        for p in perturbed:
-            if p.dtype not in (torch.float32, torch.float64):
-                refuse(f"perturbed parameters of {p.dtype}")
+        self._statistics: set[int] = set()
+        self._check(model)
+        self._held = {
+            t.untyped_storage()._cdata: name
+            for name, t in [*model.named_buffers(), *model.named_parameters()]
+            if t.layout is torch.strided and id(t) not in self._statistics and id(t) not in self._perturbed
+        }
+        self._versions = [(t, t._version, name) for name, t in model.named_buffers() if id(t) not in self._statistics]
+        self._versions += [(p, p._version, name) for name, p in model.named_parameters()]
+        self._anchor = torch.zeros((), requires_grad=True)
+        """What makes autograd come back to the operations; the parameters stay out of the clean pass's graph."""
         self._scale: Tensor | None = None
         self._operations: list[tuple[Operation, Any]] = []
         """Those of the first pass in their order, each with what has to be the same in the second."""
         self._called = 0
         self._used: set[int] = set()
         self._elsewhere: dict[int, Callable[..., Any]] = {}
-        """What else was called with a parameter, by its id."""
-        self._constants = {id(b): ref(b) for b in model.buffers()}
-        """Tensors that do not come of the examples, as far as tables are looked up with them."""
-        self._positions: dict[int, tuple[ref[Tensor], Tensor, dict[Any, Any]]] = {}
+        """What else was called with a parameter and examples, by its id."""
+        self._positions: dict[int, tuple[Tensor, Tensor, dict[Any, Any]]] = {}
         """What was looked up with constants: it is one for all examples until it meets them."""
+
+    def _check(self, model: nn.Module) -> None:
+        if compiled(model):
+            refuse("torch.compile")
+        for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                refuse("torch.jit")
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+                if module.momentum is None and module.training:
+                    refuse("BatchNorm with momentum=None")
+                self._counters[id(module.running_mean)] = module.num_batches_tracked
+                self._statistics |= {id(b) for b in module._buffers.values()}
+        for p in self._perturbed.values():
+            if p.dtype not in (torch.float32, torch.float64):
+                refuse(f"perturbed parameters of {p.dtype}")
+
+    def check_state(self, state: State, before: Snapshot) -> None:
+        """Refuse what moves other state than BatchNorm's, which would move once a mini-batch.
+
+        Raises:
+            NotImplementedError: by its name.
+        """
+        for t, version, name in self._versions:
+            if t._version != version:
+                refuse(f"a forward pass that moves {name}")
+        if (name := state.replaced(before)) is not None:
+            refuse(f"a forward pass that moves {name}")
 
     def ascend(self, loss: Tensor, empty: bool) -> None:
         """Work out the micro-batches' gradients of the clean pass's loss. They stay with the operations.
@@ -103,14 +175,18 @@ class Vectorized(TorchFunctionMode):
             ValueError: if the loss depends on no perturbed parameter.
             NotImplementedError: if a perturbed parameter is used in a way that cannot be done by micro-batch.
         """
+        for node in graph_of(loss):
+            if "BatchNorm" in node.name() and getattr(node, "_saved_training", True):
+                refuse("BatchNorm that is called past torch.nn.functional.batch_norm")
+        wanted = [self._anchor, *self._perturbed.values()]
         try:
-            left = torch.autograd.grad(loss, list(self._perturbed.values()), allow_unused=True)
+            left = torch.autograd.grad(loss, wanted, allow_unused=True)[1:]
         except CheckpointError:
             refuse("activation checkpointing")
         missed = [number for number, g in zip(self._perturbed, left, strict=True) if g is not None]
         if missed and not empty:
             refuse(f"{_name(self._elsewhere.get(missed[0]))} on the parameter {self._names[missed[0]]}")
-        if not missed and all(operation.norms is None for operation, _ in self._operations):
+        if not missed and not empty and all(operation.norms is None for operation, _ in self._operations):
             raise ValueError(
                 "The loss depends on no perturbed parameter of the model: does loss_fn call another model?"
             )
@@ -126,6 +202,8 @@ class Vectorized(TorchFunctionMode):
         norms = norms or [torch.zeros(self._m)]  # of a mini-batch without anything to average
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), dim=0)
         self._scale = self._rho / norm.clamp_min(1e-12 / self._m)  # of a micro-batch's own norm, which is m times this
+        self._origins.begin()
+        self._positions.clear()
         try:
             yield norm
             if self._called < len(self._operations):
@@ -137,25 +215,45 @@ class Vectorized(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         values = dict(enumerate(args)) | (kwargs or {})
+        if name_of(func) in ASKS:
+            return func(*args, **kwargs or {})
         if func in BETWEEN or func in INTO:
             values = self._met(values)
-        listed = [t for value in values.values() if isinstance(value, list | tuple) for t in value]
-        touched = [id(t) for t in (*values.values(), *listed) if id(t) in self._perturbed]
-        averages = func is F.batch_norm and _argument(values, 5, "training")
-        plan = self._plan(func, values) if touched or averages else None
+        touched = self._touched(values)
+        averages = _averages(func, values)
+        plan = self._plans.plan(func, values) if touched or averages else None
+        if plan is not None and func in INTO:
+            x = values[0].clone()
+            self._origins.note(x, self._plans.examples_first)
+            func, values = getattr(Tensor, func.__name__[:-1]), values | {0: x}
+            plan = self._plans.plan(func, values)
+            return args[0].copy_(self._run(func, plan, touched, values)) if plan else refuse(_name(func))
         if plan is not None:
             return self._run(func, plan, touched, values)
-        if averages or (func is torch.batch_norm and values[5]):
-            refuse(f"BatchNorm of anything but the {self._examples} examples")
-        result = func(*(values[slot] for slot in range(len(args))), **{name: values[name] for name in kwargs or {}})
+        if averages:
+            refuse("BatchNorm of anything but the examples")
+        if touched:
+            self._check_use(func, touched, values)
+        else:
+            self._check_write(func, values)
+        result = call(func, values)
         results = result if isinstance(result, list | tuple) else [result]
         if touched:
-            self._other(func, touched, results)
-            if func is F.embedding and isinstance(ids := values.get(0), Tensor) and self._constant(ids):
-                self._positions[id(result)] = ref(result), ids, values
-        elif all(self._constant(t) for t in (*values.values(), *listed) if isinstance(t, Tensor)):
-            self._constants |= {id(t): ref(t) for t in results if isinstance(t, Tensor)}
+            self._other(func, touched, values, result)
+        else:
+            self._origins.follow(func, values, [t for t in results if isinstance(t, Tensor)])
+            if func is Tensor.__setitem__ and isinstance(args[0], Tensor):
+                self._origins.follow(func, values, [args[0]])
         return result
+
+    def _touched(self, values: dict[Any, Any]) -> list[int]:
+        """Ids of the perturbed parameters among a function's arguments, or in what derives from them."""
+        touched = []
+        for t in tensors_in(values):
+            origin = self._origins.of(t)
+            numbers = origin.roots if isinstance(origin, Derived) else [id(t)]
+            touched += [number for number in numbers if number in self._perturbed]
+        return touched
 
     def _run(self, func: Callable[..., Any], plan: Plan, touched: list[int], values: dict[Any, Any]) -> Tensor:
         make, x, params = plan
@@ -168,140 +266,124 @@ class Vectorized(TorchFunctionMode):
             operation, _ = self._operations[self._called]
             self._called += 1
             scale = self._scale if operation.norms is None else self._scale.to(operation.norms)
-            return run(operation, scale, x, params)
+            return self._noted(run_moved(operation, scale, x, params))
         if touched and not torch.is_grad_enabled():
             refuse(f"{_name(func)} on the parameter {self._names[touched[0]]} under no_grad, or a reentrant checkpoint")
-        for number in touched:
+        for number in dict.fromkeys(touched):
             if number in self._used:
                 refuse(f"a second use of the parameter {self._names[number]} in one pass")
             self._used.add(number)
-        if func is F.batch_norm and _argument(values, 5, "training"):
-            counter = self._counters.get(id(_argument(values, 1, "running_mean")))
+        if func is F.batch_norm and argument(values, 5, "training"):
+            counter = self._counters.get(id(argument(values, 1, "running_mean")))
             if counter is not None:
                 counter += self._m - 1
         operation = make()
         self._operations.append((operation, signature))
-        return run(operation, None, x, params)
+        return self._noted(run_clean(operation, self._anchor, x, params))
 
-    def _other(self, func: Callable[..., Any], touched: list[int], results: Sequence[Any]) -> None:
-        """Note a call that is done at w. Whether it matters the ascent pass tells, if autograd sees it."""
-        tensors = [t for t in results if isinstance(t, Tensor)]
+    def _noted(self, y: Tensor) -> Tensor:
+        self._origins.note(y, self._plans.examples_first)
+        return y
+
+    def _check_use(self, func: Callable[..., Any], touched: list[int], values: dict[Any, Any]) -> None:
+        """Refuse what would write to a parameter, before it does."""
         name = self._names[touched[0]]
-        if any(t.is_floating_point() and not t.requires_grad for t in tensors):
-            refuse(f"{_name(func)} on the parameter {name}, whose result has no gradient")
-        if self._scale is not None and tensors and any(number not in self._elsewhere for number in touched):
-            refuse(DIFFERENT)
-        if tensors:
-            self._elsewhere |= dict.fromkeys(touched, func)
+        if argument(values, 3, "max_norm") is not None and func in (F.embedding, F.embedding_bag):
+            refuse(f"{_name(func)} with max_norm on the parameter {name}")
+        written = [t for t in _written(func, values) if self._touched({0: t})]
+        if written:
+            refuse(f"{_name(func)} on the parameter {name}, which writes to it")
 
-    def _constant(self, t: Tensor) -> bool:
-        """Whether a tensor of whole numbers is the same for every batch, as positions are."""
-        known = self._constants.get(id(t))
-        return known is not None and known() is t and not t.is_floating_point()
+    def _check_write(self, func: Callable[..., Any], values: dict[Any, Any]) -> None:
+        """Refuse what would move the state, before it does."""
+        for t in _written(func, values):
+            if t.layout is torch.strided and (name := self._held.get(t.untyped_storage()._cdata)) is not None:
+                refuse(f"a forward pass that moves {name}")
+
+    def _other(self, func: Callable[..., Any], touched: list[int], values: dict[Any, Any], result: Any) -> None:
+        """Note a call that is done at w: what it gives derives from the parameter, or is refused later, if it matters.
+
+        Whether it matters the ascent pass shows, if autograd sees it.
+        """
+        results = result if isinstance(result, list | tuple) else [result]
+        name = self._names[touched[0]]
+        if not results or not all(isinstance(t, Tensor) and t.requires_grad for t in results):
+            refuse(f"{_name(func)} on the parameter {name}, whose result has no gradient")
+        inputs: dict[int, Tensor | Derived] = {}
+        pure = not any(word in name_of(func) for word in RANDOM)
+        for t in tensors_in(values):
+            origin = self._origins.of(t)
+            if isinstance(origin, Derived):
+                inputs[id(t)] = origin
+            elif id(t) in self._names:
+                inputs[id(t)] = t
+            else:
+                pure &= origin == "constant"
+        if pure:
+            for index, t in enumerate(results):
+                self._origins.note(
+                    t, Derived(func, values, inputs, index if isinstance(result, list | tuple) else None)
+                )
+            if func is F.embedding and isinstance(result, Tensor):
+                self._positions[id(result)] = result, values[0], values
+            return
+        if self._scale is not None and any(number not in self._elsewhere for number in touched):
+            refuse(DIFFERENT)
+        self._elsewhere |= dict.fromkeys(touched, func)
 
     def _met(self, values: dict[Any, Any]) -> dict[Any, Any]:
         """The arguments of a function between tensors; what was looked up for all examples is so for each of them."""
         for slot, t in values.items():
             known = self._positions.get(id(t))
             other = values.get(1 - slot) if slot in (0, 1) else None
-            if known is None or known[0]() is not t or not isinstance(t, Tensor) or not isinstance(other, Tensor):
+            if known is None or known[0] is not t or not self._origins.lies_first(other):
                 continue
-            if not other.dim() or len(other) != self._examples:
+            assert isinstance(other, Tensor)
+            if t.dim() > other.dim() or (t.dim() == other.dim() and len(t) not in (1, len(other))):
                 continue
-            _, ids, call = known
-            if t.dim() > other.dim() or (t.dim() == other.dim() and len(t) not in (1, self._examples)):
-                continue
+            _, ids, call_values = known
             ids = ids.view((1,) * (other.dim() - t.dim()) + ids.shape)
-            call = call | {0: ids.expand(self._examples, *ids.shape[1:])}
-            plan = self._looked_up(call, call[0])
+            ids = ids.expand(len(other), *ids.shape[1:])
+            plan = self._plans.looked_up(call_values | {0: ids}, ids)
             if plan is not None:
-                return values | {slot: self._run(F.embedding, plan, [id(plan[2][0])], call)}
+                return values | {slot: self._run(F.embedding, plan, [id(plan[2][0])], call_values)}
         return values
 
-    def _plan(self, func: Callable[..., Any], values: dict[Any, Any]) -> Plan | None:
-        """What a call is by micro-batch; None if it is nothing that is known here."""
-        params = {slot: value for slot, value in values.items() if id(value) in self._names}
-        if func is Tensor.expand:
-            return self._expanded(values)
-        slot = 1 if func in BETWEEN and 0 in params else 0
-        x = values.get(slot)
-        if not isinstance(x, Tensor) or slot in params or not x.dim():
-            return None
-        if any(isinstance(v, Tensor) and v.requires_grad for s, v in values.items() if s != slot and s not in params):
-            return None
-        if func is F.embedding:
-            return None if self._constant(x) else self._looked_up(values, x)
-        if len(x) != self._examples or any(p.dtype != x.dtype for p in params.values()):
-            return None
-        w = _argument(values, 1, "weight")
-        if func in BETWEEN:
-            known = all(p.dim() < x.dim() or (p.dim() == x.dim() and len(p) == 1) for p in params.values())
-        elif func in CONVOLUTIONS:
-            known = x.dim() == w.dim()
-        else:
-            known = func in ON_EXAMPLES and (func is not F.linear or w.dim() == 2)
-        if not known:
-            return None
-        plan = self._product(func, values, x)
-        if plan is not None:
-            return plan
-        flags = [id(p) in self._perturbed for p in params.values()]
-        function = _of(func, values, [slot, *params])
-        return lambda: Each(function, self._m, flags, self._adaptive), x, list(params.values())
 
-    def _product(self, func: Callable[..., Any], values: dict[Any, Any], x: Tensor) -> Plan | None:
-        if func is not F.linear and func is not F.conv2d:
-            return None
-        params = [_argument(values, 1, "weight"), _argument(values, 2, "bias")]
-        flags = [id(p) in self._perturbed for p in params]
-        stride, padding, dilation, groups = (
-            _argument(values, place, name, default)
-            for place, (name, default) in enumerate({"stride": 1, "padding": 0, "dilation": 1, "groups": 1}.items(), 3)
-        )
-        if not flags[0] or isinstance(padding, str) or groups != 1:
-            return None
-        if func is F.linear:
-            return lambda: Linear(self._m, flags, self._adaptive), x, params
-        settings = [_pair(value) for value in (stride, padding, dilation)]
-        return lambda: Convolution(self._m, flags, self._adaptive, *settings), x, params
-
-    def _looked_up(self, values: dict[Any, Any], x: Tensor) -> Plan | None:
-        w, padding = _argument(values, 1, "weight"), _argument(values, 2, "padding_idx")
-        if len(x) != self._examples or _argument(values, 5, "scale_grad_by_freq") or _argument(values, 6, "sparse"):
-            return None
-        return lambda: Embedding(self._m, [True], self._adaptive, -1 if padding is None else padding % len(w)), x, [w]
-
-    def _expanded(self, values: dict[Any, Any]) -> Plan | None:
-        """A parameter that stands for one example, made as many."""
-        p, *sizes = values.values()
-        sizes = list(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
-        if len(sizes) != p.dim() or sizes[:1] != [self._examples] or len(p) != 1:
-            return None
-        sizes[0] //= self._m
-        return lambda: Each(lambda _, w: w.expand(sizes), self._m, [True], self._adaptive), None, [p]
+def together(
+    model: nn.Module, perturbed: Sequence[Tensor], rho: float, adaptive: bool, sizes: Sequence[int], batch: Any
+) -> Vectorized | None:
+    """All micro-batches in one pass; None where there is nothing to gain, or their sizes differ."""
+    if not rho or len(sizes) == 1 or min(sizes) < max(sizes):
+        return None
+    constants = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    for module in model.modules():
+        constants += [t for t in vars(module).values() if isinstance(t, Tensor) and not t.requires_grad]
+    origins = Origins(sum(sizes), tensors(batch), constants)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Vectorized(model, Plans(len(sizes), adaptive, origins, perturbed, trained), perturbed, rho)
 
 
-def _of(func: Callable[..., Any], values: dict[Any, Any], slots: Sequence[Any]) -> Callable[..., Tensor]:
-    """The call as a function of what is in the slots. What is there now is not kept."""
-    rest = {slot: value for slot, value in values.items() if slot not in slots}
-
-    def called(*given: Any) -> Any:
-        now = rest | dict(zip(slots, given, strict=True))
-        named = {slot: value for slot, value in now.items() if isinstance(slot, str)}
-        return func(*(now[slot] for slot in sorted(now.keys() - named)), **named)
-
-    return called
+def _averages(func: Callable[..., Any], values: dict[Any, Any]) -> bool:
+    """Whether it is BatchNorm in train mode."""
+    return func in BATCH_NORMS and bool(argument(values, 5, "training"))
 
 
-def _argument(values: dict[Any, Any], place: int, name: str, default: Any = None) -> Any:
-    return values.get(place, values.get(name, default))
-
-
-def _pair(value: int | Sequence[int]) -> Sequence[int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))
+def _written(func: Callable[..., Any], values: dict[Any, Any]) -> list[Tensor]:
+    """The tensors that a function writes to, as its name and arguments say."""
+    name = getattr(func, "__name__", "")
+    out = values.get("out")
+    found = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, list | tuple) else []
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"):
+        first = values.get(0, values.get("input"))
+        found += list(first) if isinstance(first, list | tuple) else [first]
+    if values.get("inplace") is True:
+        found.append(values.get(0))
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 def _name(func: Callable[..., Any] | None) -> str:
-    """How a reader knows a function; what reads an attribute of a tensor has no name of its own."""
+    """How a reader knows a function; what reads an attribute of a tensor has none."""
     name = getattr(func, "__name__", "a function of your own")
     return ".data or another attribute" if name == "__get__" else name

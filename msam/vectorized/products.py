@@ -38,7 +38,7 @@ class Product(Operation):
         if small:
             X = self.columns(x)
             self._factors = D, X
-            norms = (torch.bmm(X, X.mT) * torch.bmm(D, D.mT)).sum((1, 2)).clamp_min(0).sqrt()
+            norms = self._norms(X, D).to(D.dtype)
             self.norms = norms if self.norms is None else torch.hypot(norms, self.norms)
         return self.back(dy, x, w) if by_x else None
 
@@ -66,6 +66,11 @@ class Product(Operation):
             dx = self.back_each(dy, x, self._each)
         self._factors = self._each = None
         return dx, self.gradient(dy, x, w), None if b is None else rows.sum((0, 1))
+
+    def _norms(self, X: Tensor, D: Tensor) -> Tensor:
+        """||D_i^T X_i|| without D_i^T X_i. In float64: rows that cancel leave a small sum of large products."""
+        X, D = X.double(), D.double()
+        return (torch.bmm(X, X.mT) * torch.bmm(D, D.mT)).sum((1, 2)).clamp_min(0).sqrt()
 
     def factorises(self, T: int, n: int, k: int) -> bool:
         """Whether the two factors take fewer multiplications than g_i."""
