@@ -99,7 +99,11 @@ def test_a_tuples_second_is_a_count_or_refused_with_the_mend(second):
 
 @pytest.mark.parametrize(
     "returned",
-    [lambda out: {"loss": out.mean()}, lambda out: [out.mean(), 3], lambda out: SequenceClassifierOutput(loss=out.mean())],
+    [
+        lambda out: {"loss": out.mean()},
+        lambda out: [out.mean(), 3],
+        lambda out: SequenceClassifierOutput(loss=out.mean()),
+    ],
 )
 def test_what_holds_a_loss_is_not_a_loss(returned):
     model = mlp()
@@ -140,7 +144,7 @@ def test_it_runs_the_forward_pass_only(call, in_pass, vectorized):
         return loss
 
     model[0].bias.grad = torch.ones(7, dtype=torch.float64)
-    with pytest.raises((ValueError, NotImplementedError), match="forward pass only|a gradient within loss_fn"):
+    with pytest.raises((ValueError, NotImplementedError), match=r"forward pass only|a gradient within loss_fn"):
         msam.backward(loss_fn, batch, model, rho=0.1, micro_batches=2, vectorized=vectorized)
     assert torch.equal(model[0].bias.grad, torch.ones(7, dtype=torch.float64))
     assert model[0].weight.grad is None

@@ -316,22 +316,37 @@ class Uses(nn.Module):
 REFUSED = {
     "a second use of the parameter first.weight": Uses(lambda net, x: net.first(x)),
     "cat on": Uses(lambda net, x: torch.cat([x, net.bare])[: len(x)]),
-    "matmul on the parameter bare": Uses(lambda net, x: x @ torch.matmul(net.bare.T, net.bare)),
-    "linear on the parameter bare": Uses(lambda net, x: F.linear(x.T.contiguous().T[None].flatten(0, 0), net.bare)[0]),
-    "exp on the parameter bare": Uses(lambda net, x: x + net.bare.exp().sum()),
+    "linear on the parameter bare": Uses(lambda net, x: F.linear(x.T, x.T @ x @ net.bare.T).mT[:, :4]),
+    "add on the parameter bare": Uses(lambda net, x: x.sum() + net.bare.exp().sum()),
     "detach on the parameter first.weight, whose": Uses(lambda net, x: F.linear(x, net.first.weight.detach())),
     ".data or another attribute on": Uses(lambda net, x: x * net.bare.data.norm()),
-    "embedding on the parameter bare": Uses(
-        lambda net, x: x + F.embedding(torch.arange(4)[None], net.bare).sum((0, 1))
-    ),
-    "BatchNorm of anything but": Uses(
-        lambda net, x: F.batch_norm(x.reshape(-1, 1), None, None, training=True).view(-1, 5)
-    ),
+    "BatchNorm of anything but": Uses(lambda net, x: F.batch_norm(x.T, None, None, training=True).T),
+    "BatchNorm that is called past": Uses(lambda net, x: past_the_mode(x)),
     "BatchNorm with momentum=None": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, momentum=None)),
     "perturbed parameters of torch.bfloat16": nn.Linear(5, 3).bfloat16(),
     "multi_head_attention_forward": nn.TransformerEncoderLayer(5, 1, 5, batch_first=True),
     "torch.compile": torch.compile(nn.Linear(5, 3)),
+    "norm on the parameter bare": Uses(lambda net, x: x * net.bare.norm().detach()),
+    "__float__ on the parameter bare": Uses(lambda net, x: x * float(net.bare.norm())),
+    "item on the parameter bare": Uses(lambda net, x: x * net.bare.abs().max().item()),
+    "tolist on the parameter bare": Uses(lambda net, x: x * net.bare.tolist()[0][0]),
+    "gt on the parameter bare": Uses(lambda net, x: x * (net.bare > 0).sum()),
+    "argmax on the parameter bare": Uses(lambda net, x: x * net.bare.argmax()),
+    "numpy on the parameter bare": Uses(lambda net, x: x * float(net.bare.detach().numpy().sum())),
+    "dropout on the parameter bare": Uses(lambda net, x: x * F.dropout(net.bare, 0.5).sum()),
+    "embedding with max_norm on the parameter bare": Uses(
+        lambda net, x: x + F.embedding((x[:, 0] > 0).long(), net.bare, max_norm=0.1)
+    ),
+    "embedding_bag with max_norm on the parameter bare": Uses(
+        lambda net, x: x + F.embedding_bag((x > 0).long(), net.bare, max_norm=0.1)
+    ),
+    "mul_ on the parameter bare, which writes to it": Uses(lambda net, x: x * net.bare.mul_(2).sum()),
 }
+
+
+def past_the_mode(x):
+    with torch._C.DisableTorchFunction():
+        return torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0]
 
 
 @pytest.mark.parametrize("words", REFUSED)
@@ -394,6 +409,127 @@ def test_a_checkpoint_whose_function_saves_as_much_is_refused_too():
 
     with pytest.raises(NotImplementedError, match="activation checkpointing"):
         vectorized(Net().double(), data(8, 3, 8, 8), 4, rho=0.5)
+
+
+class Prototypes(nn.Module):
+    """As many classes as examples; their embeddings go through layers as examples do."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.into, self.classes, self.order = nn.Linear(5, 4), nn.Linear(6, 4), order
+        self.register_buffer("features", torch.randn(8, 6))
+
+    def forward(self, x):
+        return self.order(self.into(x), self.classes(self.features))
+
+
+ORDERS = {
+    "logits": lambda x, c: x @ c.T,
+    "attention over the classes": lambda x, c: (x @ c.T).softmax(1) @ c,
+    "row by row": lambda x, c: x * c,
+    "scale": lambda x, c: x * c.sum(),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_constants_of_the_batchs_length_are_not_examples(order):
+    torch.manual_seed(0)
+    model, (x, _) = Prototypes(ORDERS[order]).double(), data(8, 5)
+    twin = copy.deepcopy(model)
+    steps = []
+    for net, one in ((model, True), (twin, False)):
+        if order == "row by row" and not one:
+            continue  # rows of the mini-batch meet rows of the table, which a micro-batch cannot
+        try:
+            loss_fn = lambda part, net=net: net(part).square().mean()  # noqa: E731
+            steps.append(msam.backward(loss_fn, x, net, rho=0.5, micro_batches=4, vectorized=one))
+        except NotImplementedError:
+            return
+    if order != "row by row":
+        torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+TURNED = {
+    "slice": lambda net, x: x + net.bare[:1, :5],
+    "first rows": lambda net, x: x * net.table[: x.shape[1]].sum(0),
+    "reshaped": lambda net, x: x * net.bare.reshape(-1)[:5].view(1, 5),
+    "scaled": lambda net, x: x @ (net.bare.T @ net.bare * 0.5),
+    "split": lambda net, x: x + net.bare.chunk(2)[1].sum(0),
+    "matmul": lambda net, x: x @ net.bare.T,
+    "mm": lambda net, x: torch.mm(x, net.bare.T),
+    "addmm": lambda net, x: torch.addmm(net.table[0, :4], x, net.bare.T),
+    "einsum": lambda net, x: torch.einsum("bi,oi->bo", x, net.bare),
+    "einsum back": lambda net, x: torch.einsum("oi,bi->bo", net.bare, x),
+    "linear of a transpose": lambda net, x: F.linear(x, net.bare.T.contiguous().T),
+    "normalised weight": lambda net, x: F.linear(x, F.normalize(net.bare, dim=1)),
+    "in place": lambda net, x: (x * 1.0).add_(net.table[0]),
+    "flattened rows": lambda net, x: F.linear(x.unsqueeze(1).expand(-1, 3, -1).reshape(-1, 5), net.bare).view(-1, 12),
+    "there and back": lambda net, x: F.linear(x[:, None].transpose(0, 1).transpose(0, 1), net.bare)[:, 0],
+    "a token": lambda net, x: torch.cat([net.bare[:1].expand(len(x), -1), x], 1),
+    "lookup in a part": lambda net, x: x + F.embedding((x[:, 0] > 0).long(), net.table[:2] * 2),
+}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("use", TURNED)
+def test_parameters_may_be_turned_into_other_tensors(use, adaptive):
+    torch.manual_seed(0)
+    model = Uses(TURNED[use])
+    model.table = nn.Parameter(torch.randn(6, 5))
+    model, batch = model.double(), data(8, 5)
+    twin = copy.deepcopy(model)
+    loss_of_square = lambda net: lambda part: torch.tanh(net(part[0])).square().mean()  # noqa: E731
+    vectorized(model, batch, 4, loss_of_square(model), rho=0.5, adaptive=adaptive)
+    msam.backward(loss_of_square(twin), batch, twin, rho=0.5, micro_batches=4, adaptive=adaptive)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_weight_normalised_layers():
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.weight_norm):
+        model, batch = mlp(), data(8, 5)
+        norm(model[0])
+        twin = copy.deepcopy(model) if norm is nn.utils.parametrizations.weight_norm else mlp()
+        if norm is nn.utils.weight_norm:
+            norm(twin[0])
+        vectorized(model, batch, 4, rho=0.5)
+        msam.backward(loss_of(twin), batch, twin, rho=0.5, micro_batches=4)
+        torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+def test_hooks_of_parameters_see_the_perturbed_gradient_once():
+    model, twin, batch, seen = mlp(), mlp(), data(6, 5), []
+    model[0].weight.register_hook(lambda g: seen.append(g.clone()) or g * 0.5)
+    vectorized(model, batch, 3, rho=0.3)
+    msam.backward(loss_of(twin), batch, twin, rho=0.3, micro_batches=3)
+    (g,) = seen
+    torch.testing.assert_close(g, twin[0].weight.grad)
+    torch.testing.assert_close(model[0].weight.grad, 0.5 * g)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-4, 1e-3])
+def test_rows_that_cancel_leave_the_right_norm(noise):
+    """In float32, at the optimum of one input with two labels, where a micro-batch's two gradients cancel."""
+    torch.manual_seed(0)
+    m, d = 8, 64
+    net = nn.Linear(d, d, bias=False)
+    x = (torch.randn(m, 1, d).expand(m, 2, d) + noise * torch.randn(m, 2, d)).reshape(2 * m, d)
+    y = torch.arange(2 * m)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    for _ in range(4000):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    exact, twin = copy.deepcopy(net).double(), copy.deepcopy(net)
+    step = vectorized(net, (x, y), m, rho=0.05)
+    expected = msam.backward(loss_of(exact), (x.double(), y), exact, rho=0.05, micro_batches=m)
+    loop = msam.backward(loss_of(twin), (x, y), twin, rho=0.05, micro_batches=m)
+    own = (net.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm()
+    usual = (twin.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm()
+    assert own < max(1e-3, 3 * usual)
+    torch.testing.assert_close(step.perturbed_loss.double(), expected.perturbed_loss, rtol=1e-2, atol=0)
+    assert loop.perturbed_loss.isfinite()
 
 
 def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
