@@ -1,6 +1,5 @@
 """python -m analysis: the tables of the runs that are there, and the committed ones."""
 
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,19 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from analysis.unchanged import fingerprint, remember, remembered
-from experiments.harness import catalogue
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import PROFILES, Spec, SpecError, with_seeds
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import end_with
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import PROFILES, Run, SpecError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.collect import Collected, Results
-    from analysis.publish import Target
+    from analysis.collect import Collected
+    from analysis.exhibit import Target
+    from analysis.frames import Results
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def run(arguments: Arguments) -> str:
     if stamp and (printed := remembered(local, stamp)) is not None:
         return printed
 
-    from analysis.collect import Results, collect, finished_runs, write_files
+    from analysis.collect import collect, finished_runs
+    from analysis.frames import Results, write_files
     from analysis.publish import documents, everything, publish
 
     targets = _targets(arguments, finished_runs(root))
@@ -99,18 +103,18 @@ def _from_committed(arguments: Arguments, root: Path) -> str:
 
 def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
     """What the command line names; without names, what has finished runs of its own among `done`."""
-    from analysis.publish import TABLES, target
+    from analysis.exhibits import tables
+    from analysis.publish import target
 
     where = (arguments.profile, arguments.results.absolute())
     if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
         raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
     if arguments.targets:
-        known = catalogue.targets()
-        tables = [name for name in TABLES if name in known and catalogue.cells(name, arguments.profile)]
-        names = dict.fromkeys(n for name in arguments.targets for n in (tables if name == "all" else [name]))
+        every = [name for name in tables() if catalogue.cells(name, arguments.profile)]
+        names = dict.fromkeys(n for name in arguments.targets for n in (every if name == "all" else [name]))
         return [target(*_with_seeds(name, arguments.seeds, where), arguments.gpus) for name in names]
-    known, chosen, shared = catalogue.targets(), [], set[Spec]()
-    for name in (name for table in TABLES for name in (table, f"{table}-tuning")):
+    known, chosen, shared = catalogue.targets(), [], set[Run]()
+    for name in (name for table in tables() for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
             found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
             own = set(found.runs) - shared
@@ -129,8 +133,8 @@ def _with_seeds(name: str, seeds: int | None, where: tuple[str, Path]) -> tuple[
 
 
 def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
-    from analysis.collect import parse
-    from analysis.render import COMMITTED
+    from analysis.columns import parse
+    from analysis.document import COMMITTED
 
     path = folder / "tables" / f"{name}.csv"
     try:
@@ -176,15 +180,7 @@ def main() -> None:
     """Run the command line; a mistake in it ends with a sentence and exit status 2."""
     arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
 
-    from analysis.publish import Refused
-
-    try:
-        print(run(arguments))
-    except (SpecError, RecordError, Refused) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(0)
+    end_with(lambda: print(run(arguments)), stopped="Stopped: the files are as they were, or whole.")
 
 
 if __name__ == "__main__":

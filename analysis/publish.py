@@ -2,59 +2,26 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
-from analysis import render, tables
+from analysis.cells import run_ids
 from analysis.claims import document_claims
-from analysis.collect import UNKNOWN, Results, write_files
-from experiments.harness import catalogue
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import IMAGES, Spec, with_ranks, with_seeds
+from analysis.document import Document, table_files
+from analysis.exhibit import Shown, Target
+from analysis.exhibits import exhibit_of, pages, tables
+from analysis.frames import UNKNOWN, Results, write_files
+from analysis.report import report
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import Mistake
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_ranks, with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import Run
 
-STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
-TABLES = ("table1", "table2", "table3", "table4", "theory", *STUDIES)
-"""The tables that this package knows how to draw; each may have a grid, its name followed by `-tuning`."""
 
-
-class Refused(Exception):
+class Refused(Mistake):
     """A table that may not be published. The message has a sentence for each reason, with its mend."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one table is made of."""
-
-    name: str
-    cells: tuple[Spec, ...]
-    seeds: int
-    used: tuple[Spec, ...] = ()
-    """Of a grid: the cells of the table that it was run for."""
-    root: Path = DEFAULT_ROOT
-    """The results root that the runs belong to."""
-
-    @property
-    def tuning(self) -> bool:
-        """Whether this is the grid of a table."""
-        return self.name.endswith("-tuning")
-
-    @cached_property
-    def runs(self) -> list[Spec]:
-        """The runs that the table expects."""
-        return with_seeds(self.cells, self.seeds)
-
-    def document(self, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> render.Document:
-        """The table of these cells."""
-        if self.tuning:
-            return render.document_tuning(self.name, frame, self.cells, self.seeds, failures, self.used)
-        first = self.cells[0]
-        kinds = {"curvature": render.document_3, "theory": render.document_theory, "cost": render.document_4}
-        of_scores = render.document_1 if first.dataset in IMAGES else render.document_2
-        document = render.document_trajectories if first.curvature_every else kinds.get(first.kind, of_scores)
-        return document(self.name, frame, self.cells, self.seeds, failures)
 
 
 def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None, ranks: int = 1) -> Target:
@@ -66,12 +33,12 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
     runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
     cells = tuple(dict.fromkeys(replace(run, seed=0) for run in runs))
-    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root)
+    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root, catalogue.varies(name))
 
 
 def publishable(profile: str) -> list[Target]:
     """The tables and grids that have cells in this profile, with the profile's own number of seeds."""
-    names = [name + end for name in TABLES for end in ("", "-tuning") if name + end in catalogue.targets()]
+    names = [name + end for name in tables() for end in ("", "-tuning") if name + end in catalogue.targets()]
     return [target(name, profile) for name in names if catalogue.cells(name, profile)]
 
 
@@ -136,29 +103,27 @@ def redraw(folder: Path, profile: str) -> list[Path]:
 
 def documents(
     profile: str, targets: Sequence[Target], results: Results, failures: Mapping[str, str] | None = None
-) -> list[render.Document]:
+) -> list[Document]:
     """The tables, and behind them what they say of the abstract's claims, if one of them says anything."""
-    found = [t.document(results.runs, failures) for t in targets]
+    found = [exhibit_of(t.name).document(t, results.runs, failures) for t in targets]
     claims = document_claims(profile, results, _shown(targets))
     return [*found, claims] if len(claims.numbers) else found
 
 
 def everything(
-    profile: str, targets: Sequence[Target], results: Results, told: Sequence[render.Document] | None = None
+    profile: str, targets: Sequence[Target], results: Results, told: Sequence[Document] | None = None
 ) -> dict[str, str | bytes]:
     """Tables, claims, figures and the report, by their path below a results folder; `told` if `documents` is known."""
-    from analysis import figures
-    from analysis.report import report
-
     told = documents(profile, targets, results) if told is None else told
-    pictures = figures.pages(results, _shown(targets))
+    pictures = pages(results, _shown(targets))
     shown = results.only({run.run_id for t in targets for run in t.runs})
     page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], shown)
-    return {**render.table_files(told), **pictures, "report.html": page}
+    drawings = {path: picture for one in pictures for path, picture in one.files.items()}
+    return {**table_files(told), **drawings, "report.html": page}
 
 
-def _shown(targets: Sequence[Target]) -> dict[str, tuple[Sequence[Spec], int]]:
-    return {t.name: (t.cells, t.seeds) for t in targets if not t.tuning}
+def _shown(targets: Sequence[Target]) -> Shown:
+    return {t.name: t for t in targets if not t.tuning}
 
 
 def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
@@ -200,14 +165,14 @@ def mixed(t: Target, results: Results) -> list[str]:
     return reasons
 
 
-def missing(t: Target, results: Results) -> list[Spec]:
+def missing(t: Target, results: Results) -> list[Run]:
     """The runs that a table expects and has no score of."""
     rows = results.runs.set_index("run_id")
-    known = {run_id for cell in t.cells for run_id in tables.run_ids(cell, rows, t.seeds)}
+    known = {run_id for cell in t.cells for run_id in run_ids(cell, rows, t.seeds)}
     return [run for run in t.runs if run.run_id not in known]
 
 
-def missing_line(t: Target, gaps: Sequence[Spec]) -> str:
+def missing_line(t: Target, gaps: Sequence[Run]) -> str:
     """A sentence that counts the missing runs and says how to make them."""
     count = f"{len(gaps)} of its {len(t.runs)} runs"
     return f"{t.name} lacks {count}, first {gaps[0].title}: `{_command(t)}` makes them."
@@ -219,9 +184,9 @@ def _missing(t: Target, results: Results) -> list[str]:
 
 
 def _not_a_table(t: Target) -> list[str]:
-    if t.name.removesuffix("-tuning") in TABLES:
+    if t.name.removesuffix("-tuning") in tables():
         return []
-    return [f"{t.name} is an experiment, a part of a table: publish the table itself ({', '.join(TABLES)})."]
+    return [f"{t.name} is an experiment, a part of a table: publish the table itself ({', '.join(tables())})."]
 
 
 def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target]) -> set[str]:
@@ -233,7 +198,7 @@ def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target])
     return {run.run_id for cells in others for run in with_seeds(cells, seeds)} - fresh
 
 
-def _seeds(cell: Spec, ids: set[str]) -> int:
+def _seeds(cell: Run, ids: set[str]) -> int:
     """How many of seeds 0, 1, ... a cell has runs of, up to the first gap."""
     seeds = 0
     while replace(cell, seed=seeds).run_id in ids:

@@ -15,11 +15,6 @@ DISCLAIMER = (
     "The mSAM paper's own tables could not be obtained: none of these numbers is the mSAM paper's. The "
     "settings differ from ours; spreads are as the sources print them."
 )
-FLATNESS = (
-    "Published elsewhere, in other settings: Foret et al. 2021, section 4.2 (read in the source): WRN-40-10 without "
-    "BatchNorm on CIFAR-10, lambda 1 about 24 with SGD and 1.0 with SAM, lambda 1 / lambda 5 up to 11.4 and 2.6.",
-)
-"""Curvatures of others, for Table 3; none is the mSAM paper's."""
 FORET_NOTE = (
     "Foret et al.'s SAM is already m-SAM: 8 devices, each perturbing for its own 32 of the batch's 256 examples."
 )

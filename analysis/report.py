@@ -1,9 +1,8 @@
 """One self-contained page of everything: claims, tables, figures, hyper-parameters, and every run behind a number."""
 
 import base64
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,13 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from analysis import tables
-from analysis.collect import Results
-from analysis.render import Document, WideDocument
-from experiments.harness.catalogue import catalogue
-from experiments.harness.spec import Spec
-
-CAPTIONS = {
-    "theory": "Stability boundaries, penalty P(m), and largest eigenvalues of trained networks.",
-    "curves": "Training loss, and its rise at the perturbed weights, by epoch; bands are 95 % intervals over seeds.",
-    "cost": "Time of a step over the base optimizer's, and its memory, against m.",
-    "trajectories": "Largest Hessian eigenvalue along training; bands are 95 % intervals over seeds.",
-    "micro_batches": "Accuracy and flatness against m.",
-    "rho": "Accuracy against rho.",
-    "batch_size": "Accuracy against the batch size.",
-    "label_noise": "Accuracy with wrong training labels.",
-    "flatness": "Test accuracy against the largest Hessian eigenvalue, a point a network.",
-    "spectra": "Spectral density of the Hessian at seed 0.",
-    "slices": "Slices of the training loss along filter-normalised directions at seed 0.",
-}
+from analysis.arms import method_name
+from analysis.document import Document
+from analysis.exhibits import Page
+from analysis.frames import Results
+from experiments.harness.runs.catalogue import catalogue
+from experiments.harness.runs.run import ORDER, defaults, in_order
+from experiments.harness.runs.spec import Run
 
 
 @dataclass(frozen=True)
@@ -54,14 +41,14 @@ class Section:
 
 
 def report(
-    profile: str, documents: Sequence[Document], figures: Mapping[str, bytes], cells: Sequence[Spec], results: Results
+    profile: str, documents: Sequence[Document], figures: Sequence[Page], cells: Sequence[Run], results: Results
 ) -> str:
     """The page as HTML; the same contents give the same bytes.
 
     Args:
         profile: whose results these are.
         documents: the tables, and the claims.
-        figures: pages by path; those in PNG are shown.
+        figures: the figures, shown in PNG.
         cells: the specs behind the tables, for the hyper-parameters.
         results: the runs, with their provenance.
     """
@@ -70,9 +57,10 @@ def report(
     )
     sections = [section(document, results.runs) for document in documents]
     pictures = [
-        {"name": name, "caption": CAPTIONS[name], "data": base64.b64encode(figures[path]).decode()}
-        for path in figures
-        if path.endswith(".png") and (name := Path(path).stem)
+        {"name": page.name, "caption": page.caption, "data": base64.b64encode(picture).decode()}
+        for page in figures
+        for path, picture in page.files.items()
+        if path.endswith(".png")
     ]
     choices = [line for d in documents if d.name.endswith("-tuning") for line in d.claims]
     return environment.get_template("report.html.j2").render(
@@ -88,38 +76,34 @@ def report(
 
 def section(document: Document, runs: pd.DataFrame) -> Section:
     """A document's table, with the finished runs behind each of its rows or scores."""
-    known = set(runs["run_id"])
-    wide = isinstance(document, WideDocument)
-    by_row = [] if wide else [_known(ids, known) for ids in document.numbers["run_ids"]]
-    by_score = {}
-    if wide:
-        for row in document.numbers.itertuples():
-            by_score[row.model, row.label, row.dataset] = _known(row.run_ids, known)
+    known, behind = set(runs["run_id"]), document.behind()
+    more = [name for name in dict.fromkeys(name for row in behind for name in row) if name not in document.cells]
     rows = []
-    for number, values in enumerate(document.cells.to_dict("records")):
-        line = [
-            Cell(str(text), by_score.get((values.get("model"), values.get("method"), column), ()))
-            for column, text in values.items()
-        ]
-        rows.append((*line, *([] if wide else [Cell("", by_row[number])])))
-    columns = (*document.cells.columns, *([] if wide else ["runs"]))
+    for row, ids in zip(document.cells.to_dict("records"), behind, strict=True):
+        line = [Cell(str(text), _known(ids.get(str(name)), known)) for name, text in row.items()]
+        rows.append((*line, *(Cell("", _known(ids.get(name), known)) for name in more)))
+    columns = (*document.cells.columns, *more)
     about = (document.name, document.title, document.origin)
     return Section(*about, tuple(map(str, columns)), tuple(rows), document.claims, document.notes)
 
 
 def _known(ids: Any, known: set[str]) -> tuple[str, ...]:
-    return tuple(run_id for run_id in ("" if pd.isna(ids) else str(ids)).split() if run_id in known)
+    return tuple(run_id for run_id in ("" if ids is None or pd.isna(ids) else str(ids)).split() if run_id in known)
 
 
-def _hyper_parameters(cells: Sequence[Spec]) -> Section:
+def _hyper_parameters(cells: Sequence[Run]) -> Section:
     """A row for each distinct training of the tables, in their order."""
-    trained = [c for c in dict.fromkeys(cells) if c.kind == "train" and not (c.holdout_examples or c.curvature_every)]
-    varied = [f.name for f in dataclasses.fields(Spec) if len({getattr(c, f.name) for c in trained}) > 1]
+    trained = [
+        c
+        for c in dict.fromkeys(cells)
+        if c.kind == "train" and not (c.flat["holdout_examples"] or c.flat["curvature_every"])
+    ]
+    varied = [name for name in in_order() if len({c.flat[name] for c in trained}) > 1]
     listed = {cell: name for name, e in catalogue().items() for cell in e.runs.get(_profile(trained), ())}
     rows = tuple(
         (
-            Cell(tables.method_name(cell)),
-            *(Cell(_plain(getattr(cell, name))) for name in varied),
+            Cell(method_name(cell)),
+            *(Cell(_plain(cell.flat[name])) for name in varied),
             Cell(f"experiments/{listed[cell]}.py" if cell in listed else ""),
         )
         for cell in trained
@@ -129,7 +113,7 @@ def _hyper_parameters(cells: Sequence[Spec]) -> Section:
     return Section("hyper-parameters", "Hyper-parameters", origin, columns, rows, (), ())
 
 
-def _profile(cells: Sequence[Spec]) -> str:
+def _profile(cells: Sequence[Run]) -> str:
     return cells[0].profile if cells else ""
 
 
@@ -140,8 +124,10 @@ def _plain(value: Any) -> str:
 def _runs(results: Results) -> list[dict[str, Any]]:
     """Every run: what it is, its numbers and its sessions."""
     found = []
+    later = {name: default for name, default in defaults().items() if name not in ORDER}  # "as before"
     for row in results.runs.to_dict("records"):
-        told = {str(k): _plain(v) for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
+        shown = {str(k): v for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
+        told = {k: _plain(v) for k, v in shown.items() if k not in later or v != later[k]}
         title = f"{row['model']} {row['dataset']} {row['method']} m={row['micro_batches']} rho={_plain(row['rho'])}"
         title += f" batch {row['batch_size']}"
         if row["label_noise"]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.provenance import ROOT, code_hash
-from experiments.harness.record import RecordError, read_json, write_json
+from experiments.harness.runs.files import RecordError, read_json, write_json
+from experiments.harness.runs.provenance import ROOT, code_hash
 
 NAME = "unchanged.json"
 """In the folder that was written: the fingerprint of all that went in, what came out, and what was printed."""

@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.harness import catalogue
-from experiments.harness.provenance import ROOT, cpu
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.provenance import ROOT, cpu
 from tests.fixtures.make_runs import write_run
 
 RESULTS = Path(__file__).parent / "results"

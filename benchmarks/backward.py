@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import msam
-from experiments.harness.cost import median_interval, peak_bytes
-from experiments.harness.pool import ALLOCATOR
-from experiments.harness.provenance import cpu
+from experiments.harness.runs.process import ALLOCATOR
+from experiments.harness.runs.provenance import cpu
+from experiments.harness.work.timing import median_interval, peak_bytes
 
 RHO = 0.05
 LEARNING_RATE = 1e-4

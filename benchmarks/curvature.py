@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from experiments import resnet_cifar
-from experiments.harness import curvature, sharpness
-from experiments.harness.flatness import CHUNK, EIGENVALUES, TOLERANCE
-from experiments.harness.record import DEFAULT_ROOT, record_of
-from experiments.harness.task import build_task
+from experiments.harness.runs.record import DEFAULT_ROOT, record_of
+from experiments.harness.tasks.build import build_task
+from experiments.harness.work import hessian, sharpness
+from experiments.harness.work.flatness import CHUNK, EIGENVALUES, TOLERANCE
 from msam import split
 
 EXAMPLES = 256
 
 
-def bare(H: curvature.Hessian) -> tuple[int, float]:
+def bare(H: hessian.Hessian) -> tuple[int, float]:
     """(products, their seconds) of the peer."""
     v = np.random.default_rng(0).standard_normal(H.shape[0])
     basis, alphas, betas, seconds = [v / np.linalg.norm(v)], [], [], 0.0
@@ -51,9 +51,9 @@ def main() -> None:
             sys.exit(f"{spec.title} is not trained: make reproduce-table1 does it.")
         task = build_task(spec)
         task.model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
-        with curvature.evaluating(task.model):
+        with hessian.evaluating(task.model):
             parts = split(task.sample("train", EXAMPLES), EXAMPLES // CHUNK)
-            H = curvature.Hessian(
+            H = hessian.Hessian(
                 lambda batch, task=task: task.loss_fn(task.model, batch),
                 sharpness.trained(task.model),
                 [(part, CHUNK) for part in parts],
@@ -61,7 +61,7 @@ def main() -> None:
             H @ torch.zeros(H.shape[0])  # the graphs are both sides' alike
             products, seconds = bare(H)
             before, begun = H.products, time.perf_counter()
-            found = curvature.largest_eigenvalues(H, EIGENVALUES, tolerance=TOLERANCE)
+            found = hessian.largest_eigenvalues(H, EIGENVALUES, tolerance=TOLERANCE)
             ours = time.perf_counter() - begun
         print(
             f"{spec.title}: {H.products - before} products in {ours:.1f} s; bare Lanczos "

@@ -20,11 +20,12 @@ import torch
 
 import msam
 from experiments import bert_glue, resnet_cifar
-from experiments.harness.provenance import cpu
-from experiments.harness.record import record_of
-from experiments.harness.spec import Spec
-from experiments.harness.task import build_task
-from experiments.harness.train import build_optimizer, schedule, train
+from experiments.harness.runs.provenance import cpu
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Training
+from experiments.harness.tasks.build import build_task
+from experiments.harness.work.session import Session
+from experiments.harness.work.train import build_optimizer, schedule, train
 
 RUNS = {
     "MiniLM on movie snippets": replace(bert_glue.CPU, train_examples=320, test_examples=16, epochs=1),
@@ -33,14 +34,14 @@ RUNS = {
 METHODS = {"base": {}, "mSAM, m=4": {"rho": 0.01, "micro_batches": 4}}
 
 
-def suite(spec: Spec) -> float:
+def suite(spec: Training) -> float:
     """Seconds of a step, as the suite's own record has them."""
     with tempfile.TemporaryDirectory() as folder:
-        train(spec, Path(folder))
+        train(spec, Session(Path(folder)))
         return record_of(spec, Path(folder)).summary()["step_seconds"]
 
 
-def bare(spec: Spec) -> float:
+def bare(spec: Training) -> float:
     """Seconds of a step of the loop that one would write by hand."""
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.seed)
@@ -61,7 +62,7 @@ def bare(spec: Spec) -> float:
     return (time.perf_counter() - begun) / len(batches)
 
 
-def ratio(spec: Spec, first: Callable[[Spec], float]) -> float:
+def ratio(spec: Training, first: Callable[[Training], float]) -> float:
     """A round: each once, now one first and now the other, so that the machine's drift favours neither."""
     second = bare if first is suite else suite
     seconds = {first: first(spec), second: second(spec)}

@@ -19,8 +19,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from experiments import bert_glue, resnet_cifar, vit_cifar, wrn_cifar
-from experiments.harness.spec import Spec
-from experiments.harness.task import build_task
+from experiments.harness.runs.spec import Training
+from experiments.harness.tasks.build import build_task
 
 SIZES = {"test_examples": 4, "device": "cpu", "precision": "float32", "tf32": False, "label_smoothing": 0.0}
 SPECS = {
@@ -60,7 +60,7 @@ def main() -> None:
         (Path(__file__).parent / "results" / "precision.md").write_text(text)
 
 
-def left_of(name: str, spec: Spec, rho: float) -> list[tuple[str | float, ...]]:
+def left_of(name: str, spec: Training, rho: float) -> list[tuple[str | float, ...]]:
     """For each format: what the rounded perturbation's length, direction and rise in loss are to the wanted ones."""
     torch.manual_seed(0)
     task = build_task(spec)

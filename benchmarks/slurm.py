@@ -15,17 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments.harness import catalogue
-from experiments.harness.provenance import ROOT, cpu
-from experiments.harness.record import record_of
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.provenance import ROOT, cpu
+from experiments.harness.runs.record import record_of
 from tests.slurm.loopback import Loopback, missing
 
 TABLE = ("table1", "--profile", "smoke", "--seeds", "77")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 BARE = (
-    "import sys; from pathlib import Path; from experiments.harness import catalogue; "
-    "from experiments.harness.train import train; "
-    "train(catalogue.runs('linear_cifar', 'smoke', 1)[0], Path(sys.argv[1]))"
+    "import sys; from pathlib import Path; from experiments.harness.runs import catalogue; "
+    "from experiments.harness.work.session import Session; from experiments.harness.work.train import train; "
+    "train(catalogue.runs('linear_cifar', 'smoke', 1)[0], Session(Path(sys.argv[1])))"
 )
 
 

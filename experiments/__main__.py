@@ -7,53 +7,27 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from experiments.harness import catalogue
-from experiments.harness.estimate import Estimate, disk_bytes, gpu_hours, measured
-from experiments.harness.record import DEFAULT_ROOT, Record, RecordError, duration, printable, record_of, state_of
-from experiments.harness.spec import PROFILES, Spec, SpecError, with_networks
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.command_line import end_with
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
+from experiments.harness.runs.files import printable
+from experiments.harness.runs.grids import with_networks
+from experiments.harness.runs.process import cores
+from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
+from experiments.harness.runs.selection import Runs
+from experiments.harness.runs.spec import PROFILES, Run, SpecError, Timing
+from experiments.harness.work.session import Session
 
 if TYPE_CHECKING:
-    from experiments.harness.proof import Report
+    from experiments.harness.machine.proof import Report
 
 NIGHT_HOURS = 12
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Which runs a command is about, as it is told on the command line."""
-
-    target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]]
-    profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
-    seeds: Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")] = None
-    set: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="FIELD=VALUE", help="Change fields of every spec; such runs are no part of the tables."),
-    ] = ()
-    results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
-
-    @property
-    def specs(self) -> list[Spec]:
-        """The runs, and in front of those that measure a network the one that trains it.
-
-        Raises:
-            SpecError: if they are unknown, or cannot be run.
-        """
-        return with_networks(catalogue.runs(self.target, self.profile, self.seeds, self.set))
-
-    @property
-    def root(self) -> Path:
-        """The results root, whatever folder the command goes to."""
-        return self.results.absolute()
-
-    def __str__(self) -> str:
-        return f"{self.target} ({self.profile})"
 
 
 def list_() -> int:
@@ -77,8 +51,6 @@ def plan(
     Args:
         jobs: Workers at a time, so GPUs where these are needed; left out: one for each core, or a single GPU.
     """
-    from experiments.harness.pool import default_jobs
-
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
     estimate, left, alone, unknown = measured(results), 0.0, 0.0, 0
@@ -87,7 +59,7 @@ def plan(
         seconds = estimate.seconds(spec)
         if not done:
             unknown += seconds is None
-            if spec.kind == "cost":  # these run one at a time
+            if isinstance(spec, Timing):  # these run one at a time
                 alone += seconds or 0
             else:
                 left += seconds or 0
@@ -96,7 +68,7 @@ def plan(
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
-        jobs = jobs or (default_jobs("cpu") if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
+        jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
         words = (
             f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
         )
@@ -107,7 +79,7 @@ def plan(
     return 0
 
 
-def _print_gpu_plan(runs: Runs, waiting: list[Spec], estimate: Estimate, gpus: int) -> None:
+def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: int) -> None:
     """GPU-hours of each table and in all, nights and disk."""
     print("\nGPU-hours by measured times where there are any, else guessed for an A100-class GPU:")
     tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
@@ -138,9 +110,9 @@ def run(
     Args:
         jobs: Workers at a time; left out: one for each core, or one for each GPU.
         data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
-        redo: Train the target's runs anew, finished ones too; each keeps its result until its own turn comes.
+        redo: Train the target's runs again, finished ones too; each keeps its result until its own turn comes.
     """
-    from experiments.harness.provenance import command_line, environment
+    from experiments.harness.runs.provenance import command_line, environment
 
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
@@ -152,9 +124,9 @@ def run(
     if not waiting:
         print(f"All {len(specs)} runs of {runs} are done; nothing to train.")
         return 0
-    session = environment(command_line())
+    provenance = environment(command_line())
 
-    from experiments.harness import pool
+    from experiments.harness.machine import pool
 
     _check_device(waiting)
     done = len(specs) - len(waiting)
@@ -167,11 +139,9 @@ def run(
     print(f"Training {len(waiting)} runs of {runs}; {done} are done.", flush=True)
     outcome = pool.run(
         waiting,
-        results,
+        Session(results, data_root, provenance),
         jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
-        environment=session,
         estimate=measured(results),
-        data_root=str(data_root) if data_root else None,
         redo=redo,
     )
     for spec, failure in outcome.failed.items():
@@ -203,13 +173,13 @@ def check(
 ) -> int:
     """Prove every distinct cell of a target at full size: built, two steps on a small batch, resumed, scored.
 
-    Inputs are made up. What is told of a GPU is an estimate from counted FLOP, not measured.
+    Inputs are made up. Figures of a GPU are estimated from counted FLOP, not measured.
 
     Args:
         jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
         gpu: Whose peak the times are estimated from: a100 or h100.
     """
-    from experiments.harness import proof
+    from experiments.harness.machine import proof
 
     _check_jobs(jobs)
     cells = proof.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
@@ -228,8 +198,8 @@ def check(
     return 1 if failed else 0
 
 
-def _checked(spec: Spec, report: "Report") -> str:
-    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.kind == 'curvature' else ''}"
+def _checked(spec: Run, report: "Report") -> str:
+    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
     if report.failure:
         return f"{what}: FAILED: {report.failure}"
     least, most = (duration(seconds) for seconds in report.run_seconds)
@@ -280,7 +250,7 @@ def verify(
     results: Path = DEFAULT_ROOT,
     data_root: Path | None = None,
 ) -> int:
-    """Make a finished run anew, in a temporary folder, and say whether it is the same bit for bit, or what differs.
+    """Make a finished run again, in a temporary folder, and say whether it is the same bit for bit, or what differs.
 
     Args:
         run: The name of its folder, or the beginning of it.
@@ -290,8 +260,8 @@ def verify(
     """
     from tqdm import tqdm
 
-    from experiments.harness import verify as verification
-    from experiments.harness.provenance import command_line, environment
+    from experiments.harness.machine import verify as verification
+    from experiments.harness.runs.provenance import command_line, environment
 
     record = _record(run, results)
     _check_device([record.spec()])
@@ -301,13 +271,8 @@ def verify(
             bar.total = steps
             bar.update(step - bar.n)
 
-        found = verification.verify(
-            record,
-            epochs=epochs,
-            data_root=str(data_root) if data_root else None,
-            environment=environment(command_line()),
-            report=report,
-        )
+        session = Session(record.root, data_root, environment(command_line()), report)
+        found = verification.verify(record, session, epochs)
     compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
     if not found:
         print(f"{record.run_id} is the same bit for bit: {compared}, times apart.")
@@ -344,10 +309,10 @@ def _check_jobs(jobs: int | None) -> None:
         raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
 
 
-def _check_device(specs: list[Spec]) -> None:
-    from experiments.harness.pool import default_jobs
+def _check_device(specs: list[Run]) -> None:
+    from experiments.harness.machine.pool import default_jobs
 
-    if any(spec.ranks > 1 for spec in specs):
+    if any(spec.processes > 1 for spec in specs):
         raise SpecError(
             "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
             "with python -m slurm submit, or leave ranks out."
@@ -359,22 +324,22 @@ def _check_device(specs: list[Spec]) -> None:
         )
 
 
-def _with_data(specs: list[Spec], data_root: Path | None, needed: bool) -> list[Spec]:
+def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[Run]:
     """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has.
 
     Raises:
-        NotToBeHad: if that leaves nothing although some is `needed`.
+        DataUnavailable: if that leaves nothing although some is `needed`.
     """
-    from experiments.harness.data import NotToBeHad
-    from experiments.harness.task import check
+    from experiments.harness.tasks.storage import DataUnavailable
+    from experiments.harness.work.execute import check
 
-    lacking: dict[str, NotToBeHad] = {}
-    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.max_length) for s in specs):
-        first = next(s for s in specs if (s.dataset, s.model, s.max_length) == (dataset, model, max_length))
+    lacking: dict[str, DataUnavailable] = {}
+    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
+        first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
         try:
             if dataset not in lacking:
-                check(first, str(data_root) if data_root else None)
-        except NotToBeHad as error:
+                check(first, data_root)
+        except DataUnavailable as error:
             lacking[dataset] = error
     found = [spec for spec in specs if spec.dataset not in lacking]
     if needed and not found:
@@ -397,25 +362,10 @@ def main() -> None:
         "show": show,
         "verify": verify,
     }
-    from experiments.harness.data import DataError
-
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__)
-    except (SpecError, RecordError, DataError) as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except OSError as error:
-        print(
-            f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that and run again.",
-            file=sys.stderr,
-        )
-        code = 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoints.", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    end_with(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
+        stopped="Stopped. The same command goes on from the last checkpoints.",
+    )
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ batch size they were tuned for, so that one is favoured.
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Training
 
 TABLE = "batch_size"
+VARIES = ("batch_size",)
 
 TIMES = {"smoke": (0.5, 1), "cpu": (0.25, 0.5, 1, 2), "paper": (0.25, 0.5, 1, 2, 4)}
 """How many times as large as in Table 1."""
 
 
-def scaled(cell: Spec, times: float) -> Spec:
+def scaled(cell: Training, times: float) -> Training:
     """The cell at another batch size, with micro-batches of as many images."""
     micro_batches = cell.micro_batches if cell.micro_batches == 1 else round(cell.micro_batches * times)
     return replace(

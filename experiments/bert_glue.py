@@ -17,11 +17,13 @@ AMD EPYC (AVX2).
 
 from dataclasses import replace
 
-from experiments.harness.spec import GLUE_GRIDS, ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.facts import GLUE_GRIDS
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table2"
 
-SMOKE = Spec(
+SMOKE = Training(
     profile="smoke",
     dataset="snippets",
     model="minilm",

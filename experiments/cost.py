@@ -2,16 +2,16 @@
 
     python -m experiments run cost --profile cpu        # one run at a time, whatever --jobs says
 
-Each run times the base optimizer, its control, SAM and mSAM beside each other, see `harness/cost.py`; seeds repeat it.
+Each run times the base optimizer, its control, SAM and mSAM in turn, see `harness/work/timing.py`; seeds repeat it.
 The networks are those of Table 1 at their batch size, and a deeper one (ResNet-20) for the scaling with size; ResNet-8
 also at half and twice the batch. On CPUs two data-parallel workers, a core each, follow; on GPUs one worker is timed.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from experiments import resnet_cifar, vit_cifar, wrn_cifar
-from experiments.harness.spec import Spec
+from experiments.harness.runs.grids import timing_of
+from experiments.harness.runs.spec import Timing, Training
 
 TABLE = "table4"
 
@@ -19,18 +19,10 @@ LARGEST_M = {"smoke": 4, "cpu": 16, "paper": 16}
 ROUNDS = {"smoke": 3, "cpu": 20, "paper": 50}
 
 
-def timed(base: Spec, **changes: Any) -> Spec:
-    """The cost run of a base optimizer's cell."""
-    return replace(
-        base,
-        kind="cost",
-        rho=0.05,
-        micro_batches=LARGEST_M[base.profile],
-        epochs=ROUNDS[base.profile],
-        warmup_epochs=0.0,
-        workers=2 if base.device == "cpu" else 1,
-        **changes,
-    )
+def timed(cell: Training) -> Timing:
+    """The timing of all methods on a cell's network."""
+    m, rounds = LARGEST_M[cell.profile], ROUNDS[cell.profile]
+    return timing_of(cell, rho=0.05, micro_batches=m, rounds=rounds, workers=2 if cell.device == "cpu" else 1)
 
 
 RUNS = {
@@ -40,5 +32,5 @@ RUNS = {
     ]
     for profile in ("smoke", "cpu", "paper")
 }
-RUNS["cpu"] += [timed(resnet_cifar.CPU, batch_size=64), timed(resnet_cifar.CPU, batch_size=256)]
-RUNS["cpu"] += [timed(resnet_cifar.CPU, model="resnet20")]
+RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, batch_size=size)) for size in (64, 256)]
+RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, model="resnet20"))]

@@ -13,7 +13,7 @@ Expected of ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 o
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar
-from experiments.harness.spec import curvature_of
+from experiments.harness.runs.grids import curvature_of
 
 TABLE = "table3"
 

@@ -15,9 +15,11 @@ do cannot be told from what the learning rate does. The grid is the committed ta
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec, tuning_grid
+from experiments.harness.runs.grids import tuning_grid
+from experiments.harness.runs.spec import Training
 
 TABLE = "label_noise"
+VARIES = ("label_noise",)
 
 SHARES = {"smoke": (0.0, 0.4), "cpu": (0.0, 0.2, 0.4, 0.6), "paper": (0.0, 0.2, 0.4, 0.6)}
 
@@ -31,7 +33,7 @@ CHOSEN: dict[str, dict[float, dict[str, float]]] = {
 """By profile and share what the grid chose: `learning_rate`, and the rho of `sam` and of `msam`."""
 
 
-def noisy(cell: Spec, share: float) -> Spec:
+def noisy(cell: Training, share: float) -> Training:
     """The cell of Table 1 with wrong labels."""
     chosen = CHOSEN.get(cell.profile, {}).get(share, {})
     learning_rate = chosen.get("learning_rate", cell.learning_rate)

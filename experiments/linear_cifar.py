@@ -10,11 +10,11 @@ Expected (n=8, +- 95 %): 32.2 +- 0.3 and 35.9 +- 0.2; 1 and 2 seconds a run on o
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Training
 
 TABLE = "table1"
 
-SMOKE = Spec(
+SMOKE = Training(
     profile="smoke",
     dataset="cifar10",
     model="linear",

@@ -16,7 +16,8 @@ is drawn, both did worse. Two seeds choose, among four to six rhos, so that an m
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.spec import Spec, curvature_of, tuning_grid
+from experiments.harness.runs.grids import curvature_of, tuning_grid
+from experiments.harness.runs.spec import Run, Training
 
 TABLE = "micro_batches"
 
@@ -39,7 +40,7 @@ MEASURED = {"smoke": (16, 0.05), "cpu": (256, 0.05), "paper": (512, 0.05)}
 """Examples and radius of the curvature runs: those of `hessian`, so that runs are shared."""
 
 
-def against_m(base: Spec, profile: str) -> list[Spec]:
+def against_m(base: Training, profile: str) -> list[Training]:
     """The base optimizer, SAM and, at each m, the control, mSAM at SAM's rho, and at its own if that differs."""
     tuned = TUNED.get(profile, {}).get(base.model, {})
     cells = [base, *(replace(base, rho=rho) for rho in dict.fromkeys((RHO[profile], tuned.get(1, RHO[profile]))))]
@@ -49,7 +50,7 @@ def against_m(base: Spec, profile: str) -> list[Spec]:
     return cells
 
 
-RUNS: dict[str, list[Spec]] = {}
+RUNS: dict[str, list[Run]] = {}
 for profile, (examples, radius) in MEASURED.items():
     base = next(cell for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10")
     networks = against_m(base, profile)

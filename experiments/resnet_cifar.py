@@ -12,11 +12,12 @@ and 99 seconds a run on one core of an AMD EPYC with AVX512. On one with AVX2: 4
 
 from dataclasses import replace
 
-from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table1"
 
-SMOKE = Spec(
+SMOKE = Training(
     profile="smoke",
     dataset="cifar10",
     model="resnet8",

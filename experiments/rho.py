@@ -22,5 +22,6 @@ RHOS = {
 
 RUNS = {}
 for profile, rhos in RHOS.items():
-    base, control, sam, msam = (cell for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10")
-    RUNS[profile] = [base, control, *(replace(cell, rho=rho) for cell in (sam, msam) for rho in rhos)]
+    cells = {cell.method: cell for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10"}
+    perturbed = [replace(cells[method], rho=rho) for method in ("sam", "msam") for rho in rhos]
+    RUNS[profile] = [cells["base"], cells["control"], *perturbed]

@@ -10,13 +10,15 @@ Expected: not measured.
 
 from dataclasses import replace
 
-from experiments.harness.spec import GLUE_GRIDS, ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.facts import GLUE_GRIDS
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table2"
 
 # Liu et al. 2019 (RoBERTa, section 5.1 and table 10): batch 16 or 32, learning rate 1e-5 to 3e-5, 10 epochs, warm-up
 # over the first 6 %, linear decay, weight decay 0.1. Clipping at 1.0 is ours: theirs is 0 (none).
-PAPER = Spec(
+PAPER = Training(
     profile="paper",
     dataset="sst2",
     model="roberta-base",

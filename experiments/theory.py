@@ -10,19 +10,17 @@ unnormalised perturbations and all the data in each step, where the prediction i
 
 from dataclasses import replace
 
-from experiments.harness.spec import Spec
+from experiments.harness.runs.spec import Stability
 
 TABLE = "theory"
 
-DESCENT = Spec(
+DESCENT = Stability(
     profile="cpu",
-    kind="theory",
     dataset="interpolation",
     model="regression",
     train_examples=64,
     base_optimizer="sgd",
     learning_rate=0.1,
-    momentum=0.0,
     epochs=200,
     batch_size=64,
     normalised=False,
@@ -33,7 +31,7 @@ RHOS = (0.01, 0.03, 0.1, 0.3)
 LEARNING_RATES = (0.03, 0.3, 1.0)
 
 
-def three_methods(base: Spec, rhos: tuple[float, ...]) -> list[Spec]:
+def three_methods(base: Stability, rhos: tuple[float, ...]) -> list[Stability]:
     """Gradient descent, then SAM and mSAM at each rho."""
     perturbed = [replace(base, micro_batches=m, rho=rho) for m in (1, M) for rho in rhos]
     return [base, *perturbed]

@@ -15,11 +15,12 @@ Expected (n=8, +- 95 %): AdamW 42.5 +- 0.5, over micro-batches 42.5 +- 0.5, SAM 
 
 from dataclasses import replace
 
-from experiments.harness.spec import ON_GPU, Spec, four_methods, tuning_grid
+from experiments.harness.runs.grids import four_methods, tuning_grid
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table1"
 
-SMOKE = Spec(
+SMOKE = Training(
     profile="smoke",
     dataset="cifar10",
     model="vit-micro",

@@ -14,15 +14,20 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-import experiments.__main__ as experiments_cli
-from experiments.harness.estimate import Estimate, gpu_hours, measured
-from experiments.harness.provenance import checkout
-from experiments.harness.record import DEFAULT_ROOT, RecordError
-from experiments.harness.spec import Spec, SpecError, with_ranks
+from experiments.harness.runs import selection
+from experiments.harness.runs.command_line import end_with
+from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import with_ranks
+from experiments.harness.runs.provenance import checkout
+from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.spec import Run
 from slurm import scheduler, site
+from slurm.job import Work
 from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
-from slurm.submission import Array, Standing, alone, arrays, note_cancelled, script, snapshot, standings
+from slurm.standings import Standing, note_cancelled, standings
+from slurm.submission import Array, alone, arrays, script, snapshot
 from slurm.submission import submit as hand_over
 
 UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
@@ -33,7 +38,7 @@ PATIENCE = 30
 
 
 @dataclass(frozen=True)
-class Runs(experiments_cli.Runs):
+class Runs(selection.Runs):
     """Which runs a command is about, and on how many GPUs each."""
 
     gpus: Annotated[
@@ -41,14 +46,14 @@ class Runs(experiments_cli.Runs):
     ] = 1
 
     @property
-    def specs(self) -> list[Spec]:
+    def specs(self) -> list[Run]:
         """The runs, those on several GPUs where `gpus` divides their micro-batches."""
         _check(gpus=self.gpus)
         specs = super().specs
         if self.gpus > 1 and any(spec.device == "cpu" for spec in specs):
             raise SlurmError(f"gpus is {self.gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
         found = with_ranks(specs, self.gpus)
-        if single := sum(spec.ranks == 1 for spec in found) * (self.gpus > 1):
+        if single := sum(spec.processes == 1 for spec in found) * (self.gpus > 1):
             print(
                 f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the "
                 "ranks must divide m.",
@@ -97,14 +102,7 @@ def submit(
         raise SlurmError(f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, for a checkpoint before the end.")
     specs, results = runs.specs, runs.root
     if cluster == "local":
-        if runs.gpus > 1:
-            raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
-        from experiments.harness.data import DataError
-
-        try:
-            return experiments_cli.run(runs, data_root=data_root)
-        except DataError as error:
-            raise SlurmError(str(error)) from error
+        return _train_here(runs, data_root)
     _check_paths(specs)
     facts = site.read(site_file, partition)
     estimate = measured(results)
@@ -119,24 +117,23 @@ def submit(
     if dry_run:
         checked = "largest" in packed
         waiting = _to_submit(standings(specs, results, need_queue=checked))
-        found = arrays(waiting, estimate, **packed)
-        return _dry_run(found, estimate, results, facts, parallelism, len(specs), checked)
+        chosen = arrays(waiting, estimate, **packed)
+        scripts = [script(array, results, facts, parallelism) for array in chosen]
+        return _dry_run(chosen, scripts, estimate, len(specs), checked)
     with alone(results):
         waiting = _to_submit(standings(specs, results, need_queue=True))
         if not waiting:
             print(f"All {len(specs)} runs of {runs} are done or queued; nothing to submit.")
             return 0
-        found = arrays(waiting, estimate, **packed)
+        chosen = arrays(waiting, estimate, **packed)
         code = snapshot(results)
-        folder, ids = hand_over(
-            found,
-            results,
-            facts,
-            code=code,
-            submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
+        work = Work(
+            results=str(results),
             data_root=str(data_root.absolute()) if data_root else None,
-            parallelism=parallelism,
+            submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
+            code=code.name,
         )
+        folder, ids = hand_over(chosen, work, facts, code=code, parallelism=parallelism)
     print(f"Submitted {len(waiting)} of {len(specs)} runs of {runs} in jobs {', '.join(ids)}.")
     print(f"Logs:    {folder}/JOB_0_log.out")
     print(f"State:   {runs.command('status')}")
@@ -196,14 +193,14 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
     scheduler.cancel(jobs)
     note_cancelled(places)
     print(
-        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first; when they are gone tells: "
-        f"{runs.command('status')}"
+        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first. To see when they are "
+        f"gone: {runs.command('status')}"
     )
     return 0
 
 
-def _check_paths(specs: Sequence[Spec]) -> None:
-    """Jobs run in a folder of their own: what is relative to this one must not be."""
+def _check_paths(specs: Sequence[Run]) -> None:
+    """Jobs run in another folder: paths must not be relative to this one."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
     for spec in specs:
@@ -211,24 +208,16 @@ def _check_paths(specs: Sequence[Spec]) -> None:
             raise SlurmError(f"model is {spec.model!r}, but jobs run elsewhere: name the folder by its absolute path.")
 
 
-def _to_submit(found: Sequence[Standing]) -> list[Spec]:
+def _to_submit(found: Sequence[Standing]) -> list[Run]:
     for run in found:
         if run.state == "damaged":
             raise RecordError(f"{run.spec.run_id} is damaged{run.words}")
     return [run.spec for run in found if run.state in UNFINISHED]
 
 
-def _dry_run(
-    found: list[Array],
-    estimate: Estimate,
-    results: Path,
-    facts: site.Site,
-    parallelism: int | None,
-    wanted: int,
-    checked: bool,
-) -> int:
+def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate, wanted: int, checked: bool) -> int:
     hours, runs, refused = 0.0, 0, False
-    for array in found:
+    for array, text in zip(chosen, scripts, strict=True):
         size = array.size
         print(
             f"{len(array.jobs)} jobs, each: {array.ranks} ranks on {array.nodes} nodes; a rank: {size.gpus} GPUs, "
@@ -238,7 +227,6 @@ def _dry_run(
             for spec in job:
                 print(f"  {number:>4}  {spec.run_id}  {spec.title}")
                 hours, runs = hours + gpu_hours(spec, estimate), runs + 1
-        text = script(array, results, facts, parallelism)
         print(f"\n{text}")
         if checked:
             try:
@@ -251,6 +239,15 @@ def _dry_run(
         "nothing was measured; no GPU has run these yet)."
     )
     return 2 if refused else 0
+
+
+def _train_here(runs: Runs, data_root: Path | None) -> int:
+    """On this machine's cores or GPUs, as the main command does."""
+    if runs.gpus > 1:
+        raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
+    from experiments.__main__ import run
+
+    return run(runs, data_root=data_root)
 
 
 def _counted(found: Sequence[Standing]) -> str:
@@ -268,20 +265,10 @@ def main() -> None:
     """Run the command line; a mistake in it ends with one sentence and exit status 2."""
     commands: dict[str, Callable[..., int]] = {"submit": submit, "status": status, "wait": wait, "cancel": cancel}
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        code = tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__)
-    except (SpecError, RecordError) as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except BrokenPipeError:
-        code = 0
-    except OSError as error:
-        print(f"{error.filename or 'A file'} cannot be used ({error.strerror or error}): mend that.", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("\nStopped looking. What is queued or running goes on: python -m slurm cancel ends it.", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    end_with(
+        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__),
+        stopped="Stopped looking. What is queued or running goes on: python -m slurm cancel ends it.",
+    )
 
 
 if __name__ == "__main__":

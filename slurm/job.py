@@ -1,6 +1,6 @@
 """What runs inside a job: some runs one after the other, each through the one training loop.
 
-Everything a run needs to go on lies in its record, so a job that is told to stop writes checkpoints and asks Slurm to
+Everything a run needs to go on lies in its record, so a job that is asked to stop writes checkpoints and asks Slurm to
 queue it again; whatever else ends it (a node's failure, an administrator's requeue) is mended by the same restart.
 Torch is not imported before the signals have their handlers.
 """
@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.pool import Flag
-from experiments.harness.provenance import code_hash, machine
-from experiments.harness.record import RunLocked, read_json, record_of, write_json
-from experiments.harness.spec import Spec
+from experiments.harness.runs.files import read_json, write_json
+from experiments.harness.runs.process import Flag
+from experiments.harness.runs.provenance import code_hash, machine
+from experiments.harness.runs.record import RunLocked, record_of
+from experiments.harness.runs.spec import Run, from_dict
+from experiments.harness.work.session import Interrupted, Session
 from slurm.resources import SIGNAL_SECONDS
 
 PACKAGES = ("msam", "experiments", "slurm")
@@ -35,19 +37,20 @@ class RunsFailed(Exception):
     """Some runs of the job failed; their tracebacks are above, and in their records."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """The runs of one job. submitit pickles it at submission and calls it in every process of the job."""
 
-    runs: tuple[Mapping[str, Any], ...]
     results: str
     data_root: str | None
-    minutes: int
-    """The job's time limit."""
     submitted: Mapping[str, Any]
     """Provenance from the submission: `provenance.checkout`."""
     code: str
     """Hash of all code that was submitted, which this process must have loaded."""
+    runs: tuple[Mapping[str, Any], ...] = ()
+    """The job's own, one after the other."""
+    minutes: int = 0
+    """The job's time limit."""
 
     def __call__(self) -> None:
         """Train the runs that are not done.
@@ -57,64 +60,58 @@ class Work:
         """
         # USR2 comes ahead of the time limit or of a preemption; TERM with scancel, or with a preemption on clusters
         # that send nothing else, and then Slurm itself queues the job again.
-        requeue, ending = Flag(), Flag()
+        requeue, ending, stepped = Flag(), Flag(), Flag()
         signal.signal(signal.SIGUSR2, requeue.set)
         signal.signal(signal.SIGTERM, ending.set)
         begun = time.monotonic()
-        specs = [Spec.from_dict(fields) for fields in self.runs]
+        specs = [from_dict(fields) for fields in self.runs]
         if code_hash(folders=PACKAGES) != self.code:
             raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
-        if specs[0].ranks > 1:
+        if specs[0].processes > 1:
             _join(specs[0], Path(self.results))
-        session = {**self.submitted, **machine(), **_job()}
-        print(f"{len(specs)} runs in job {session['slurm_job']}, requeued {session['requeues']} times", flush=True)
-
-        from experiments.harness.execute import execute
-        from experiments.harness.train import Interrupted
-
-        failed, stepped = [], False
-
-        def told() -> bool:
-            return requeue.is_set() or ending.is_set()
-
-        def report(step: int, steps: int) -> None:
-            nonlocal stepped
-            stepped = True
-
+        provenance = {**self.submitted, **machine(), **_job()}
+        where = f"job {provenance['slurm_job']}, requeued {provenance['requeues']} times"
+        print(f"{len(specs)} runs in {where}", flush=True)
+        session = Session(
+            Path(self.results),
+            Path(self.data_root) if self.data_root else None,
+            provenance,
+            report=stepped.set,
+            stop=lambda: requeue.is_set() or ending.is_set(),
+        )
+        failed = 0
         for spec in specs:
             print(f"{spec.run_id}  {spec.title}", flush=True)
-            while True:
-                try:
-                    execute(
-                        spec,
-                        Path(self.results),
-                        data_root=self.data_root,
-                        environment=session,
-                        report=report,
-                        stop=told,
-                    )
-                    break
-                except RunLocked:  # elsewhere it is being trained: wait for its result
-                    if told():
-                        _leave(requeue)
-                    time.sleep(1)
-                except Interrupted as stopped:
-                    print(stopped, flush=True)
-                    late = time.monotonic() - begun > 60 * self.minutes - SIGNAL_SECONDS - 90
-                    if late and not stepped and _rank() == 0:
-                        words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
-                        record_of(spec, Path(self.results)).fail(words)
-                        raise RunsFailed(f"{spec.run_id}: {words}") from None
-                    _leave(requeue)
-                except Exception as error:
-                    if spec.ranks > 1:
-                        raise  # the other ranks wait for this one: end the job
-                    print(f"FAILED {spec.run_id}", file=sys.stderr)
-                    traceback.print_exception(error)
-                    failed.append(error)
-                    break
+            try:
+                self._train(spec, session, requeue)
+            except Interrupted as stopped:
+                print(stopped, flush=True)
+                late = time.monotonic() - begun > 60 * self.minutes - SIGNAL_SECONDS - 90
+                if late and not stepped.is_set() and _rank() == 0:
+                    words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
+                    record_of(spec, session.root).fail(words)
+                    raise RunsFailed(f"{spec.run_id}: {words}") from None
+                _leave(requeue)
+            except Exception as error:
+                if spec.processes > 1:
+                    raise  # the other ranks wait for this one: end the job
+                print(f"FAILED {spec.run_id}", file=sys.stderr)
+                traceback.print_exception(error)
+                failed += 1
         if failed:
-            raise RunsFailed(f"{len(failed)} of {len(specs)} runs failed, with the errors above.")
+            raise RunsFailed(f"{failed} of {len(specs)} runs failed, with the errors above.")
+
+    def _train(self, spec: Run, session: Session, requeue: Flag) -> None:
+        """Carry out one run; if another process is at work on it, wait for its result."""
+        from experiments.harness.work.execute import execute
+
+        while True:
+            try:
+                return execute(spec, session)
+            except RunLocked:
+                if session.stop():
+                    _leave(requeue)
+                time.sleep(1)
 
 
 def perform(work: Work) -> None:
@@ -131,7 +128,7 @@ def _leave(requeue: Flag) -> None:
     job, first, queued = _job()["slurm_job"], _rank() == 0, False
     until = time.monotonic() + 900
     while time.monotonic() < until:
-        if first and requeue.is_set() and not queued:  # another rank may have been told before this one
+        if first and requeue.is_set() and not queued:  # another rank may have had the signal before this one
             queued = _asked(["scontrol", "requeue", job]) is not None
         state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
         if state not in (None, "RUNNING"):
@@ -164,11 +161,11 @@ def _rank() -> int:
     return int(os.environ.get("SLURM_PROCID", 0))
 
 
-def _join(spec: Spec, results: Path) -> None:
+def _join(spec: Run, results: Path) -> None:
     """Bring the job's processes together as the ranks of a run.
 
-    Rank 0 takes a free port and tells the others in a file of the shared folder: nodes need not know each other's
-    names, and two jobs on one node cannot meet.
+    Rank 0 takes a free port and writes it to a file of the shared folder for the others: nodes need not know each
+    other's names, and two jobs on one node cannot meet.
     """
     import torch
     import torch.distributed as dist
@@ -178,7 +175,7 @@ def _join(spec: Spec, results: Path) -> None:
     meeting = results / "slurm" / "ranks" / f"{job['slurm_job']}-{job['requeues']}.json"
     if rank == 0:
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
-        store = dist.TCPStore(host, 0, spec.ranks, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, spec.processes, is_master=True, wait_for_workers=False)
         meeting.parent.mkdir(parents=True, exist_ok=True)
         write_json(meeting, {"host": host, "port": store.port})
     else:
@@ -187,11 +184,13 @@ def _join(spec: Spec, results: Path) -> None:
             if time.monotonic() > until:
                 raise RunsFailed(f"Rank 0 has not written {meeting}: the results folder must be on a shared disk.")
             time.sleep(0.1)
-        told = read_json(meeting)
-        store = dist.TCPStore(told["host"], told["port"], spec.ranks, is_master=False, wait_for_workers=False)
+        place = read_json(meeting)
+        store = dist.TCPStore(place["host"], place["port"], spec.processes, is_master=False, wait_for_workers=False)
     if spec.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", 0)))
-    dist.init_process_group("nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.ranks)
+    dist.init_process_group(
+        "nccl" if spec.device == "cuda" else "gloo", store=store, rank=rank, world_size=spec.processes
+    )
     dist.barrier()
     if rank == 0:
-        meeting.unlink()  # a cluster may count its jobs anew
+        meeting.unlink()  # a cluster may reuse job numbers

@@ -6,11 +6,12 @@ Nothing here belongs to one site: partition, account and the like stand in the s
 import math
 from dataclasses import dataclass, replace
 
-from experiments.harness.estimate import Estimate
-from experiments.harness.spec import TEXTS, Spec
+from experiments.harness.runs.estimate import Estimate
+from experiments.harness.runs.facts import DATASETS, TextSet
+from experiments.harness.runs.spec import Run, Timing
 
 SIGNAL_SECONDS = 120
-"""How long before the time limit a job is told to write its checkpoint and queue again."""
+"""How long before the time limit a job is asked to write its checkpoint and queue again."""
 
 LEAST_MINUTES = 6
 """Slurm may send that signal a minute early and looks every half minute: below this a job hardly begins."""
@@ -40,21 +41,21 @@ ENCODER = Resources(gpus=1, cpus=4, memory_gb=32, minutes=240)
 """BERT-base and RoBERTa-base at up to 128 tokens."""
 
 
-def resources(spec: Spec, estimate: Estimate | None = None, minutes: int | None = None) -> Resources:
+def resources(spec: Run, estimate: Estimate | None = None, minutes: int | None = None) -> Resources:
     """What a run asks for.
 
     Args:
         spec: The run.
-        estimate: Measured times; twice what they tell is asked for, in steps of half an hour beyond one.
+        estimate: Measured times; twice as much is requested, in steps of half an hour beyond one.
         minutes: Asked for instead.
     """
     if spec.device == "cpu":
-        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * spec.workers))
-    elif spec.dataset in TEXTS:
+        family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * (spec.workers if isinstance(spec, Timing) else 1)))
+    elif isinstance(DATASETS[spec.dataset], TextSet):
         family = ENCODER
     else:
         family = next((r for start, r in (("wrn", WIDE_RESNET), ("vit", VIT)) if spec.model.startswith(start)), RESNET)
-    family = replace(family, exclusive=spec.kind == "cost")
+    family = replace(family, exclusive=isinstance(spec, Timing))
     seconds = estimate.seconds(spec) if estimate and not minutes else None
     if seconds is not None:
         needed = LEAST_MINUTES + seconds / 30

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.spec import SpecError
+from experiments.harness.runs.spec import SpecError
 
 DEFAULT = Path("~/.config/msam/slurm.toml")
 

@@ -120,9 +120,8 @@ def test_wheel_holds_msam_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"msam", f"msam_torch-{PROJECT['version']}.dist-info"}
     assert {"msam/__init__.py", "msam/py.typed"} <= set(names)
-    assert {Path(n).name for n in names if n.startswith("msam/")} == {
-        path.name for path in (ROOT / "msam").iterdir() if path.is_file()
-    }
+    sources = {*(ROOT / "msam").rglob("*.py"), ROOT / "msam" / "py.typed"}
+    assert {n for n in names if n.startswith("msam/")} == {path.relative_to(ROOT).as_posix() for path in sources}
 
 
 def test_wheel_requires_torch_alone(wheel):
@@ -290,7 +289,7 @@ def test_a_moved_checkout_is_set_up_again(copy, tmp_path_factory):
     assert calls(moved).count("venv") == 2
 
 
-@pytest.mark.skipif(not shutil.which("flock"), reason="without flock, set-ups are not kept apart")
+@pytest.mark.needs("flock")
 def test_two_terminals_set_up_once(copy):
     terminal = {"cwd": copy, "env": surroundings(PIP_SECONDS="0.5"), "stdout": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(["make", "setup", f"PYTHON={copy}/python"], **terminal) for _ in range(2)]

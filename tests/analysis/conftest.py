@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.harness import record
+from experiments.harness.runs import record
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,73 +9,68 @@ import tarfile
 
 import pytest
 
-from analysis.collect import Results
+from analysis.frames import Results
 from analysis.publish import everything, target
-from experiments.harness.spec import with_seeds
-from tests.analysis import test_studies, test_table3, test_table4
+from experiments.harness.runs.grids import with_seeds
+from tests import needs
+from tests.analysis.invented import cost_run, curvature_run, stability_run, study_run
 
+STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 AXE = "axe-core@4.14.1"
 
 SCRIPT = """
 <script>{axe}</script>
 <script>
 addEventListener("load", async () => {{
-  const told = {{}}, table = document.querySelector("#table-rho"), rows = () => [...table.tBodies[0].rows];
+  const seen = {{}}, table = document.querySelector("#table-rho"), rows = () => [...table.tBodies[0].rows];
   const column = n => rows().map(row => row.cells[n].textContent.trim());
   const heads = [...table.querySelectorAll("th")], place = heads.findIndex(h => h.textContent.trim() === "rho");
-  told.width = [document.documentElement.scrollWidth, innerWidth];
+  seen.width = [document.documentElement.scrollWidth, innerWidth];
   heads[place].querySelector("button").click();
-  told.ascending = column(place);
+  seen.ascending = column(place);
   heads[place].querySelector("button").click();
-  told.descending = column(place);
-  told.sorted = heads[place].getAttribute("aria-sort");
+  seen.descending = column(place);
+  seen.sorted = heads[place].getAttribute("aria-sort");
   const field = document.querySelector("input[data-for=table-rho]");
   field.value = "msam"; field.dispatchEvent(new Event("input"));
-  told.found = rows().filter(row => !row.hidden).map(row => row.textContent.includes("mSAM"));
+  seen.found = rows().filter(row => !row.hidden).map(row => row.textContent.includes("mSAM"));
   field.value = ""; field.dispatchEvent(new Event("input"));
   const runs = document.querySelector("input[data-for=list-of-runs]"), link = table.querySelector("a.run");
   runs.value = "no such run"; runs.dispatchEvent(new Event("input"));
   link.click();
   await new Promise(done => setTimeout(done, 50));
   const run = document.getElementById(link.hash.slice(1));
-  told.opened = [run.tagName, run.open, run.hidden];
+  seen.opened = [run.tagName, run.open, run.hidden];
   const found = await axe.run();
   const bad = found.violations.filter(v => ["serious", "critical"].includes(v.impact));
-  told.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
-  told.passed = found.passes.length;
-  parent.postMessage(JSON.stringify(told), "*");
+  seen.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
+  seen.passed = found.passes.length;
+  parent.postMessage(JSON.stringify(seen), "*");
 }});
 </script>
 """
 
 
 FRAME = """<!doctype html><html lang="en"><title>frame</title>
-<script>addEventListener("message", event => document.documentElement.dataset.told = event.data);</script>
+<script>addEventListener("message", event => document.documentElement.dataset.seen = event.data);</script>
 <iframe title="report" src="report.html" style="width: {width}px; height: 900px; border: 0"></iframe></html>
 """
 """A window narrower than 500 pixels is not to be had; a frame in it is."""
 
 
-def unavailable(why):
-    if os.environ.get("MSAM_BROWSER_TESTS") == "required":
-        pytest.fail(f"No browser: {why}")
-    pytest.skip(f"no browser: {why}")
-
-
 @pytest.fixture(scope="module")
 def chromium():
-    found = shutil.which("chromium")
-    return found or unavailable("install Debian's chromium")
+    needs.require("browser")
+    return shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory):
+    needs.require("browser")
     folder = tmp_path_factory.mktemp("axe")
-    if not shutil.which("npm"):
-        unavailable("npm is not installed")
     done = subprocess.run(["npm", "pack", "--silent", AXE], cwd=folder, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        unavailable(f"npm could not fetch {AXE}: {done.stderr.strip()[-200:]}")
+        needs.unavailable("browser", f"npm could not fetch {AXE}: {done.stderr.strip()[-200:]}")
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
         return archive.extractfile("package/axe.min.js").read().decode()
 
@@ -84,14 +78,14 @@ def axe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page():
     """A report of everything that the smoke profile has, from made-up runs."""
-    targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *test_studies.STUDIES)]
-    makers = {"curvature": test_table3.curvature, "cost": test_table4.made_up, "theory": test_table3.stability}
+    targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *STUDIES)]
+    makers = {"curvature": curvature_run, "cost": cost_run, "theory": stability_run}
     specs = dict.fromkeys(run for t in targets for run in with_seeds(t.cells, t.seeds))
-    runs = [makers.get(spec.kind, test_studies.made_up)(spec) for spec in specs]
+    runs = [makers.get(spec.kind, study_run)(spec) for spec in specs]
     return everything("smoke", targets, Results.of(runs))["report.html"]
 
 
-def told(chromium, axe, page, folder, width):
+def observe(chromium, axe, page, folder, width):
     script = SCRIPT.format(axe=axe)
     (folder / "report.html").write_text(page.replace("</body>", f"{script}</body>"), encoding="utf-8")
     path = folder / "frame.html"
@@ -99,23 +93,23 @@ def told(chromium, axe, page, folder, width):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     options += ["--window-size=1400,1000", "--virtual-time-budget=30000", "--dump-dom"]
     done = subprocess.run([chromium, *options, path.as_uri()], capture_output=True, text=True, timeout=180)
-    found = re.search(r'data-told="([^"]*)"', done.stdout)
+    found = re.search(r'data-seen="([^"]*)"', done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(html.unescape(found.group(1)))
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_page_sorts_searches_leads_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
-    found = told(chromium, axe, page, tmp_path, width)
-    rhos = [float(text or "nan") for text in found["ascending"]]
+    observed = observe(chromium, axe, page, tmp_path, width)
+    rhos = [float(text or "nan") for text in observed["ascending"]]
     numbers = [rho for rho in rhos if rho == rho]
     assert len(numbers) >= 2
     assert numbers == sorted(numbers)
-    assert found["descending"] == found["ascending"][::-1]
-    assert found["sorted"] == "descending"
-    assert found["found"]
-    assert all(found["found"])
-    assert found["opened"] == ["DETAILS", True, False]
-    assert found["width"][0] <= found["width"][1] == width, "nothing sticks out at the side"
-    assert found["passed"] > 10
-    assert found["axe"] == []
+    assert observed["descending"] == observed["ascending"][::-1]
+    assert observed["sorted"] == "descending"
+    assert observed["found"]
+    assert all(observed["found"])
+    assert observed["opened"] == ["DETAILS", True, False]
+    assert observed["width"][0] <= observed["width"][1] == width, "nothing sticks out at the side"
+    assert observed["passed"] > 10
+    assert observed["axe"] == []

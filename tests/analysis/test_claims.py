@@ -8,17 +8,20 @@ from html.parser import HTMLParser
 import pytest
 from scipy import stats
 
-from analysis.claims import CLAIMS, comparisons
-from analysis.collect import Results, Run
-from analysis.publish import documents, everything, publish, redraw, target
+from analysis.claims import claims, comparisons
+from analysis.collect import Finished
+from analysis.exhibit import Target
+from analysis.frames import Results
+from analysis.publish import documents, everything, target
 from analysis.statistics import bootstrap_interval
-from experiments.harness import catalogue
-from experiments.harness.spec import with_seeds
-from tests.analysis import test_table3, test_table4
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.grids import with_seeds
+from tests.analysis.invented import SESSION, cost_run, curvature_run, published_twice, results_of
 
-SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
-OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = CLAIMS
+OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = (
+    claim for claim in claims() if not claim.startswith("(ours) Test accuracy")
+)
 FLATTER, FLATTER_THAN_BASE, SAM_FLATTER, FLATTER_CONTROL = CURVATURE
 
 
@@ -26,12 +29,12 @@ def accuracies(spec, shifts):
     """50 % plus the method's shift; seeds spread all methods alike, and mSAM a little more."""
     spread = {0: 0.0, 1: 0.01, 2: 0.05}[spec.seed] + (0.001 * spec.seed if spec.method == "msam" else 0)
     summary = {"test_accuracy": 0.5 + shifts.get(spec.method, 0.0) + spread, "wall_seconds": 1.0}
-    return Run(spec, summary, [{"epoch": 1, "train_loss": 1.0, "sharpness": 0.1}], [SESSION])
+    return Finished(spec, summary, [{"epoch": 1, "train_loss": 1.0, "sharpness": 0.1}], [SESSION])
 
 
 def found(shifts, seeds=3):
     runs = Results.of([accuracies(spec, shifts) for spec in with_seeds(CELLS, seeds)])
-    return {c.claim: c for c in comparisons(runs, {"table1": (CELLS, seeds)})}
+    return {c.claim: c for c in comparisons(runs, {"table1": Target("table1", tuple(CELLS), seeds)})}
 
 
 def test_bootstrap_is_the_percentiles_of_the_means_of_resamples():
@@ -65,24 +68,29 @@ def test_each_comparison_names_the_runs_of_both_sides():
     assert sorted(ids) == sorted(spec.run_id for spec in with_seeds(sides, 3))
 
 
+def shown(results, name, cells):
+    return comparisons(results, {name: Target(name, tuple(cells), 2)})
+
+
 def test_flatness_and_theory_and_cost_have_their_own_direction():
-    table3 = Results.of([test_table3.curvature(spec) for spec in with_seeds(test_table3.CELLS, 2)])
+    flat, cost = catalogue.cells("hessian", "smoke"), catalogue.cells("cost", "smoke")
+    table3 = results_of(flat, 2, curvature_run)
     by_claim = {}
-    for c in comparisons(table3, {"table3": (test_table3.CELLS, 2)}):
+    for c in shown(table3, "table3", flat):
         by_claim.setdefault(c.claim, set()).add(c.verdict)
     assert by_claim == {claim: {"supported"} for claim in CURVATURE}
 
-    theory = test_table3.THEORY
+    theory = catalogue.cells("theory", "smoke")
     runs = [replaced(spec) for spec in with_seeds(theory, 2)]
-    verdicts = {c.what.split(",")[0]: c for c in comparisons(Results.of(runs), {"theory": (theory, 2)})}
+    verdicts = {c.what.split(",")[0]: c for c in shown(Results.of(runs), "theory", theory)}
     assert verdicts["SAM over SGD"].difference.mean == pytest.approx(-10)
     assert {(c.claim, c.verdict) for c in verdicts.values()} == {(THEORY, "supported")}
     normal = [replace(c, normalised=True) for c in theory if c.rho]
     close = [replaced(spec, 0.005) for spec in with_seeds([theory[0], *normal], 2)]
-    used = comparisons(Results.of(close), {"theory": ([theory[0], *normal], 2)})
+    used = shown(Results.of(close), "theory", [theory[0], *normal])
     assert {(c.claim, c.verdict) for c in used} == {(NORMALISED, "not separated")}, "half a percent is no difference"
 
-    slow = comparisons(test_table4.results(), {"table4": (test_table4.CELLS, 2)})
+    slow = shown(results_of(cost, 2, cost_run), "table4", cost)
     assert {(c.claim, c.verdict) for c in slow} == {(COST, "contradicted")}, "m = 4 takes 24/18 of SAM's time"
     assert slow[0].difference.mean == pytest.approx(100 / 3 + 0.05)
     assert [c.where for c in slow[:2]] == ["resnet8, batch 32", "resnet8, batch 32, 2 workers"]
@@ -91,22 +99,22 @@ def test_flatness_and_theory_and_cost_have_their_own_direction():
 def replaced(spec, step=0.1):
     """A boundary of 20 with descent, `step` of it less with SAM, and twice that with mSAM; a factor for each seed."""
     value = 20 * (1 - step * ("base", "sam", "msam").index(spec.method)) * (1 + spec.seed)
-    return Run(spec, {"stable_sharpness": value, "relative_error": 0.0, "wall_seconds": 1.0}, [], [SESSION])
+    return Finished(spec, {"stable_sharpness": value, "relative_error": 0.0, "wall_seconds": 1.0}, [], [SESSION])
 
 
 def test_the_summary_says_of_each_claim_what_holds_and_what_was_not_run():
     runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(CELLS, 3)])
     chosen = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=3)
-    claims = documents("smoke", [chosen], runs)[-1]
-    assert claims.name == "claims"
-    assert claims.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
-    assert claims.claims[4].startswith("Not run")
-    assert all(claim in claims.claims[4] for claim in (FLATTER, THEORY, COST))
+    summary = documents("smoke", [chosen], runs)[-1]
+    assert summary.name == "claims"
+    assert summary.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
+    assert summary.claims[4].startswith("Not run")
+    assert all(claim in summary.claims[4] for claim in (FLATTER, THEORY, COST))
     alone = documents("smoke", [replace(chosen, seeds=1)], runs)[-1]
     assert alone.claims[0] == f"{OVER_SAM}: one seed, no interval."
-    assert OVER_SAM in claims.terminal()
-    assert "mSAM, m=4 over SAM" in claims.markdown()
-    assert "smoke" in claims.title
+    assert OVER_SAM in summary.terminal()
+    assert "mSAM, m=4 over SAM" in summary.markdown()
+    assert "smoke" in summary.title
 
 
 # The report
@@ -165,9 +173,6 @@ def test_text_of_records_is_escaped():
 
 def test_the_report_is_published_and_drawn_again_to_the_byte(tmp_path):
     runs = Results.of([accuracies(spec, {}) for spec in catalogue.runs("table1", "smoke")])
-    publish(tmp_path / "smoke", "smoke", [target("table1", "smoke")], runs)
-    before = (tmp_path / "smoke" / "report.html").read_bytes()
-    (tmp_path / "smoke" / "report.html").unlink()
-    redraw(tmp_path / "smoke", "smoke")
-    assert (tmp_path / "smoke" / "report.html").read_bytes() == before
-    assert b"claims" in before
+    before, after = published_twice(tmp_path, ["table1"], runs)
+    assert after == before
+    assert b"claims" in before[tmp_path / "smoke" / "report.html"]

@@ -1,12 +1,15 @@
 """Shared by the tests of texts."""
 
+from dataclasses import replace
+
 import pytest
 
-from experiments.harness import texts
-from experiments.harness.spec import TEXTS
+from experiments.harness.tasks import glue_files
 
 
 @pytest.fixture
 def dozens(monkeypatch):
     """Made-up tasks are whole with a dozen rows."""
-    monkeypatch.setattr(texts, "TEXTS", {**dict.fromkeys(TEXTS, (12, 12)), "snippets": TEXTS["snippets"]})
+    for name, task in glue_files.TASKS.items():
+        if name != "snippets":
+            monkeypatch.setitem(glue_files.TASKS, name, replace(task, train=12, test=12))

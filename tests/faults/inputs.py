@@ -8,26 +8,20 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.__main__ import show
-from experiments.harness.checkpoint import load_weights, save_weights
-from experiments.harness.estimate import measured
-from experiments.harness.record import Record, RecordError, record_of, state_of
-from experiments.harness.spec import Spec
+from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.record import Record, record_of, state_of
+from experiments.harness.work.checkpoint import load_weights, save_weights
+from tests.specs import BASE
 
-SPEC = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="linear",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=3,
-    batch_size=32,
-)
+SPEC = replace(BASE, model="linear", epochs=3)
 
 PIECES = [
     *(

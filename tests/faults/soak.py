@@ -17,31 +17,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import checkpoint
-from experiments.harness.record import Record, RecordError, record_of
-from experiments.harness.spec import Spec
-from experiments.harness.verify import TIMES
+from experiments.harness.machine.verify import TIMES
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.record import Record, record_of
+from experiments.harness.runs.spec import Training
+from experiments.harness.work import checkpoint
+from experiments.harness.work.session import Session
 from tests.faults import inputs
+from tests.specs import BASE
 
 ROOT = Path(__file__).parents[2]
 
-SPEC = Spec(
-    profile="smoke",
-    dataset="cifar10",
-    model="resnet8",
-    base_optimizer="sgd",
-    learning_rate=0.1,
-    epochs=6,
-    batch_size=32,
-    train_examples=128,
-    test_examples=50,
-    augmentation="crop-flip",
-    rho=0.1,
-    micro_batches=4,
-)
+SPEC = replace(BASE, epochs=6, train_examples=128, test_examples=50, augmentation="crop-flip", rho=0.1, micro_batches=4)
 
 COMMAND = ["table1", "--profile", "smoke", "--seeds", "1"]
 FOUR_RUNS = ["resnet_cifar", *COMMAND[1:]]
@@ -147,17 +138,17 @@ def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
 def _nursery() -> Any:
     """Processes are forked from one that has imported torch once and computed nothing, as those of the pool are."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.harness.worker"])
+    context.set_forkserver_preload(["experiments.harness.machine.worker"])
     return context
 
 
-def _train(spec: Spec, root: str) -> None:
-    from experiments.harness.train import train
+def _train(spec: Training, root: str) -> None:
+    from experiments.harness.work.train import train
 
-    train(spec, Path(root), checkpoint_seconds=0)
+    train(spec, Session(Path(root)), checkpoint_seconds=0)
 
 
-def _to_the_end(context: Any, spec: Spec, root: Path) -> float:
+def _to_the_end(context: Any, spec: Training, root: Path) -> float:
     """Train undisturbed; returns the seconds that it took."""
     begun = time.monotonic()
     process = context.Process(target=_train, args=(spec, str(root)))
@@ -166,7 +157,7 @@ def _to_the_end(context: Any, spec: Spec, root: Path) -> float:
     return time.monotonic() - begun
 
 
-def _numbers(spec: Spec, root: Path) -> tuple[Any, ...]:
+def _numbers(spec: Training, root: Path) -> tuple[Any, ...]:
     """All that a run measured but times, and its final weights."""
     import torch
 

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.harness.checkpoint import load_weights
-from experiments.harness.record import LARGEST_TEXT, Record, RecordError, record_of, state_of
-from experiments.harness.train import Interrupted, train
+from experiments.harness.runs.files import LARGEST_TEXT, RecordError
+from experiments.harness.runs.record import Record, record_of, state_of
+from experiments.harness.work.checkpoint import load_weights
+from experiments.harness.work.session import Interrupted, Session
+from experiments.harness.work.train import train
+from tests import needs
 from tests.faults import inputs, soak
 
 ROOT = Path(__file__).parents[2]
@@ -32,24 +35,24 @@ def stopped(tmp_path):
     """A run that was stopped before its sixth step, with two checkpoints."""
     asked = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
-        train(SPEC, tmp_path / "stopped", checkpoint_seconds=0, stop=lambda: next(asked))
+        train(SPEC, Session(tmp_path / "stopped", stop=lambda: next(asked)), checkpoint_seconds=0)
     return record_of(SPEC, tmp_path / "stopped")
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int):
+    needs.require("mount")
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=False)
-    if mounted.returncode:
-        pytest.skip("Mounting a small disk needs root's rights.")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)], check=True)
     try:
         yield
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.needs("mount")
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
-    train(SPEC, tmp_path / "roomy")
+    train(SPEC, Session(tmp_path / "roomy"))
     disk = tmp_path / "disk"
     with small_disk(disk, 4):
         filler = disk / "filler"
@@ -63,16 +66,17 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
                         file.write(bytes(4096))
 
         with pytest.raises(RecordError, match=r"No space left on device.*make room"):
-            train(SPEC, disk / "results", checkpoint_seconds=0, report=fill)
+            train(SPEC, Session(disk / "results", report=fill), checkpoint_seconds=0)
         assert steps[-1] == 5
         assert not list((disk / "results").rglob("summary.json"))
         filler.unlink()
-        train(SPEC, disk / "results", checkpoint_seconds=0, report=lambda step, of: steps.append(step))
+        train(SPEC, Session(disk / "results", report=lambda step, of: steps.append(step)), checkpoint_seconds=0)
         assert steps[5] == 5, "it did not go on from the last checkpoint that had been written"
         assert numbers(disk / "results") == numbers(tmp_path / "roomy")
         assert not [p.name for p in record_of(SPEC, disk / "results").folder.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.needs("mount")
 def test_a_results_folder_that_is_read_only_is_named_before_anything_is_trained(tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, 4):
@@ -97,13 +101,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_path, caplog):
-    train(SPEC, tmp_path / "undisturbed")
+    train(SPEC, Session(tmp_path / "undisturbed"))
     if DAMAGE[damage] is None:
         stopped.checkpoint.unlink()
     else:
         stopped.checkpoint.write_bytes(DAMAGE[damage](stopped.checkpoint.read_bytes()))
     steps = []
-    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
     assert steps[0] == 5, "the last checkpoint was of step 5, the one before of step 4"
     assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
     assert ("goes on from the checkpoint before" in caplog.text) == (damage != "gone")
@@ -114,7 +118,7 @@ def test_two_damaged_checkpoints_are_refused_by_name(stopped):
     for path in (stopped.checkpoint, stopped.previous_checkpoint):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*\n.*checkpoint\.previous\.pt.*delete it"):
-        train(SPEC, stopped.root)
+        train(SPEC, Session(stopped.root))
     assert stopped.checkpoint.exists(), "nothing of it is thrown away"
 
 
@@ -123,15 +127,15 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(stopped):
     stopped.checkpoint.write_bytes(b"damaged")
     asked = iter([False, True])
     with pytest.raises(Interrupted):
-        train(SPEC, stopped.root, checkpoint_seconds=0, stop=lambda: next(asked))
+        train(SPEC, Session(stopped.root, stop=lambda: next(asked)), checkpoint_seconds=0)
     stopped.checkpoint.unlink()  # as if the process had died between its two renames
     steps = []
-    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
     assert steps[0] == 5
 
 
 def test_failures_at_the_finish_never_send_a_run_back_to_its_start(stopped, tmp_path, monkeypatch):
-    train(SPEC, tmp_path / "undisturbed")
+    train(SPEC, Session(tmp_path / "undisturbed"))
 
     def fail(record: Record, summary: dict) -> None:
         raise RecordError("no room")
@@ -140,9 +144,9 @@ def test_failures_at_the_finish_never_send_a_run_back_to_its_start(stopped, tmp_
         with monkeypatch.context() as patch:
             patch.setattr(Record, "finish", fail)
             with pytest.raises(RecordError, match="no room"):
-                train(SPEC, stopped.root)
+                train(SPEC, Session(stopped.root))
     steps = []
-    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
     assert steps[0] == 6
     assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
 
@@ -153,11 +157,11 @@ def test_a_checkpoint_that_cannot_be_read_at_all_ends_the_attempt_and_is_kept(st
     stopped.checkpoint.unlink()
     stopped.checkpoint.mkdir()
     with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read"):
-        train(SPEC, stopped.root)
+        train(SPEC, Session(stopped.root))
     stopped.checkpoint.rmdir()
     stopped.checkpoint.write_bytes(content)
     steps = []
-    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
     assert steps[0] == 6
 
 
@@ -178,7 +182,7 @@ def test_a_checkpoint_of_before_there_were_sums_is_gone_on_from(stopped):
     del content["sum"]
     torch.save(content, stopped.checkpoint)
     steps = []
-    train(SPEC, stopped.root, report=lambda step, of: steps.append(step))
+    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
     assert steps[0] == 6
 
 
@@ -194,10 +198,10 @@ def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopp
     for path in (stopped.checkpoint, stopped.previous_checkpoint):
         torch.save({"progress": {}, "model": Trap()}, path)
     with pytest.raises(RecordError, match="cannot be read"):
-        train(SPEC, stopped.root)
+        train(SPEC, Session(stopped.root))
     stopped.checkpoint.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(RecordError, match="cannot be read"):
-        train(SPEC, stopped.root)
+        train(SPEC, Session(stopped.root))
     assert not (tmp_path / "executed").exists()
 
 
@@ -209,12 +213,13 @@ def test_clocks_that_jump_change_no_number(tmp_path):
         "real = time.time\n"
         "time.time = lambda: real() + next(jumps)\n"
         "from pathlib import Path\n"
-        "from experiments.harness.train import train\n"
+        "from experiments.harness.work.session import Session\n"
+        "from experiments.harness.work.train import train\n"
         "from tests.faults.test_faults import SPEC\n"
-        "train(SPEC, Path(sys.argv[1]), checkpoint_seconds=0)\n"
+        "train(SPEC, Session(Path(sys.argv[1])), checkpoint_seconds=0)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "jumping")], cwd=ROOT, check=True)
-    train(SPEC, tmp_path / "steady")
+    train(SPEC, Session(tmp_path / "steady"))
     assert numbers(tmp_path / "jumping") == numbers(tmp_path / "steady")
     assert 0 < record_of(SPEC, tmp_path / "jumping").summary()["wall_seconds"] < 600
 
@@ -257,16 +262,17 @@ def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
         "import resource, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
-        "from experiments.harness import pool\n"
-        "from experiments.harness.estimate import measured\n"
-        "from experiments.harness.record import record_of\n"
+        "from experiments.harness.machine import pool\n"
+        "from experiments.harness.runs.estimate import measured\n"
+        "from experiments.harness.runs.record import record_of\n"
+        "from experiments.harness.work.session import Session\n"
         "from tests.faults.test_faults import SPEC\n"
         "if __name__ == '__main__':\n"
         "    root = Path(sys.argv[1])\n"
         "    large = replace(SPEC, model='resnet20', train_examples=16384, batch_size=16384, micro_batches=1)\n"
         "    small = [SPEC, replace(SPEC, seed=1)]\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30))\n"
-        "    outcome = pool.run([large, *small], root, jobs=2, environment={}, estimate=measured(root))\n"
+        "    outcome = pool.run([large, *small], Session(root), jobs=2, estimate=measured(root))\n"
         "    assert set(outcome.trained) == set(small), outcome\n"
         "    assert 'memory' in outcome.failed[large], outcome.failed[large]\n"
         "    assert 'memory' in record_of(large, root).failure()\n"
@@ -288,7 +294,7 @@ def record(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("summary.json", b'{"test_accuracy": NaN}', "NaN is no number"),
+        ("summary.json", b'{"test_accuracy": NaN}', "NaN is not a number"),
         ("summary.json", b'{"a": 1, "a": 2}', "twice"),
         ("summary.json", '{"a": 1}'.encode("utf-16"), "cannot be read"),
         ("spec.json", b"\xef\xbb\xbf{}", "not JSON"),
@@ -373,13 +379,13 @@ def test_what_a_record_says_cannot_steer_a_terminal(record):
 def test_pipes_are_not_waited_for(record):
     (record.folder / "metrics.jsonl").unlink()
     os.mkfifo(record.folder / "metrics.jsonl")
-    with pytest.raises(RecordError, match="no plain file"):
+    with pytest.raises(RecordError, match="not a regular file"):
         record.metrics()
 
 
 @pytest.mark.parametrize("run_id", ["../outside", "a/b", "..", ""])
 def test_a_run_is_a_name_and_no_path(run_id, tmp_path):
-    with pytest.raises(RecordError, match="no name of a run"):
+    with pytest.raises(RecordError, match="not the name of a run"):
         Record(tmp_path, run_id)
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import msam
-from experiments.harness.cost import peak_bytes
+from experiments.harness.work.timing import peak_bytes
 from msam.reference import msam_gradient
 from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, pure_loss, reference
 
@@ -304,9 +304,8 @@ def test_no_host_synchronisation(adaptive):
     assert waits.found == ["_local_scalar_dense"]
 
 
+@pytest.mark.needs("gpu")
 def test_nothing_waits_for_the_gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
     model, (x, y) = convnet().cuda(), data(8, 3, 8, 8)
     batch = x.cuda(), y.cuda()
     msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=4)

@@ -1,5 +1,6 @@
 """One real Slurm for all tests, and the same runs trained without it to compare with."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.harness.provenance import ROOT
-from tests.slurm.loopback import Loopback, missing
+from experiments.harness.runs.provenance import ROOT
+from tests.slurm.loopback import Loopback
 
 LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=24")
 LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
@@ -19,19 +20,27 @@ LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
 
 
 def pytest_collection_modifyitems(items):
-    """A cluster's tests come first, on one process: they wait most of the time, and the others compute beside them."""
+    """A cluster's tests come first, on one process: they wait most of the time, and the others compute meanwhile."""
     items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
-def cluster():
-    if why := missing():
-        if os.environ.get("MSAM_SLURM_TESTS") == "required":
-            pytest.fail(f"No loopback Slurm: {why}")
-        pytest.skip(f"no loopback Slurm: {why}")
-    one = Loopback()
-    yield one
-    one.stop()
+def loopback():
+    """Starts a cluster with these options; all end with the session."""
+    with contextlib.ExitStack() as started:
+
+        def start(**options) -> Loopback:
+            one = Loopback(**options)
+            started.callback(one.stop)
+            return one
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def cluster(loopback):
+    """The one of most tests."""
+    return loopback()
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +63,7 @@ def slurm(cluster, tmp_path):
 
 
 class Command:
-    """`python -m slurm` beside the loopback cluster, on a results root of its own."""
+    """`python -m slurm` on the loopback cluster, with a separate results root."""
 
     def __init__(self, cluster: Loopback, root: Path) -> None:
         self.cluster, self.root = cluster, root
@@ -82,8 +91,8 @@ class Command:
 
     def job(self) -> str:
         """The id of the last submission's first array."""
-        told = json.loads(max(self.root.glob("slurm/*/submission.json")).read_text())
-        return told["arrays"][0]["ids"][0].split("_")[0]
+        submission = json.loads(max(self.root.glob("slurm/*/submission.json")).read_text())
+        return submission["arrays"][0]["ids"][0].split("_")[0]
 
     def epochs(self) -> list[int]:
         """How many epochs each run has recorded."""
@@ -104,7 +113,7 @@ class Command:
         self.wait(*LONG)
         (sessions,) = self.sessions()
         assert [session["requeues"] for session in sessions] == requeues
-        assert all(session["first_step"] > 4 for session in sessions[1:]), "begun anew instead of resumed"
+        assert all(session["first_step"] > 4 for session in sessions[1:]), "restarted instead of resumed"
         self.assert_undisturbed(undisturbed)
 
     def sessions(self) -> list[list[dict]]:

@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo")
-SEARCHED = f"/usr/sbin:/usr/bin:/sbin:/bin:{os.environ.get('PATH', '')}"
+from tests import needs
 
 CONFIGURATION = """\
 ClusterName=loopback
@@ -65,22 +64,14 @@ PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF
 """
 
 
-def missing() -> str | None:
-    """Why no cluster can be started here, or None."""
-    if os.geteuid():
-        return "the loopback Slurm runs as root"
-    if lost := [name for name in DAEMONS if shutil.which(name, path=SEARCHED) is None]:
-        return f"{lost[0]} is not installed: apt-get install --no-install-recommends slurm-wlm munge"
-    return None
-
-
 class Loopback:
     """The cluster, from construction until `stop`. `environment` leads Slurm's commands to it."""
 
     def __init__(self, largest_array: int = 1001) -> None:
+        needs.require("slurm")
         self.state = Path(tempfile.mkdtemp(prefix="slurm-"))  # its sockets' paths must stay below 108 bytes
         self.state.chmod(0o755)
-        self.environment = {"SLURM_CONF": str(self.state / "slurm.conf"), "PATH": SEARCHED}
+        self.environment = {"SLURM_CONF": str(self.state / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
         ports = _free_ports(3)
         text = CONFIGURATION.format(

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.harness import catalogue
-from experiments.harness.provenance import ROOT, code_hash
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.provenance import ROOT, code_hash
 from tests.slurm.conftest import LONG, Command, numbers, train_here
-from tests.slurm.loopback import Loopback
 
 pytestmark = pytest.mark.slow
 
@@ -98,23 +97,20 @@ def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, 
     slurm.assert_resumed([0, 1, 2], undisturbed)
 
 
-def test_many_runs_are_several_arrays_one_after_the_other(tmp_path):
+def test_many_runs_are_several_arrays_one_after_the_other(loopback, tmp_path):
     """On a cluster that takes arrays of four at most, and has no node to run them on."""
-    small = Loopback(largest_array=4)
-    try:
-        small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
-        slurm = Command(small, tmp_path)
-        slurm("submit", *TWELVE, "--parallelism", "2")
-        arrays = small("squeue", "-h", "-o", "%i %E").splitlines()
-        ids = sorted(int(line.split("_")[0]) for line in arrays)
-        assert [line.split()[0] for line in sorted(arrays)] == [f"{i}_[0-3%2]" for i in ids]
-        for earlier, later in itertools.pairwise(ids):
-            assert any(line.startswith(f"{later}_") and f"afterany:{earlier}_" in line for line in arrays)
-        assert "12 queued." in slurm("status", *TWELVE)
-        slurm("cancel", *TWELVE)
-        assert "12 cancelled." in slurm("status", *TWELVE)
-    finally:
-        small.stop()
+    small = loopback(largest_array=4)
+    small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
+    slurm = Command(small, tmp_path)
+    slurm("submit", *TWELVE, "--parallelism", "2")
+    arrays = small("squeue", "-h", "-o", "%i %E").splitlines()
+    ids = sorted(int(line.split("_")[0]) for line in arrays)
+    assert [line.split()[0] for line in sorted(arrays)] == [f"{i}_[0-3%2]" for i in ids]
+    for earlier, later in itertools.pairwise(ids):
+        assert any(line.startswith(f"{later}_") and f"afterany:{earlier}_" in line for line in arrays)
+    assert "12 queued." in slurm("status", *TWELVE)
+    slurm("cancel", *TWELVE)
+    assert "12 cancelled." in slurm("status", *TWELVE)
 
 
 def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
@@ -169,12 +165,12 @@ def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
     slurm.wait(*target)
     (sessions,) = slurm.sessions()
     assert [session["requeues"] for session in sessions] == [0, 1, 0]
-    assert sessions[1]["first_step"] > 4, "begun anew instead of resumed"
+    assert sessions[1]["first_step"] > 4, "restarted instead of resumed"
 
 
 def test_submitting_from_inside_a_job(slurm):
     command = f"cd {ROOT} && {sys.executable} -m slurm submit {' '.join(ONE)} --results {slurm.root}"
-    outer = ("-n2", "--mem-per-cpu=300", "-o", f"{slurm.root}.log")  # srun refuses that beside the inner job's --mem
+    outer = ("-n2", "--mem-per-cpu=300", "-o", f"{slurm.root}.log")  # srun refuses it with the inner job's --mem
     slurm.cluster("sbatch", "--wait", *outer, "--wrap", command, check=True)
     slurm.wait(*ONE)
 
@@ -185,7 +181,7 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
     slurm.wait(*ONE)
     ((session,),) = slurm.sessions()
     assert session["code"] == code_hash()
-    changed = code / "experiments" / "harness" / "train.py"
+    changed = code / "experiments" / "harness" / "work" / "train.py"
     whole = changed.read_text()
     two = ("linear_cifar", "--profile", "smoke", "--seeds", "2")
     slurm.cluster("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
@@ -202,9 +198,9 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
 def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm):
     slurm("submit", "linear_cifar", "--profile", "smoke")
     (path,) = slurm.root.glob("slurm/*/submission.json")
-    told = json.loads(path.read_text())
-    told["arrays"][0]["ids"] = None
-    path.write_text(json.dumps(told))
+    submission = json.loads(path.read_text())
+    submission["arrays"][0]["ids"] = None
+    path.write_text(json.dumps(submission))
     assert "nothing to submit" in slurm("submit", "linear_cifar", "--profile", "smoke")
     slurm.wait("linear_cifar", "--profile", "smoke")
 
@@ -216,7 +212,7 @@ def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm
         (("table1", "--profile", "paper", "--gpus", "8"), "node configuration is not available"),
     ],
 )
-def test_what_sbatch_refuses_is_told_in_its_words(slurm, arguments, words):
+def test_what_sbatch_refuses_is_printed_in_its_words(slurm, arguments, words):
     said = slurm("submit", *arguments, code=2)
     assert words in said
     assert "Nothing was submitted" in said
@@ -234,6 +230,7 @@ def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slur
     assert not (slurm.root / "runs").exists()
 
 
+@pytest.mark.needs("mount")
 @pytest.mark.parametrize(
     ("options", "words"), [("size=1m", "No space left"), ("size=50m", "MB free"), ("ro", "cannot be written")]
 )
@@ -253,12 +250,12 @@ def _python_of(slurm: Command, rank: str = "0") -> int:
     job, conf = slurm.job(), slurm.cluster.environment["SLURM_CONF"]
     for folder in Path("/proc").iterdir():
         try:
-            told = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
-            command = (folder / "cmdline").read_bytes() if told else b""
+            environment = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdigit() else []
+            command = (folder / "cmdline").read_bytes() if environment else b""
         except OSError:
             continue
         wanted = (f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={conf}")
-        mine = {text.encode() for text in wanted} <= set(told)
+        mine = {text.encode() for text in wanted} <= set(environment)
         if mine and b"submitit.core._submit" in command and b"srun" not in command:
             return int(folder.name)
     raise AssertionError(f"no process of job {job}")

@@ -8,14 +8,16 @@ from dataclasses import replace
 import pytest
 
 from experiments import bert_glue, resnet_cifar, wrn_cifar
-from experiments.harness import catalogue
-from experiments.harness.estimate import Estimate, gpu_hours, measured
-from experiments.harness.provenance import ROOT, code_hash
-from experiments.harness.record import record_of
-from experiments.harness.spec import SpecError
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.provenance import ROOT, code_hash
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import SpecError
 from slurm import scheduler, site
 from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, resources
-from slurm.submission import SlurmError, alone, arrays, script, snapshot, standings
+from slurm.scheduler import SlurmError
+from slurm.standings import standings
+from slurm.submission import alone, arrays, script, snapshot
 
 NOTHING = Estimate({}, {})
 
@@ -190,17 +192,17 @@ def test_submitting_and_looking_need_no_torch(tmp_path, command):
         "try: main()\n"
         "finally: assert not {'torch', 'numpy', 'pandas'} & set(sys.modules), 'imported'"
     )
-    told = [*command, "--profile", "paper", "--results", str(tmp_path)]
+    options = [*command, "--profile", "paper", "--results", str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, "-c", code, *told], cwd=ROOT, env={"PATH": "/"}, capture_output=True, text=True
+        [sys.executable, "-c", code, *options], cwd=ROOT, env={"PATH": "/"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_the_snapshot_is_the_training_code_and_is_made_once(tmp_path):
     folder = snapshot(tmp_path)
-    told = "from experiments.harness.provenance import code_hash; print(code_hash())"
-    done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True, check=True)
+    code = "from experiments.harness.runs.provenance import code_hash; print(code_hash())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == code_hash()
     before = (folder / "msam" / "gradient.py").stat().st_mtime_ns, folder.stat().st_ino
     assert snapshot(tmp_path) == folder
@@ -214,8 +216,8 @@ def test_the_snapshot_is_the_training_code_and_is_made_once(tmp_path):
 def submitted(root, specs, ids):
     folder = root / "slurm" / "20260101-000000-abcd"
     folder.mkdir(parents=True)
-    told = {"arrays": [{"name": "msam-x", "ids": ids, "runs": [[s.run_id] for s in specs]}]}
-    (folder / "submission.json").write_text(json.dumps(told))
+    submission = {"arrays": [{"name": "msam-x", "ids": ids, "runs": [[s.run_id] for s in specs]}]}
+    (folder / "submission.json").write_text(json.dumps(submission))
 
 
 def test_where_the_queue_cannot_be_asked_nothing_is_called_lost(tmp_path, monkeypatch):
@@ -235,7 +237,7 @@ def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
         record_of(spec, tmp_path).create(spec)
         record_of(spec, tmp_path).fail("ValueError: no\nsuch luck")
     states = [("PENDING", "Priority"), ("RUNNING", "None"), ("OUT_OF_MEMORY", "None"), ("FAILED", "None")]
-    queue = {f"7_{i}": scheduler.Job(f"7_{i}", *told) for i, told in enumerate([(s, "msam-x", r) for s, r in states])}
+    queue = {f"7_{i}": scheduler.Job(f"7_{i}", *state) for i, state in enumerate([(s, "msam-x", r) for s, r in states])}
     monkeypatch.setattr(scheduler, "queue", lambda users: queue)
     monkeypatch.setattr(scheduler, "fates", lambda ids: {"7_4": "NODE_FAIL"})
     found = standings(specs, tmp_path)
@@ -244,7 +246,7 @@ def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
     assert "OUT_OF_MEMORY" in found[2].words
     assert found[3].words == ": ValueError: no such luck"
     assert "NODE_FAIL" in found[4].words
-    assert "without a word" in found[5].words
+    assert "without a trace" in found[5].words
 
 
 def test_one_submission_at_a_time_and_a_sentence_where_nothing_can_be_written(tmp_path):

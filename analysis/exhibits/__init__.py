@@ -1,0 +1,88 @@
+"""The exhibits: a file for each table of the paper and for each study that has more than the usual words.
+
+A file that declares EXHIBIT is found by listing this folder. A table of the experiments without a file is a study,
+which `studies` shows; the grid of any of them is shown by `tuning`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import matplotlib as mpl
+
+from analysis import plots
+from analysis.exhibit import Exhibit, Shown, Target
+from analysis.exhibits.studies import study
+from analysis.exhibits.tuning import grid
+from analysis.frames import Results
+from experiments.harness.runs import catalogue
+
+
+@dataclass(frozen=True)
+class Page:
+    """A figure, drawn."""
+
+    name: str
+    caption: str
+    files: dict[str, bytes]
+    """By their path below a results folder: PDF and PNG."""
+
+
+@cache
+def declared() -> dict[str, Exhibit]:
+    """The exhibits that have a file here, by name, in their order."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [module.EXHIBIT for module in modules if hasattr(module, "EXHIBIT")]
+    return {exhibit.name: exhibit for exhibit in sorted(found, key=_place)}
+
+
+def tables() -> list[str]:
+    """The tables that the experiments fill, in the order of their exhibits."""
+    names = dict.fromkeys(experiment.table for experiment in catalogue.catalogue().values())
+    return [exhibit.name for exhibit in sorted(map(exhibit_of, names), key=_place)]
+
+
+def exhibit_of(name: str) -> Exhibit:
+    """The exhibit that shows a table, an experiment, or the grid of either."""
+    if name.endswith("-tuning"):
+        name = name.removesuffix("-tuning")
+        of = declared().get(name)
+        return grid(name, of.title.partition(":")[0] if of and name.startswith("table") else name)
+    experiments = catalogue.catalogue()
+    if name in experiments and name not in {experiment.table for experiment in experiments.values()}:
+        name = experiments[name].table
+    return declared().get(name) or study(name)
+
+
+def all_exhibits(shown: Iterable[str]) -> list[Exhibit]:
+    """The exhibits that have a file, and those of the tables among these names that have none, in their order."""
+    others = [exhibit_of(name) for name in shown if name in tables() and name not in declared()]
+    return sorted([*declared().values(), *others], key=_place)
+
+
+def pages(results: Results, shown: Shown) -> list[Page]:
+    """The figures of some tables, in their order.
+
+    Args:
+        results: runs and curves.
+        shown: the tables by name.
+    """
+    found = []
+    for exhibit in all_exhibits(shown):
+        for picture in exhibit.figures:
+            names = picture.tables or (exhibit.name,)
+            if any(name in shown for name in names):
+                found.append((exhibit.place if picture.place is None else picture.place, picture, names))
+    drawn = []
+    for _, picture, names in sorted(found, key=lambda one: one[0]):
+        with mpl.rc_context(plots.STYLE):
+            figure = picture.draw(results, *(shown.get(name, Target(name, (), 0)) for name in names))
+        files = plots.files(picture.name, figure)
+        drawn.append(Page(picture.name, picture.caption, {f"figures/{name}": page for name, page in files.items()}))
+    return drawn
+
+
+def _place(exhibit: Exhibit) -> tuple[int, str]:
+    return exhibit.place, exhibit.name

@@ -1,0 +1,95 @@
+"""Studies: accuracy against what one of them varies.
+
+A table of the experiments that has no file in this folder is shown as `study(name)`. A file that declares
+EXHIBIT = study(name, title, caption) gives it a title and a caption.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from matplotlib.figure import Figure
+
+from analysis import scores
+from analysis.arms import METHOD_WORDS, METHODS, base_name
+from analysis.cells import TUNED, in_words
+from analysis.exhibit import LAST, Exhibit, Picture, Target
+from analysis.frames import Results
+from analysis.plots import Series, add_legend, draw_points, gain_of_msam, panels_of, row_of_panels, set_ticks
+from experiments.harness.runs.spec import Run
+
+Draw = Callable[[Results, Target], Figure]
+
+
+def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = None, place: int = LAST) -> Exhibit:
+    """The exhibit of a study of trainings, with the columns of every table of scores and one figure.
+
+    Args:
+        name: That of the study: what its experiment's TABLE says.
+        title: Of its table; left out, made of its name.
+        caption: Of its figure; left out, the title.
+        draw: Its figure; left out, the accuracy against the field that its cells vary.
+        place: Where it stands among the exhibits.
+    """
+    title = title or f"{name}: test accuracy"
+    return Exhibit(
+        name=name,
+        title=title,
+        part="{name}: test accuracy",
+        shows=scores.shows,
+        numbers=scores.numbers,
+        text=scores.text,
+        sentences=scores.sentences,
+        notes=scores.notes,
+        figures=(Picture(name, caption or f"{title}.", draw or against_varied),),
+        place=place,
+    )
+
+
+def against(field: str, words: str, logarithmic: bool = False) -> Draw:
+    """A figure of the test accuracy of each method against a field of the spec, a panel a model.
+
+    Args:
+        field: The field.
+        words: What the axis calls it.
+        logarithmic: Whether the axis is, with a tick at each value.
+    """
+
+    def draw(results: Results, target: Target) -> Figure:
+        panels, frame = panels_of(target.cells), results.runs.set_index("run_id")
+        figure, row = row_of_panels(len(panels))
+        for axes, (title, rows) in zip(row, panels.items(), strict=True):
+            for method in METHODS:
+                line = [cell for cell in rows if cell.method == method]
+                label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
+                draw_points(axes, frame, line, target.seeds, Series(field, label))
+            gain = gain_of_msam(frame, rows, target.seeds, field)
+            axes.set(title=f"{title}{gain}", xlabel=words, ylabel="test accuracy %")
+            if logarithmic:
+                set_ticks(axes, (cell.flat[field] for cell in rows))
+            add_legend(axes)
+        return figure
+
+    return draw
+
+
+def against_varied(results: Results, target: Target) -> Figure:
+    """The accuracy against the number that the study declares, or else the one that its cells vary."""
+    networks = [cell for cell in target.cells if not cell.network]
+    numbers = [name for name in target.varies if all(isinstance(cell.flat[name], int | float) for cell in networks)]
+    field = numbers[0] if numbers else _varied(networks)
+    return against(field, in_words(field))(results, replace(target, cells=tuple(networks)))
+
+
+def _varied(cells: Sequence[Run]) -> str:
+    """The field of numbers that has several values for one method and model; `rho` if there is none."""
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    for cell in cells:
+        groups.setdefault((cell.method, cell.model, cell.dataset), []).append(cell)
+    found = [
+        name
+        for group in groups.values()
+        for name in group[0].to_dict()
+        if len(known := {cell.flat[name] for cell in group}) > 1
+        and all(isinstance(value, int | float) for value in known)
+    ]
+    return min(found, key=lambda name: (name in TUNED, TUNED.index(name) if name in TUNED else 0), default="rho")

@@ -1,0 +1,130 @@
+"""Table 2: scores on GLUE, a column a task."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from analysis import scores
+from analysis.arms import method_name
+from analysis.cells import DIGITS, interval, values, verdict
+from analysis.document import Document, formatted, plain_table, score_text, signed
+from analysis.exhibit import Exhibit, View
+from analysis.statistics import Interval, mean_interval
+from experiments.harness.runs.facts import DATASETS, is_images, text_set
+from experiments.harness.runs.spec import Run
+
+NOTES = (
+    "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
+    "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
+    "The majority row always gives the commonest label of the training set.",
+)
+
+
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
+    """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
+    table, runs = scores.numbers(frame, cells, seeds, varies), frame.set_index("run_id")
+    found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
+    known = {cell.dataset: 100 * majority.mean() for cell, majority in found.items() if len(majority)}
+    table["majority"] = table["dataset"].map(known).astype(float).round(DIGITS)
+    return table
+
+
+def further_metrics(view: View) -> list[str]:
+    """A line for each model and task with a second official metric: what each method has of it, times 100."""
+    runs, found = view.frame.set_index("run_id"), defaultdict(list)
+    for cell in view.target.cells:
+        column, words = text_set(cell.dataset).second or ("", "")
+        known = mean_interval(100 * values(runs, cell, view.target.seeds, column))
+        if known.n:
+            half = f" ± {known.half_width:.2f}" if known.n > 1 else ""
+            told = f"{method_name(cell)} {known.mean:.2f}{half} ({known.n})"
+            found[f"{cell.model}, {cell.dataset}, {words}"].append(told)
+    return [f"{name}: {', '.join(told)}." for name, told in found.items()]
+
+
+def over_majority(numbers: pd.DataFrame) -> list[str]:
+    """Whether the base optimizer of each block beats the commonest answer by more than its interval."""
+    lines = []
+    for row in numbers[(numbers["method"] == "base") & (numbers["n"] > 0)].itertuples():
+        found = Interval(row.mean - row.majority, row.half_width, int(row.n))
+        lines.append(f"{row.model}, {row.dataset}: {row.label} over the majority class: {verdict(found)}.")
+    return lines
+
+
+@dataclass(frozen=True)
+class WideDocument(Document):
+    """A table with a column for each task: on a terminal the committed one stands below it."""
+
+    def behind(self) -> list[dict[str, str]]:
+        """Of each row the runs behind the score of each task."""
+        found = {(row.model, row.label, row.dataset): row.run_ids for row in self.numbers.itertuples()}
+        tasks = list(self.cells.columns[2:])
+        return [
+            {task: found.get((row.model, row.method, task), "") for task in tasks} for row in self.cells.itertuples()
+        ]
+
+    def terminal(self, committed: pd.DataFrame | None = None) -> str:
+        """Plain text; the committed numbers as a second table."""
+        parts = [f"{self.title}\n{self.origin}", plain_table(self.cells)]
+        if committed is not None:
+            parts += ["Committed", plain_table(wide(committed))]
+        return "\n\n".join([*parts, *filter(None, ["\n".join(self.claims), "\n".join(self.notes)])])
+
+
+def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows with a column for each task: scores first, then what they are over each other."""
+    tasks = list(dict.fromkeys(numbers["dataset"]))
+    marks = marks or [""] * len(numbers)
+    texts: dict[tuple[str, str], dict[str, str]] = {}
+    for model, block in numbers.groupby("model", sort=False):
+        rows = [(row, marks[row.Index]) for row in block.itertuples()]
+        base = next((row.label for row, _ in rows if row.method == "base"), "base")
+        sam = next((row.label for row, _ in rows if row.method == "sam"), "SAM")
+        for row, _ in rows:
+            texts.setdefault((model, "majority class"), {})[row.dataset] = formatted(row.majority, ".2f")
+        for row, mark in rows:
+            texts.setdefault((model, row.label), {})[row.dataset] = score_text(row) + mark
+        for column, other in (("over_base", base), ("over_sam", sam)):
+            for row, _ in rows:
+                if other != row.label and (column == "over_base" or row.method == "msam"):
+                    texts.setdefault((model, f"{row.label} over {other}"), {})[row.dataset] = signed(
+                        interval(row, column)
+                    )
+    found = [
+        {"model": model, "method": label, **{t: told.get(t, "") for t in tasks}}
+        for (model, label), told in texts.items()
+    ]
+    return pd.DataFrame(found)
+
+
+def sentences(view: View) -> list[str]:
+    """The rhos, the further metrics, and the differences."""
+    table = view.numbers
+    radii = [
+        f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
+        for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
+    ]
+    return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view)]
+
+
+def notes(view: View) -> list[str]:
+    """How to read the scores."""
+    metrics = ", ".join(f"{dataset} {DATASETS[dataset].metric}" for dataset in dict.fromkeys(view.numbers["dataset"]))
+    return [note.format(metrics=metrics) for note in NOTES]
+
+
+EXHIBIT = Exhibit(
+    name="table2",
+    title="Table 2: GLUE",
+    part="{name}: GLUE",
+    shows=lambda cell: cell.kind == "train" and not is_images(cell.dataset),
+    numbers=numbers,
+    text=lambda view: wide(view.numbers, view.marks),
+    sentences=sentences,
+    notes=notes,
+    claims=scores.CLAIMS,
+    place=20,
+    form=WideDocument,
+)

@@ -1,0 +1,291 @@
+"""Linear stability: predicted and simulated boundaries, and what theory says of the trained networks."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.arms import COLOURS, MARKS, method_name
+from analysis.cells import identity, rounded, scores, values
+from analysis.cells import verdict as difference_in_words
+from analysis.document import formatted, score_text
+from analysis.evidence import VERDICTS, comparison, ids_of, verdict
+from analysis.exhibit import Claim, Comparison, Exhibit, Picture, Shown, Target, View
+from analysis.frames import Results
+from analysis.plots import add_legend
+from analysis.statistics import mean_interval, paired, paired_difference
+from experiments.harness.runs.spec import Run
+
+NOTES = (
+    "Largest sharpness lambda_max(H) of an interpolating minimum at which the method's own steps stay there: simulated "
+    "(mean ± half-width of the 95 % interval over random problems) and predicted by docs/theory.md.",
+    "exact: unnormalised perturbations rho times the gradient, all data in each step; the prediction must hold to 2 %. "
+    "normalised: perturbations of length rho, as SAM and mSAM are used; nothing ends at the minimum, and stable means "
+    "bounded: predicted 2 / eta whatever rho. stochastic: batches drawn anew for each step, beside the prediction for "
+    "all the data, which such a batch size does not reach.",
+)
+
+PREDICTED_WITHIN = 0.02
+"""How far a simulated boundary may lie from an exact prediction."""
+
+PARTS = ("exact", "normalised", "stochastic")
+"""Of the theory table: where the prediction is exact, and the two ways in which it is left."""
+
+
+def _part(cell: Run) -> str:
+    if cell.batch_size < cell.examples:
+        return "stochastic"
+    return "normalised" if cell.flat["normalised"] else "exact"
+
+
+def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
+    """Largest stable sharpness of each cell of a simulation, beside the predicted one.
+
+    Args:
+        frame: one row a finished run.
+        cells: theory specs at seed 0, a row each.
+        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        varies: the fields that the table's experiments declare to vary.
+
+    Returns:
+        One row a cell: `mean` and `half_width` of the simulated boundary, `predicted`, the mean of `simulated /
+        predicted - 1`, and its greatest size over the seeds (`worst`).
+    """
+    runs, rows = frame.set_index("run_id"), []
+    blocks = list(dict.fromkeys((_part(cell), cell.model) for cell in cells))
+    for cell in cells:
+        errors = values(runs, cell, seeds, "relative_error")
+        row = identity(cell, runs, seeds)
+        rows.append(
+            {"block": blocks.index((_part(cell), cell.model)), "label": method_name(cell), **row}
+            | {
+                "part": _part(cell),
+                "normalised": cell.flat["normalised"],
+                "batch_size": cell.batch_size,
+                "examples": cell.examples,
+                "predicted": mean_interval(values(runs, cell, seeds, "predicted_sharpness")).mean,
+                "relative_error": mean_interval(errors).mean,
+                "worst": float(errors.abs().max()) if len(errors) else float("nan"),
+            }
+        )
+    return rounded(pd.DataFrame(rows))
+
+
+def sentences(view: View) -> list[str]:
+    """Whether each part's prediction holds, and whether mSAM's boundary is below SAM's, and SAM's below descent's."""
+    lines, table = [], view.numbers[view.numbers["n"] > 0]
+    for part in PARTS:
+        rows = table[table["part"] == part]
+        if rows.empty:
+            continue
+        worst = rows["worst"].max()
+        holds = "holds" if worst < PREDICTED_WITHIN else "does not hold"
+        lines.append(
+            f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; what was simulated is up to {worst:.2%} off."
+        )
+    exact = table[table["part"] == "exact"]
+    below = compared = 0
+    for _, rows in exact[exact["rho"] > 0].groupby(["model", "learning_rate", "rho"]):
+        found = rows.set_index("method")["mean"]
+        if {"sam", "msam"} <= set(found.index):
+            descent = 2 / rows["learning_rate"].iloc[0]
+            compared, below = compared + 1, below + int(found["msam"] < found["sam"] < descent)
+    if compared:
+        lines.append(
+            f"exact: mSAM's boundary lies below SAM's, and SAM's below 2 / eta, in {below} of {compared} settings."
+        )
+    return lines
+
+
+def text(view: View) -> pd.DataFrame:
+    """The predicted and the simulated boundaries."""
+    table, rows = view.numbers, view.rows
+    return pd.DataFrame(
+        {
+            "dataset": table["dataset"],
+            "part": table["part"],
+            "model": table["model"],
+            "method": table["label"],
+            "eta": [f"{row.learning_rate:g}" for row in rows],
+            "rho": [f"{row.rho:g}" if row.rho else "" for row in rows],
+            "batch": [f"{row.batch_size} of {row.examples}" for row in rows],
+            "predicted": [formatted(row.predicted, ".4g") for row in rows],
+            "simulated": [score_text(row) + mark for row, mark in zip(rows, view.marks, strict=True)],
+            "simulated / predicted": [formatted(1 + row.relative_error, ".3f") for row in rows],
+        }
+    )
+
+
+def theory(results: Results, simulated: Target, flat: Target) -> Figure:
+    """One page: stability boundaries, the penalty P(m) of trained networks, and their largest eigenvalues.
+
+    Args:
+        results: the runs.
+        simulated: the theory's cells; may have none.
+        flat: Table 3's; may have none.
+    """
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    (rho, eta, penalty), (left, middle, right) = figure.subplots(2, 3)
+    if simulated.cells:
+        table = numbers(results.runs, simulated.cells, simulated.seeds)
+        _boundaries(rho, table, "rho", f"(a) eta = 0.1, n = {simulated.seeds}")
+        _boundaries(eta, table, "learning_rate", f"(b) rho = 0.1, n = {simulated.seeds}")
+    models = list(dict.fromkeys(c.model for c in flat.cells))
+    if models:
+        _penalty(penalty, results.runs, [c for c in flat.cells if c.model == models[0]], flat.seeds)
+    for axes, model in zip((left, middle, right), models, strict=False):
+        _eigenvalues(axes, results.runs, [c for c in flat.cells if c.model == model], flat.seeds)
+    for axes in figure.axes:
+        if not axes.has_data():
+            axes.text(0.5, 0.5, "not run", ha="center", va="center", transform=axes.transAxes)
+            axes.set_axis_off()
+    return figure
+
+
+def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> None:
+    """Simulated boundaries as points, filled for the regression, on the predicted lines."""
+    other, value = ("learning_rate", 0.1) if along == "rho" else ("rho", 0.1)
+    exact = numbers[(numbers["part"] == "exact") & (numbers["n"] > 0)]
+    for method in ("base", "sam", "msam"):
+        for model, face in (("regression", COLOURS[method]), ("two-layer", "none")):
+            rows = exact[(exact["method"] == method) & (exact["model"] == model)]
+            if method != "base" or along == "rho":
+                rows = rows[rows[other] == value]
+            rows = rows.sort_values(along)
+            if rows.empty:
+                continue
+            if method == "base" and along == "rho":
+                label = "gradient descent: 2 / eta" if model == "regression" else None
+                axes.axhline(rows["predicted"].iloc[0], color=COLOURS[method], lw=1, label=label)
+                continue
+            style = "-" if model == "regression" else "--"
+            axes.plot(rows[along], rows["predicted"], style, color=COLOURS[method], lw=1)
+            label = "gradient descent" if method == "base" else rows["label"].iloc[0]
+            axes.errorbar(
+                rows[along],
+                rows["mean"],
+                rows["half_width"].fillna(0),
+                fmt=MARKS[method],
+                ms=4,
+                color=COLOURS[method],
+                mfc=face,
+                label=f"{label}, {model}",
+            )
+    words = {"rho": "rho (unnormalised)", "learning_rate": "learning rate eta"}[along]
+    axes.set(xscale="log", yscale="log", xlabel=words, ylabel="largest stable lambda max(H)", title=title)
+    add_legend(axes, fontsize=6)
+
+
+def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> None:
+    """P(m), measured at the final weights; dashed what the examples' gradients alone let expect of random splits."""
+    frame = runs.set_index("run_id")
+    for cell in cells:
+        counts = [2**k for k in range(20) if 2**k <= cell.flat["measured_examples"]]
+        found = [mean_interval(values(frame, cell, seeds, f"train_penalty_m{m}")) for m in counts]
+        if not found[0].n:
+            continue
+        axes.errorbar(
+            counts,
+            [f.mean for f in found],
+            [f.half_width if f.n > 1 else 0 for f in found],
+            fmt=MARKS[cell.method] + "-",
+            ms=3,
+            lw=1,
+            capsize=2,
+            color=COLOURS[cell.method],
+            label=method_name(cell),
+        )
+        one, each = (mean_interval(values(frame, cell, seeds, f"train_squared_m{m}")).mean for m in (1, counts[-1]))
+        expected = [(one + (each - one) * (m - 1) / (counts[-1] - 1)) ** 0.5 for m in counts]
+        axes.loglog(counts, expected, "--", lw=0.7, color=COLOURS[cell.method])
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="m", ylabel="P(m), mean of ||grad L_i||", title=f"(c) {cells[0].model}, training data")
+    add_legend(axes, fontsize=6)
+
+
+def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> None:
+    """Bars of lambda 1 with their intervals, every seed as a point joined across the methods: what is paired."""
+    frame = runs.set_index("run_id")
+    found = [values(frame, cell, seeds, "train_lambda_1") for cell in cells]
+    for place, (cell, known) in enumerate(zip(cells, found, strict=True)):
+        if len(known):
+            interval = mean_interval(known)
+            half = interval.half_width if interval.n > 1 else 0
+            axes.bar(place, interval.mean, yerr=half, width=0.6, color=COLOURS[cell.method], alpha=0.6, capsize=3)
+    for seed in range(seeds):
+        points = [(i, v[seed]) for i, v in enumerate(found) if seed in v.index]
+        if points:
+            axes.plot(*zip(*points, strict=True), "-k", marker=".", lw=0.5, ms=4)
+    base, msam = (next((v for c, v in zip(cells, found, strict=True) if c.method == m), None) for m in ("base", "msam"))
+    names = [method_name(cell).replace(", m=", "\nm=").replace(" micro-batches", "") for cell in cells]
+    axes.set_xticks(range(len(cells)), names)
+    note = ""
+    if base is not None and msam is not None and len(base) and len(msam):
+        note = f"\nmSAM - base: {difference_in_words(paired_difference(msam, base)).split(':')[0]}"
+    axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
+
+
+def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list[Comparison]]:
+    """The simulated boundaries of mSAM over SAM's, and SAM's over descent's, with all data in each step.
+
+    What the prediction itself may be off counts as no difference.
+    """
+
+    def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
+        seeds = target.seeds
+        cells = [
+            c for c in target.cells if c.batch_size == c.examples and (not c.rho or c.flat["normalised"] == normalised)
+        ]
+        at = {(c.model, c.learning_rate, c.rho, c.method): c for c in cells}
+        found = []
+        for (model, learning_rate, rho, method), cell in at.items():
+            reference = {"sam": (0.0, "base"), "msam": (rho, "sam")}.get(method)
+            other = at.get((model, learning_rate, *reference)) if reference else None
+            if other is None:
+                continue
+            mine, theirs = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, other))
+            both = 100 * np.expm1(paired(mine, theirs))
+            difference = mean_interval(both)
+            said = verdict(difference, -1)
+            if said in VERDICTS and abs(difference.mean) < 100 * PREDICTED_WITHIN:
+                said = "not separated"
+            where = f"{model}, eta {learning_rate:g}, rho {rho:g}"
+            what = f"{method_name(cell)} over {method_name(other)}, largest stable sharpness, percent"
+            found.append(comparison(where, what, both, said, ids_of((cell, other), runs, seeds)))
+        return found
+
+    return compare
+
+
+EXHIBIT = Exhibit(
+    name="theory",
+    title="Linear stability: predicted and simulated",
+    shows=lambda cell: cell.kind == "theory",
+    numbers=numbers,
+    text=text,
+    sentences=sentences,
+    notes=lambda view: NOTES,
+    claims=(
+        Claim(
+            "In simulations with unnormalised perturbations mSAM keeps only flatter minima than SAM, and SAM than "
+            "descent",
+            boundaries(normalised=False),
+        ),
+        Claim(
+            "(ours) The same with normalised perturbations, as both methods are used",
+            boundaries(normalised=True),
+        ),
+    ),
+    figures=(
+        Picture(
+            "theory",
+            "Stability boundaries, penalty P(m), and largest eigenvalues of trained networks.",
+            theory,
+            tables=("theory", "table3"),
+            place=0,
+        ),
+    ),
+    place=50,
+)

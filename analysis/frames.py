@@ -1,0 +1,286 @@
+"""Runs -> data frames -> the files of `results/`, and back without loss.
+
+runs.csv           one row a run: what it was, what came out, and the code and machine behind it
+curves.csv         one row an epoch of a run
+provenance.jsonl   one line a run: every session that worked on it
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.arms import METHODS
+from analysis.collect import Finished, Lines, plain, plain_keys
+from analysis.columns import PROVENANCE, column_of, csv_text, joined_column, known_dtypes, parse
+from experiments.harness.runs.files import RecordError, replacing
+from experiments.harness.runs.run import defaults, in_order
+
+FIRST = (
+    "run_id",
+    "profile",
+    "dataset",
+    "model",
+    "method",
+    "base_optimizer",
+    "rho",
+    "micro_batches",
+    "seed",
+)
+
+SUMMARY = (
+    "test_accuracy",
+    "test_score",
+    "test_loss",
+    "holdout_accuracy",
+    "holdout_score",
+    "holdout_loss",
+    "train_accuracy",
+    "train_loss",
+    "sharpness",
+    "wall_seconds",
+    "step_seconds",
+    "steps",
+    "parameters",
+)
+
+UNKNOWN = "unknown"
+"""Stands for a commit or code hash that no session noted."""
+
+_PRIVATE = ("host", "hostname", "node", "user", "cwd", "path", "paths", "executable", "argv")
+"""Keys of a session that name a machine or a person, and stay out of files that are committed."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The contents of runs.csv, curves.csv and provenance.jsonl."""
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    provenance: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def of(cls, runs: Iterable[Finished]) -> "Results":
+        """The files' contents for these runs."""
+        runs = list(runs)
+        sessions = {run.spec.run_id: [_public(s) for s in run.sessions] for run in runs}
+        return cls(frame(runs), curves(runs), sessions)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Results":
+        """Read the three files.
+
+        Raises:
+            RecordError: if one of them is missing or damaged.
+        """
+        try:
+            lines = [json.loads(line) for line in _text(folder / "provenance.jsonl").splitlines()]
+            provenance = {line["run_id"]: line["sessions"] for line in lines}
+            runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
+            if lost := sorted(set(FIRST) - set(runs.columns)):
+                raise ValueError(f"runs.csv has no column {lost[0]!r}")
+            return cls(_as_before(runs, provenance), curves, provenance)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"The published files of {folder} cannot be read ({plain(str(error))}): restore them with git."
+            ) from error
+
+    def only(self, run_ids: Collection[str]) -> "Results":
+        """The part that belongs to these runs."""
+        return Results(
+            self.runs[self.runs["run_id"].isin(run_ids)],
+            self.curves[self.curves["run_id"].isin(run_ids)],
+            {k: v for k, v in self.provenance.items() if k in run_ids},
+        )
+
+    def joined(self, other: "Results") -> "Results":
+        """Both together; the runs must differ."""
+        return Results(
+            _runs([*rows_of(self.runs), *rows_of(other.runs)]),
+            _curves([*_by_run(self.curves), *_by_run(other.curves)]),
+            self.provenance | other.provenance,
+        )
+
+    def texts(self) -> dict[str, str]:
+        """The three files' texts by name; equal contents give equal bytes."""
+        lines = [
+            json.dumps({"run_id": run_id, "sessions": self.provenance[run_id]}, sort_keys=True) + "\n"
+            for run_id in sorted(self.provenance)
+        ]
+        return {
+            "runs.csv": csv_text(self.runs),
+            "curves.csv": csv_text(self.curves),
+            "provenance.jsonl": "".join(lines),
+        }
+
+
+def frame(runs: Iterable[Finished]) -> pd.DataFrame:
+    """One row a run: the columns of `FIRST`, the other fields of the spec, the summary, `PROVENANCE`."""
+    return _runs([_row(run) for run in runs])
+
+
+def curves(runs: Iterable[Finished]) -> pd.DataFrame:
+    """One row for each line of a run's metrics: `run_id`, `epoch`, then whatever the line says."""
+    found = [(run.spec.run_id, run.metrics) for run in runs]
+    return _curves([(run_id, lines if isinstance(lines, Lines) else Lines(lines)) for run_id, lines in found])
+
+
+def write_files(folder: Path, texts: Mapping[str, str | bytes]) -> None:
+    """Write each text, or picture, to its place below `folder`, file by file: a reader sees the old or the new one.
+
+    Raises:
+        RecordError: if the folder cannot be written.
+    """
+    try:
+        for name, text in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            content = text.encode("utf-8") if isinstance(text, str) else text
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
+    except OSError as error:
+        raise RecordError(
+            f"{folder} cannot be written ({error.strerror}): make room, or choose another folder with --results."
+        ) from error
+
+
+def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
+    """The rows with the columns that there were none of when they were written.
+
+    Fields of specs have their defaults, which mean "as before"; what the sessions say is taken from them.
+    """
+    known, rows = known_dtypes(), rows_of(runs)
+    for name in PROVENANCE:
+        if name not in runs:
+            said = [_provenance(provenance.get(row["run_id"]) or [{}])[name] for row in rows]
+            runs = runs.assign(**{name: column_of(said, known.get(name))})
+    new = {
+        name: default
+        for name, default in defaults().items()
+        if default is not None and (name not in runs or runs[name].hasnans)
+    }
+    return runs.assign(**{n: pd.array([r.get(n, d) for r in rows], dtype=known[n]) for n, d in new.items()})
+
+
+def _runs(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    rows = sorted(rows, key=_order)
+    known = [*FIRST, *(name for name in in_order() if name not in FIRST)]
+    told = {key for row in rows for key in row} - set(known) - set(PROVENANCE)
+    summary = [*(k for k in SUMMARY if k in told), *sorted(told - set(SUMMARY))]
+    return _table(rows, [*known, *summary, *PROVENANCE])
+
+
+def _row(run: Finished) -> dict[str, Any]:
+    sessions = run.sessions or [{}]
+    row = {
+        "run_id": run.spec.run_id,
+        "method": run.spec.method,
+        **run.spec.flat,
+        **_provenance(sessions),
+    }
+    for key, value in plain_keys(run.summary).items():
+        if key not in row:
+            row[key] = value
+        elif row[key] != value:
+            row[f"summary_{key}"] = value
+    return row
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("micro_batches", "rho", "learning_rate", "seed", "run_id")
+    place = METHODS.index(row["method"]) if row["method"] in METHODS else len(METHODS)
+    return (
+        row["profile"],
+        row["dataset"],
+        row["model"],
+        row["base_optimizer"],
+        place,
+        *(row[n] for n in names),
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
+    """Rows as a frame that has been through CSV: it is what reading the written file gives."""
+    known = known_dtypes()
+    return pd.DataFrame({name: column_of([row.get(name) for row in rows], known.get(name)) for name in columns})
+
+
+def _provenance(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of `PROVENANCE`."""
+    within = {"torch": "packages", "cpu_capability": "torch_flags"}
+    parts = {key: [_mapping(session.get(name)) for session in sessions] for key, name in within.items()}
+    told = {key: _together(parts.get(key, sessions), key) for key in PROVENANCE}
+    told |= {key: told[key] or UNKNOWN for key in ("commit", "code")}
+    # Of a measured network's training too: what it was trained by decides what is found.
+    networks = [session["network_dirty"] for session in sessions if "network_dirty" in session]
+    return told | {"dirty": _any([*(session.get("dirty") for session in sessions), *networks])}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _together(sessions: Sequence[Mapping[str, Any]], key: str) -> str | None:
+    """What the sessions say, each different thing once; None if none of them says anything."""
+    said = [s.get(key) for s in sessions]
+    if all(value is None for value in said):
+        return None
+    return "+".join(dict.fromkeys(UNKNOWN if v is None else _unpath(plain(str(v))) for v in said))
+
+
+def _any(flags: Sequence[Any]) -> bool | None:
+    """True if one is, None if one is not known."""
+    if any(flag is True for flag in flags):
+        return True
+    return False if all(flag is False for flag in flags) else None
+
+
+def _public(value: Any) -> Any:
+    """A session's entry without names of machines and people, and with paths cut to their last part."""
+    if isinstance(value, Mapping):
+        return {str(k): _public(v) for k, v in value.items() if str(k).lower() not in _PRIVATE}
+    if isinstance(value, list):
+        return [_public(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return _unpath(plain(value)) if isinstance(value, str) else value
+
+
+def _unpath(text: str) -> str:
+    """The text with every absolute path cut to its last part; web addresses stay."""
+    return re.sub(r"(?:file://|(?<![\w.:/)\]}]))/(?:[^\s/'\"=,;:]+/)*([^\s/'\"=,;:]*)/?", r"\1", text)
+
+
+def _curves(found: Iterable[tuple[str, Lines]]) -> pd.DataFrame:
+    """The lines of all runs, a run behind the other in the order of their names."""
+    found = sorted(found, key=lambda one: one[0])
+    told = sorted({name for _, lines in found for name in lines.columns} - {"run_id", "epoch"})
+    names = np.repeat(np.array([run_id for run_id, _ in found], dtype=object), [lines.count for _, lines in found])
+    columns = {"run_id": pd.array(names, dtype="string")}
+    known = known_dtypes()
+    for name in ("epoch", *told):
+        columns[name] = joined_column([lines.column(name) for _, lines in found], known.get(name))
+    return pd.DataFrame(columns)
+
+
+def _by_run(curves: pd.DataFrame) -> list[tuple[str, Lines]]:
+    """The inverse of `_curves`."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of(curves):
+        rows.setdefault(row.pop("run_id"), []).append(row)
+    return [(run_id, Lines(lines)) for run_id, lines in rows.items()]
+
+
+def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as dicts, without what is missing."""
+    return [{k: v for k, v in row.items() if not pd.isna(v)} for row in table.astype(object).to_dict("records")]
+
+
+def _text(path: Path) -> str:
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()

@@ -1,0 +1,135 @@
+"""Which experiments there are, and which runs a name stands for. Standard library only.
+
+An experiment is a module of `experiments/` with a docstring and
+
+    TABLE     the table its runs fill, "table1" say
+    RUNS      profile -> cells: the runs of the table, each written once, at seed 0
+    TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
+    VARIES    the fields that a study varies, ("batch_size",) say (optional): a cell is compared with the cell that
+              equals it in everything else, and so by default in every field that does not define the arms
+
+Targets are an experiment's name, a table's name, or either followed by "-tuning"; and "all", every table without the
+grids.
+"""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import experiments
+from experiments.harness.runs.checks import PROFILES, SpecError
+from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.run import Run, from_dict, names
+from experiments.harness.runs.spec import SEEDS
+
+TUNING_SEEDS = 2
+"""Seeds of a grid, in every profile."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment module, read."""
+
+    name: str
+    table: str
+    summary: str
+    runs: Mapping[str, Sequence[Run]]
+    tuning: Mapping[str, Sequence[Run]]
+    varies: tuple[str, ...] = ()
+
+
+def catalogue() -> dict[str, Experiment]:
+    """All experiments by name, in the order of their tables."""
+    found = {}
+    for module_info in pkgutil.iter_modules(experiments.__path__):
+        if module_info.ispkg or module_info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"experiments.{module_info.name}")
+        found[module_info.name] = Experiment(
+            name=module_info.name,
+            table=module.TABLE,
+            summary=(module.__doc__ or "").strip().split("\n")[0],
+            runs=module.RUNS,
+            tuning=getattr(module, "TUNING", {}),
+            varies=_varies(module),
+        )
+    return dict(sorted(found.items(), key=lambda item: (item[1].table, item[0])))
+
+
+def targets() -> list[str]:
+    """Every name that `cells` understands."""
+    known = catalogue().values()
+    names = list(dict.fromkeys([*(e.table for e in known), *(e.name for e in known)]))
+    grids = [f"{n}-tuning" for n in names if any(e.tuning and n in (e.name, e.table) for e in known)]
+    return [*names, *grids, "all"]
+
+
+def cells(target: str, profile: str) -> list[Run]:
+    """The cells (specs at seed 0) of an experiment, a table, or one of their grids.
+
+    Raises:
+        SpecError: for an unknown target or profile, with the known ones.
+    """
+    if profile not in PROFILES:
+        raise SpecError(f"Unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}.")
+    if target not in targets():
+        raise SpecError(f"Unknown experiment or table {target!r}; there are {', '.join(targets())}.")
+    name, tuning = target.removesuffix("-tuning"), target.endswith("-tuning")
+    chosen = [e for e in catalogue().values() if name in (e.name, e.table, "all")]
+    lists = [(e.tuning if tuning else e.runs).get(profile, ()) for e in chosen]
+    return list(dict.fromkeys(cell for cells_of_one in lists for cell in cells_of_one))
+
+
+def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Run]:
+    """The runs of a target: its cells at every seed of the profile, or at seeds 0, ..., seeds - 1.
+
+    Args:
+        target: An experiment, a table, or one of their grids.
+        profile: Size of the runs.
+        seeds: How many seeds; None takes the profile's own number.
+        changes: "FIELD=VALUE" each, for all of them.
+
+    Raises:
+        SpecError: for what is unknown or cannot be run, and for a target without runs in the profile.
+    """
+    default = TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
+    if seeds is not None and seeds < 1:
+        raise SpecError(f"seeds is {seeds}, but must be 1 or more.")
+    specs = with_seeds(cells(target, profile), seeds or default)
+    if not specs:
+        raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another with --profile.")
+    if not changes:
+        return specs
+    fields = dict(_change(text) for text in changes)
+    return list(dict.fromkeys(from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def varies(target: str) -> tuple[str, ...]:
+    """The fields that the experiments of a target vary, in the order of their declarations."""
+    name = target.removesuffix("-tuning")
+    chosen = [e for e in catalogue().values() if name in (e.name, e.table)]
+    return tuple(dict.fromkeys(field for e in chosen for field in e.varies))
+
+
+def _varies(module: ModuleType) -> tuple[str, ...]:
+    fields = tuple(getattr(module, "VARIES", ()))
+    if unknown := [field for field in fields if field not in names()]:
+        known = ", ".join(names())
+        raise SpecError(f"{module.__name__} varies {unknown[0]!r}, which is not a field; the fields are: {known}.")
+    return fields
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
+    if name not in names():
+        raise SpecError(f"Unknown field {name!r}; the fields are: {', '.join(names())}.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

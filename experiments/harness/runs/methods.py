@@ -1,0 +1,213 @@
+"""The arms: what a run can be one of, what each arm is compared with, how it is named and drawn.
+
+Standard library only. Experiments, tables, figures, claims, the report and the command line read this list. A new arm
+is one entry here and one line in an experiment.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experiments.harness.runs.spec import Run
+
+Fields = Mapping[str, Any]
+"""A run's fields by their names in records."""
+
+BASE_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
+"""The base optimizers, and their names in tables."""
+
+CHOSEN = ("rho",)
+"""Fields that each arm has its own best value of: they may differ in every comparison, and equal ones go first."""
+
+
+def zero(value: float) -> bool:
+    """No perturbation."""
+    return value == 0
+
+
+def positive(value: float) -> bool:
+    """A perturbation."""
+    return value > 0
+
+
+def one(value: int) -> bool:
+    """The whole mini-batch at once."""
+    return value == 1
+
+
+def several(value: int) -> bool:
+    """A mini-batch split into micro-batches."""
+    return value > 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method that runs are made with."""
+
+    name: str
+    """In records, CSV files and on the command line."""
+    words: str
+    """In tables: `{base}` stands for the base optimizer, `{m}` for the number of micro-batches."""
+    legend: str
+    """In the keys of figures, where all values of m share a line; `{base}` as above."""
+    title: str
+    """In lists of runs, where `{optimizer}`, `{m}` and `{rho}` are the run's."""
+    colour: str
+    line: Any
+    """Matplotlib's line style."""
+    mark: str
+    """Matplotlib's marker."""
+    has: Mapping[str, Callable[[Any], bool]]
+    """What makes a run one of this arm: a condition on each field that defines it."""
+    change: Callable[[Fields], dict[str, Any]] | None = None
+    """For an arm that is defined relative to its block's base: the fields that differ from a base with these fields."""
+    against: tuple[str, ...] = ()
+    """The arms that tables compare it with."""
+    claimed: tuple[str, ...] = ()
+    """Those of `against` whose comparison is a line under the table."""
+
+    def called(self, run: "Run") -> str:
+        """The arm's name in tables, for this run."""
+        return self.words.format(base=BASE_OPTIMIZERS[run.base_optimizer], m=run.micro_batches)
+
+    def described(self, run: "Run") -> str:
+        """The arm in the title of this run."""
+        return self.title.format(optimizer=run.base_optimizer, m=run.micro_batches, rho=f"{run.rho:g}")
+
+    def changed(self, base: Fields) -> dict[str, Any]:
+        """What this arm changes of a base with these fields."""
+        return self.change(base) if self.change else {}
+
+    def fits(self, fields: Fields) -> bool:
+        """Whether a run with these fields meets every condition of the arm."""
+        return all(condition(fields[name]) for name, condition in self.has.items())
+
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(
+            name="base",
+            words="{base}",
+            legend="{base}",
+            title="{optimizer}",
+            colour="#262626",
+            line="-",
+            mark="o",
+            has={"rho": zero, "micro_batches": one},
+        ),
+        Arm(
+            name="control",
+            words="{base}, m={m} micro-batches",
+            legend="{base} over micro-batches",
+            title="{optimizer} over m={m}",
+            colour="#b3b3ec",
+            line=":",
+            mark="v",
+            has={"rho": zero, "micro_batches": several},
+            against=("base",),
+            claimed=("base",),
+        ),
+        Arm(
+            name="sam",
+            words="SAM",
+            legend="SAM",
+            title="SAM rho={rho}",
+            colour="#d98c26",
+            line="--",
+            mark="s",
+            has={"rho": positive, "micro_batches": one},
+            against=("base",),
+            claimed=("base",),
+        ),
+        Arm(
+            name="msam",
+            words="mSAM, m={m}",
+            legend="mSAM",
+            title="mSAM m={m} rho={rho}",
+            colour="#1b7837",
+            line="-.",
+            mark="D",
+            has={"rho": positive, "micro_batches": several},
+            against=("base", "sam", "control"),
+            claimed=("sam", "control"),
+        ),
+        Arm(
+            name="asam",
+            words="ASAM",
+            legend="ASAM",
+            title="ASAM rho={rho}",
+            colour="#b2477d",
+            line=(0, (3, 1, 1, 1)),
+            mark="^",
+            has={"rho": positive, "micro_batches": one, "adaptive": bool},
+            against=("base", "sam"),
+            claimed=("base",),
+        ),
+        Arm(
+            name="masam",
+            words="mSAM with ASAM's perturbation, m={m}",
+            legend="mSAM with ASAM's perturbation",
+            title="mSAM (ASAM's perturbation) m={m} rho={rho}",
+            colour="#2b6ca3",
+            line=(0, (1, 1)),
+            mark="P",
+            has={"rho": positive, "micro_batches": several, "adaptive": bool},
+            against=("base", "sam", "control", "asam"),
+            claimed=("asam", "control"),
+        ),
+    )
+}
+"""By name, in the order of the tables' rows. Of several entries that a run fits the last one is its arm."""
+
+
+def arm_of(run: "Run") -> Arm:
+    """The arm of a run by itself: of an arm that is relative to a base, a run by itself is a base."""
+    fields = run.flat
+    return next(arm for arm in reversed(ARMS.values()) if arm.change is None and arm.fits(fields))
+
+
+def arms_of(cells: Iterable["Run"], varies: Sequence[str] = ()) -> dict["Run", Arm]:
+    """The arm of each cell among these cells, so that those relative to a base are seen.
+
+    Args:
+        cells: The cells of a table.
+        varies: The fields that the study varies: a cell that differs from a base in one of them is no arm.
+    """
+    arms = {cell: arm_of(cell) for cell in cells}
+    for arm in (arm for arm in ARMS.values() if arm.change):
+        for base in [cell for cell in arms if arm.fits(cell.flat)]:
+            changed = arm.changed(base.flat)
+            if not changed.keys() & set(varies) and (cell := replace(base, **changed)) in arms:
+                arms[cell] = arm
+    return arms
+
+
+def reference(cell: "Run", name: str, arms: Mapping["Run", Arm], varies: Sequence[str] = ()) -> "Run | None":
+    """The cell of another arm that a cell is compared with; None if there is none.
+
+    The two are equal in everything except the fields that define their arms and, if no cell is that close, the fields
+    that the study varies. A field on which both arms have the same condition (m of mSAM and of the control) is equal
+    too; only `CHOSEN` fields may differ, and a cell with the same value is preferred.
+
+    Args:
+        cell: The cell to compare.
+        name: The other arm.
+        arms: The arms of all cells of the table, as `arms_of` gives them.
+        varies: The fields that the study declares.
+    """
+    mine, other = arms[cell], ARMS[name]
+    free = {field for field in {*mine.has, *other.has} if mine.has.get(field) is not other.has.get(field)}
+    free |= {*CHOSEN, *mine.changed(cell.flat), *other.changed(cell.flat)}
+    known = [c for c, arm in arms.items() if arm is other and c != cell]
+    for also in ((), varies):
+        fits = [c for c in known if not differing(c, cell) - free - set(also)]
+        if fits:
+            return min(fits, key=lambda c: len(differing(c, cell)))
+    return None
+
+
+def differing(a: "Run", b: "Run") -> set[str]:
+    """The fields in which two runs differ."""
+    return {name for name, value in a.flat.items() if b.flat.get(name) != value}

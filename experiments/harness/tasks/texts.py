@@ -1,0 +1,289 @@
+"""Text classification and regression: from a spec to a Task.
+
+What a task will need is imported here, where the pool's fork server does it once: transformers would load an
+architecture when it is first asked for one, in every worker again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
+
+from experiments.harness.runs.facts import MODELS, TextSet, text_set
+from experiments.harness.runs.spec import Network
+from experiments.harness.tasks import glue_files
+from experiments.harness.tasks.data import load
+from experiments.harness.tasks.glue_files import Texts
+from experiments.harness.tasks.storage import DataError
+from experiments.harness.tasks.task import Task, generator, subsets, to_device
+
+EVALUATION_BATCH = 64
+
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which a folder with a tokenizer has one."""
+
+transformers.logging.set_verbosity_error()  # of new classifiers and long texts, which are expected here
+transformers.utils.logging.disable_progress_bar()
+
+
+def text_task(spec: Network, data_root: Path | None = None) -> Task:
+    """A task of GLUE, or the movie snippets, with an encoder of transformers and a new head."""
+    task = text_set(spec.dataset)
+    data = load(spec.dataset, data_root)
+    tokenizer, model, origin = encoder(spec, task)
+    weights = checksum(model)
+
+    train, holdout = subsets(spec, len(data.train.labels))
+    trained = _Encoded(data.train.taken(train), tokenizer, spec.max_length)
+    if spec.holdout_examples:
+        scored = {"holdout": _Encoded(data.train.taken(holdout), tokenizer, spec.max_length)}
+    else:
+        names = {split: "test" if i == 0 else "test_mismatched" for i, split in enumerate(task.validation)}
+        first = range(spec.test_examples) if spec.test_examples else None
+        parts = {names[s]: v.taken(first[: len(v.labels)]) if first else v for s, v in data.validation.items()}
+        scored = {part: _Encoded(v, tokenizer, spec.max_length) for part, v in parts.items()}
+    provenance = {
+        "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
+        "data_source": data.source,
+        "texts_checksum": data.checksum,
+        "weights_checksum": weights,
+        "weights_source": origin,
+    }
+    return task_of(spec, model, trained, scored, provenance)
+
+
+def task_of(
+    spec: Network, model: nn.Module, trained: "_Examples", scored: Mapping[str, "_Examples"], data: dict[str, str]
+) -> Task:
+    """The task of a spec with this model, on these tokens; `data` is for the record."""
+    task = text_set(spec.dataset)
+    device = torch.device(spec.device)
+    model = model.to(device)
+
+    def forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+            return model(**inputs).logits.float()
+
+    def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+        if not task.labels:
+            return F.mse_loss(logits.squeeze(1), labels)
+        return F.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing)
+
+    def batches(epoch: int, first: int) -> Iterator[dict[str, Tensor]]:
+        order = torch.randperm(len(trained), generator=generator(spec.seed, epoch)).tolist()
+        for index in range(first, steps_per_epoch):
+            yield trained.batch(order[index * spec.batch_size : (index + 1) * spec.batch_size], device)
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:
+        model.eval()
+        found: dict[str, float] = {}
+        for part, examples in scored.items():
+            outputs = torch.empty(len(examples), task.outputs)
+            for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
+                outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+            values = scores(task, outputs.numpy(), examples.labels)
+            found |= {f"{part}_{name}": value for name, value in values.items()}
+            found[f"{part}_score"] = values[task.metrics[0]]
+            found[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
+            found[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
+        return found
+
+    def sample(part: str, count: int) -> dict[str, Tensor]:
+        return ({**scored, "train": trained})[part].batch(range(count), device)
+
+    steps_per_epoch = len(trained) // spec.batch_size  # an incomplete last batch is left out
+    return Task(
+        model=model,
+        loss_fn=lambda model, batch: loss_of(forward(model, batch), batch["labels"]),
+        batches=batches,
+        steps_per_epoch=steps_per_epoch,
+        evaluate=evaluate,
+        sample=sample,
+        data=data,
+    )
+
+
+def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedModel, str]:
+    """Tokenizer and model of a spec, its head freshly drawn from torch's global generator; and where they came from.
+
+    Raises:
+        DataError: if they are not available or do not fit the spec, with what to do.
+    """
+    folder, origin = _checkpoint(spec.model)
+    place = str(folder or spec.model)
+    options = {"local_files_only": True} if folder is None and not glue_files.hub_answers() else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        config = transformers.AutoConfig.from_pretrained(place, num_labels=task.outputs, **options)
+        config = with_dropout(config, spec)
+        _fit(spec, config, tokenizer)
+        kind = {"attn_implementation": spec.attention, "dtype": torch.float32}
+        pretrained, loading = transformers.AutoModel.from_pretrained(
+            place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kind, **options
+        )
+    except Exception as error:  # the libraries raise whatever a damaged file makes of them
+        if isinstance(error, DataError):
+            raise
+        raise _unavailable(spec.model, error) from error
+    wrong = [
+        str(key) for name in ("missing_keys", "mismatched_keys") for key in loading[name] if "pooler" not in str(key)
+    ]
+    if wrong:
+        raise DataError(
+            f"The weights of {spec.model} are not those of its config.json ({len(wrong)} differ, {wrong[0]} for one): "
+            "put the two that belong together there."
+        )
+    model = transformers.AutoModelForSequenceClassification.from_config(config, **kind)
+    model.base_model.load_state_dict(pretrained.state_dict(), strict=False)  # the classes differ in their poolers
+    if spec.dropout is not None and (other := {m.p for m in model.modules() if type(m) is nn.Dropout} - {spec.dropout}):
+        raise DataError(
+            f"dropout is {spec.dropout}, but {spec.model} keeps layers of {other}, which its own configuration names "
+            "otherwise: leave dropout out, and set it in config.json."
+        )
+    return tokenizer, model, origin
+
+
+def with_dropout(config: Any, spec: Network) -> Any:
+    """The configuration of a model of transformers with the spec's dropout."""
+    if spec.dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            setattr(config, name, spec.dropout)
+    return config
+
+
+def check(spec: Network, data_root: Path | None = None) -> None:
+    """Find out before any training whether data, tokenizer and configuration of a spec are available and fit.
+
+    Raises:
+        DataError: if not. `DataUnavailable` if no source has the data.
+    """
+    load(spec.dataset, data_root)
+    encoder(spec, text_set(spec.dataset))
+
+
+def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's official metrics, each in [-1, 1], from the model's outputs.
+
+    Args:
+        task: The task.
+        outputs: Logits, (N, classes); of a regression (N, 1).
+        labels: Classes or values, (N,).
+    """
+    predicted = outputs.argmax(1) if task.labels else outputs[:, 0].astype(np.float64)
+    if not task.labels and np.ptp(predicted) == 0:
+        return dict.fromkeys(task.metrics, 0.0)  # of a constant the correlation is not defined
+    known = {
+        "accuracy": lambda: accuracy_score(labels, predicted),
+        "f1": lambda: f1_score(labels, predicted, zero_division=0),
+        "matthews_correlation": lambda: matthews_corrcoef(labels, predicted),
+        "pearson": lambda: pearsonr(predicted, labels).statistic,
+        "spearman": lambda: spearmanr(predicted, labels).statistic,
+    }
+    return {name: float(known[name]()) for name in task.metrics}
+
+
+def majority(task: TextSet, trained: np.ndarray, labels: np.ndarray) -> float:
+    """The score of always answering with the commonest training label (of a regression, with the mean)."""
+    if not task.labels:
+        return 0.0
+    answer = np.bincount(trained, minlength=len(task.labels)).argmax()
+    outputs = np.zeros((len(labels), len(task.labels)))
+    outputs[:, answer] = 1
+    return scores(task, outputs, labels)[task.metrics[0]]
+
+
+class _Examples(Protocol):
+    labels: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def by_length(self) -> list[int]: ...
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]: ...
+
+
+class _Encoded:
+    """Texts as tokens, ready to be padded into batches."""
+
+    def __init__(self, examples: Texts, tokenizer: Any, max_length: int) -> None:
+        self.labels = examples.labels
+        self.targets = examples.labels if examples.labels.dtype == np.int64 else examples.labels.astype(np.float32)
+        self._tokenizer = tokenizer
+        columns = [list(texts_) for texts_ in examples.sentences]
+        self._tokens = tokenizer(*columns, truncation=True, max_length=max_length)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def by_length(self) -> list[int]:
+        """All examples, the shortest first: batches of equals need little padding."""
+        return sorted(range(len(self)), key=lambda i: len(self._tokens["input_ids"][i]))
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """These examples, padded to the longest of them: so micro-batches of the batch agree in shape."""
+        rows = {name: [values[i] for i in chosen] for name, values in self._tokens.items()}
+        padded = self._tokenizer.pad(rows, return_tensors="pt")
+        labels = torch.from_numpy(self.targets[list(chosen)])
+        return {name: to_device(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
+
+
+def checksum(model: transformers.PreTrainedModel) -> str:
+    """sha256 over the weights of the encoder, without the head."""
+    digest = hashlib.sha256()
+    for name, tensor in model.base_model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _checkpoint(model: str) -> tuple[Path | None, str]:
+    """The folder of a checkpoint, None for a name of the hub; and what it is, for people."""
+    if model == "minilm":
+        return glue_files.minilm(), glue_files.MINILM
+    if model in MODELS:
+        return None, f"{model} from the hub"
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} holds no checkpoint (no config.json): name a folder in transformers' layout.")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise DataError(  # transformers would make an empty one up
+            f"{folder} holds no tokenizer (none of {', '.join(TOKENIZERS)}): put the one of the model there."
+        )
+    return folder, f"the folder {folder.name}"
+
+
+def _fit(spec: Network, config: Any, tokenizer: Any) -> None:
+    """Refuse texts longer than the model has positions, and tokens that it does not know."""
+    if len(tokenizer) > config.vocab_size:
+        raise DataError(
+            f"The tokenizer of {spec.model} has {len(tokenizer)} tokens and the model {config.vocab_size}: put the two "
+            "that belong together there."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type in ("roberta", "xlm-roberta"):
+        positions -= config.pad_token_id + 1  # its positions are counted from there
+    if spec.max_length > positions:
+        raise DataError(
+            f"max_length is {spec.max_length}, but {spec.model} takes at most {positions} tokens: lower max_length."
+        )
+
+
+def _unavailable(model: str, error: Exception) -> DataError:
+    said = str(error).strip().splitlines()
+    return DataError(
+        f"The model or tokenizer of {model} is not available ({said[0][:200] if said else type(error).__name__}): name "
+        "a folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
+    )

@@ -1,0 +1,271 @@
+"""The Hessian of a mean loss: products with vectors, its largest eigenvalues, trace and spectral density.
+
+The operator's interface and the quadrature are curvlinops'; eigenvalues are scipy's, of Lanczos' tridiagonal matrix or,
+for networks whose vectors would fill the memory, by ARPACK.
+Batches are measured as they are given: put the model in eval mode, or BatchNorm couples the examples of a batch.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from experiments.harness.tasks.task import Task
+from experiments.harness.work.sharpness import trained
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, about what linear_operator does when it is imported
+    from curvlinops._torch_base import PyTorchLinearOperator
+    from curvlinops.papyan2020traces.spectrum import fast_lanczos
+
+
+KEPT_BYTES = 2**30
+"""Of vectors and their products in one search for eigenvalues."""
+
+
+class Hessian(PyTorchLinearOperator):
+    """The Hessian of the mean loss over all examples of some batches, at the weights as they are.
+
+    A product is a backward pass through the gradient's own graph. curvlinops' operator pushes forward mode through
+    reverse mode instead, for which fused attention has no derivative and LayerNorm a wrong one (seen with torch 2.14.1,
+    against differences of gradients), and takes (inputs, labels) where a task here has batches of any structure. If
+    `keep`, the graphs are kept from product to product, until the weights are written to.
+    """
+
+    SELF_ADJOINT = True
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any], Tensor],
+        parameters: Sequence[nn.Parameter],
+        batches: Sequence[tuple[Any, int]],
+        *,
+        keep: bool = True,
+        before_each: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the batches; nothing is computed yet.
+
+        Args:
+            loss_fn: Takes a batch and returns its mean loss, a scalar.
+            parameters: Those that the Hessian is of; one that the loss does not depend on has rows of zeros.
+            batches: Each with its number of examples.
+            keep: Keep the gradients' graphs: memory of some forward passes, for products without them.
+            before_each: Called before each product; whatever it raises ends the computation.
+        """
+        shapes = [tuple(p.shape) for p in parameters]
+        super().__init__(shapes, shapes)
+        self._loss_fn, self._parameters, self._batches = loss_fn, list(parameters), list(batches)
+        self._before_each, self._keep = before_each, keep
+        self._kept: list[list[Tensor]] | None = None
+        self._versions: list[int] = []
+        self.products = 0
+        """How many vectors it has been multiplied with."""
+
+    @property
+    def device(self) -> torch.device:  # noqa: D102
+        return self._parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:  # noqa: D102
+        return self._parameters[0].dtype
+
+    def _matmat(self, M: list[Tensor]) -> list[Tensor]:
+        columns = [self._product([m[..., column] for m in M]) for column in range(M[0].shape[-1])]
+        return [torch.stack(parts, dim=-1) for parts in zip(*columns, strict=True)]
+
+    def _product(self, v: list[Tensor]) -> list[Tensor]:
+        self._before_each()
+        self.products += 1
+        if self._keep and (versions := [p._version for p in self._parameters]) != self._versions:
+            self._kept = [self._gradient(*batch) for batch in self._batches]
+            self._versions = versions
+        total = [torch.zeros_like(p) for p in self._parameters]
+        for gradient in self._kept or (self._gradient(*batch) for batch in self._batches):
+            reached = [(g, t) for g, t in zip(gradient, v, strict=True) if g.requires_grad]
+            if reached:  # a loss that is linear in the weights has no second derivative
+                g, t = zip(*reached, strict=True)
+                parts = torch.autograd.grad(
+                    g, self._parameters, t, retain_graph=self._keep, allow_unused=True, materialize_grads=True
+                )
+                torch._foreach_add_(total, parts)
+        return total
+
+    def _gradient(self, batch: Any, examples: int) -> list[Tensor]:
+        share = examples / sum(count for _, count in self._batches)
+        with torch.enable_grad(), twice_differentiable():
+            loss = self._loss_fn(batch) * share
+        return list(
+            torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True, materialize_grads=True)
+        )
+
+
+class Spectrum(NamedTuple):
+    """The largest eigenvalues, the greatest first."""
+
+    values: np.ndarray
+    """(k,)"""
+    vectors: np.ndarray
+    """(P, k), orthonormal."""
+    residual: float
+    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; from products, not estimated."""
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """For forward passes whose gradients are differentiated again: the fused kernels of attention are not."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: float, seed: int = 0) -> Spectrum:
+    """The `count` algebraically largest eigenvalues and their vectors.
+
+    By Lanczos' iteration, which looks after each product and so takes no more than it needs; where its vectors would
+    not fit in `KEPT_BYTES`, by ARPACK's, which restarts and looks only when its basis is full.
+
+    Args:
+        H: A symmetric operator of P > count rows.
+        count: How many.
+        tolerance: Relative accuracy asked of each eigenvalue.
+        seed: Of the first vector.
+
+    Raises:
+        scipy.sparse.linalg.ArpackNoConvergence: after 10 P products of ARPACK's.
+    """
+    size = H.shape[0]
+    dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
+    draws = np.random.default_rng(seed)
+    start, operator = draws.standard_normal(size), H.to_scipy(dtype)
+    most = min(size, KEPT_BYTES // (2 * 8 * size))
+    found = _lanczos(operator, start, count, tolerance, most, draws)
+    if found is not None:
+        return found
+    values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start.astype(dtype))
+    order = np.argsort(-values)
+    values, vectors = values[order].astype(np.float64), vectors[:, order]
+    last = vectors[:, -1]
+    residual = np.linalg.norm(_times(H, last) - values[-1] * last) / abs(values[0])
+    return Spectrum(values, vectors, float(residual))
+
+
+def _lanczos(
+    operator: LinearOperator, start: np.ndarray, count: int, tolerance: float, most: int, draws: np.random.Generator
+) -> Spectrum | None:
+    """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products do not do."""
+    size = len(start)
+    basis, products, w = np.empty((size, 0)), np.empty((size, 0)), start
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for number in range(1, most + 1):
+        length = np.linalg.norm(w)
+        if number > 1:
+            beside.append(float(length))
+            if length < 1e-13 * max(map(abs, diagonal)):  # the vectors so far span all that the start reaches
+                beside[-1], w = 0.0, draws.standard_normal(size)
+                w -= basis @ (basis.T @ w)
+                length = np.linalg.norm(w)
+        q = w / length
+        basis = np.column_stack([basis, q])
+        w = operator.matvec(q.astype(operator.dtype)).astype(np.float64)
+        products = np.column_stack([products, w])
+        diagonal.append(float(q @ w))
+        for _ in range(2):
+            w = w - basis @ (basis.T @ w)
+        if number < count:
+            continue
+        values, parts = eigh_tridiagonal(diagonal, beside, select="i", select_range=(number - count, number - 1))
+        values, parts = values[::-1], parts[:, ::-1]
+        if number == size or (np.linalg.norm(w) * np.abs(parts[-1]) <= tolerance * np.abs(values)).all():
+            vectors = basis @ parts
+            residual = np.linalg.norm(products @ parts[:, -1] - values[-1] * vectors[:, -1]) / abs(values[0])
+            return Spectrum(values, vectors, float(residual))
+    return None
+
+
+def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:
+    """The largest eigenvalue on the first training examples, in eval mode; model and generators are left as they are.
+
+    Args:
+        task: With the model as it is now.
+        examples: How many.
+        tolerance: Relative accuracy.
+    """
+    with evaluating(task.model):
+        batches = [(task.sample("train", examples), examples)]
+        H = Hessian(partial(task.loss_fn, task.model), trained(task.model), batches)
+        return float(largest_eigenvalues(H, 1, tolerance=tolerance).values[0])
+
+
+def trace(
+    H: PyTorchLinearOperator, probes: Iterable[np.ndarray], *, beside: Spectrum | None = None
+) -> tuple[float, float]:
+    """Hutchinson's estimate of the trace, and its standard error.
+
+    With `beside` the known eigenvectors' part is taken exactly and only the rest is estimated, as in Hutch++ (Meyer et
+    al. 2021, arXiv 2010.09649): the estimate stays unbiased and the largest eigenvalues no longer add to its variance.
+
+    Args:
+        H: A symmetric operator of P rows.
+        probes: Independent vectors (P,) of mean 0 and covariance 1; see `rademacher`.
+        beside: Eigenvalues and vectors that are known.
+    """
+    each = []
+    for v in probes:
+        rest = v if beside is None else v - beside.vectors @ (beside.vectors.T @ v)
+        each.append(float(rest @ _times(H, rest)))
+    exact = 0.0 if beside is None else float(beside.values.sum())
+    n = len(each)
+    return exact + float(np.mean(each)), float(np.std(each, ddof=1) / n**0.5) if n > 1 else float("nan")
+
+
+def rademacher(size: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """`count` vectors of `size` independent signs."""
+    draw = np.random.default_rng(seed)
+    for _ in range(count):
+        yield 2.0 * draw.integers(0, 2, size) - 1.0
+
+
+def density(H: PyTorchLinearOperator, *, nodes: int, probes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The spectral density by stochastic Lanczos quadrature (Papyan 2020, JMLR 21-165; Ghorbani et al. 2019).
+
+    Args:
+        H: A symmetric operator of P rows.
+        nodes: Lanczos steps from each probe.
+        probes: Random first vectors, uniform on the sphere.
+        seed: Of the probes.
+
+    Returns:
+        Eigenvalues and weights, (probes * nodes,) each; the weights add to 1. The sum of weight * eigenvalue^p
+        estimates tr(H^p) / P.
+    """
+    values, weights = [], []
+    with torch.random.fork_rng(devices=[H.device] if H.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(probes):
+            theta, vectors = fast_lanczos(H, min(nodes, H.shape[0]))
+            values.append(theta.double().cpu().numpy())
+            weights.append(vectors[0].double().square().cpu().numpy() / probes)
+    return np.concatenate(values), np.concatenate(weights)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block: BatchNorm with its running statistics, no dropout; then every layer as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _times(H: PyTorchLinearOperator, v: np.ndarray) -> np.ndarray:
+    """(P,), in float64."""
+    return (H @ torch.as_tensor(v, dtype=H.dtype, device=H.device)).double().cpu().numpy()

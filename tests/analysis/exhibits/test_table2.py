@@ -1,0 +1,123 @@
+"""Table 2 of invented runs: a column a task, every cell worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from analysis.__main__ import Arguments, run
+from analysis.collect import collect
+from analysis.columns import csv_text, parse
+from analysis.exhibits.table2 import WideDocument, wide
+from analysis.frames import Results
+from experiments.harness.runs.grids import four_methods
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Training
+from tests.analysis.invented import document
+from tests.fixtures.make_runs import SESSION
+
+SST2 = Training(
+    profile="smoke",
+    dataset="sst2",
+    model="minilm",
+    base_optimizer="adamw",
+    learning_rate=1e-4,
+    epochs=1,
+    batch_size=16,
+    train_examples=64,
+)
+COLA = replace(SST2, dataset="cola")
+CELLS = [
+    *four_methods(SST2, micro_batches=4, sam_rho=0.01, msam_rho=0.02),
+    *four_methods(COLA, micro_batches=4, sam_rho=0.001, msam_rho=0.01),
+]
+SCORES = {  # of two seeds; of CoLA's mSAM nothing was run, of its SAM one
+    CELLS[0]: (0.80, 0.82),
+    CELLS[1]: (0.80, 0.80),
+    CELLS[2]: (0.81, 0.85),
+    CELLS[3]: (0.85, 0.85),
+    CELLS[4]: (0.10, 0.20),
+    CELLS[5]: (0.20, 0.20),
+    CELLS[6]: (0.30,),
+}
+MAJORITY = {"sst2": 0.51, "cola": 0.0}
+
+
+@pytest.fixture
+def root(tmp_path):
+    for cell, found in SCORES.items():
+        for seed, score in enumerate(found):
+            record = record_of(replace(cell, seed=seed), tmp_path)
+            record.create(replace(cell, seed=seed))
+            record.add_environment(SESSION)
+            record.finish(
+                {"test_score": score, "test_majority": MAJORITY[cell.dataset], "test_loss": 0.5, "wall_seconds": 3.0}
+            )
+    return tmp_path
+
+
+@pytest.fixture
+def shown(root) -> WideDocument:
+    return document("table2", Results.of(collect(root).finished).runs, CELLS, 2)
+
+
+# For two values that differ by d the half-width is t(0.975, 1) * d / 2 = 6.3531 d.
+GOLDEN = {
+    "majority class": ["51.00", "0.00"],
+    "AdamW": ["81.00 ± 12.71 (2)", "15.00 ± 63.53 (2)"],
+    "AdamW, m=4 micro-batches": ["80.00 ± 0.00 (2)", "20.00 ± 0.00 (2)"],
+    "SAM": ["83.00 ± 25.41 (2)", "30.00 (1) [1]"],
+    "mSAM, m=4": ["85.00 ± 0.00 (2)", "not run"],
+    "AdamW, m=4 micro-batches over AdamW": ["-1.00 ± 12.71 (2)", "+5.00 ± 63.53 (2)"],
+    "SAM over AdamW": ["+2.00 ± 12.71 (2)", "+20.00 (1)"],
+    "mSAM, m=4 over AdamW": ["+4.00 ± 12.71 (2)", ""],
+    "mSAM, m=4 over SAM": ["+2.00 ± 25.41 (2)", ""],
+}
+
+
+def test_golden_cells(shown):
+    assert list(shown.cells.columns) == ["model", "method", "sst2", "cola"]
+    assert {row.method: [row.sst2, row.cola] for row in shown.cells.itertuples()} == GOLDEN
+    assert list(shown.cells["method"]) == list(GOLDEN)
+
+
+def test_radii_metrics_and_missing_runs_are_told(shown):
+    text = shown.markdown()
+    assert "minilm, SAM: rho 0.01 on sst2, 0.001 on cola." in text
+    assert "sst2 accuracy, cola Matthews correlation" in text
+    assert "1 of 2 runs missing (seed 1)" in text
+    assert "minilm, sst2: AdamW over the majority class: +30.00 ± 12.71 (n=2): separated" in text
+    assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not separated" in text
+    told = "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not separated; "
+    assert f"{told}SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
+    assert all(form in shown.files() for form in ("table2.md", "table2.csv", "table2.tex"))
+
+
+def test_a_second_official_metric_is_told(root):
+    mrpc = replace(SST2, dataset="mrpc")
+    for seed, f1 in enumerate((0.80, 0.84)):
+        record = record_of(replace(mrpc, seed=seed), root)
+        record.create(replace(mrpc, seed=seed))
+        record.add_environment(SESSION)
+        record.finish({"test_score": 0.7, "test_f1": f1, "wall_seconds": 3.0})
+    shown = document("table2", Results.of(collect(root).finished).runs, [*CELLS, mrpc], 2)
+    assert "minilm, mrpc, F1: AdamW 82.00 ± 25.41 (2)." in shown.claims
+    assert not any("sst2, F1" in line for line in shown.claims)
+
+
+def test_the_committed_table_stands_below_ours(shown):
+    text = shown.terminal(shown.numbers)
+    assert text.count("\nminilm   majority class  ") == 2
+    assert text.index("Committed") > text.index("mSAM, m=4 over SAM")
+
+
+def test_the_csv_gives_the_table_back(shown, tmp_path):
+    again = wide(parse(csv_text(shown.numbers)))
+    expected = shown.cells.replace({r" \[1\]": ""}, regex=True)
+    assert again.to_dict("list") == expected.to_dict("list")
+
+
+def test_tables_with_runs_are_shown_without_being_named(root):
+    """Table 1 always is; the runs here are no cells of the project's Table 2, so that is left out."""
+    shown = run(Arguments(profile="smoke", results=root))
+    assert "Table 1" in shown
+    assert "Table 2: GLUE" not in shown

@@ -1,0 +1,174 @@
+"""Many runs at once, in real processes: same numbers whatever the workers, and nothing lost when one goes wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.harness.machine import pool
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.estimate import measured, work
+from experiments.harness.runs.grids import four_methods, with_seeds
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Training, from_dict
+from experiments.harness.work.session import Session
+from tests.specs import BASE
+
+ROOT = Path(__file__).parents[3]
+
+SMALL = replace(BASE, train_examples=64, test_examples=50)
+FOUR = four_methods(SMALL, micro_batches=4, sam_rho=0.1, msam_rho=0.1)
+LONG = replace(SMALL, epochs=2000)
+
+TIMES = {"wall_seconds", "step_seconds"}
+
+
+def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=measured(root))
+
+
+def scores(specs: list[Training], root: Path) -> list[dict]:
+    return [{k: v for k, v in record_of(s, root).summary().items() if k not in TIMES} for s in specs]
+
+
+def test_the_number_of_workers_changes_no_number(tmp_path):
+    one, two = run(FOUR, tmp_path / "1", jobs=1), run(FOUR, tmp_path / "2", jobs=2)
+    assert set(one.trained) == set(two.trained) == set(FOUR)
+    assert scores(FOUR, tmp_path / "1") == scores(FOUR, tmp_path / "2")
+
+
+def test_a_run_that_fails_stops_no_other_and_comes_with_its_traceback(tmp_path, capfd):
+    bad = replace(SMALL, learning_rate=1e20)
+    outcome = run([bad, *FOUR], tmp_path)
+    assert set(outcome.trained) == set(FOUR)
+    assert list(outcome.failed) == [bad]
+    assert "Traceback" in outcome.failed[bad]
+    assert "failed at step 2" in outcome.failed[bad]
+    assert "failed at step 2" in record_of(bad, tmp_path).failure()
+    assert "FAILED" in capfd.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_reported_and_its_run_goes_on_next_time(tmp_path):
+    def kill_the_long_one() -> None:
+        record = record_of(LONG, tmp_path)
+        while not record.metrics():
+            time.sleep(0.05)
+        for process in list(pool.multiprocessing.process._children):
+            os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_long_one)
+    killer.start()
+    outcome = run([LONG], tmp_path)
+    killer.join()
+    assert "SIGKILL" in outcome.failed[LONG]
+    assert "SIGKILL" in record_of(LONG, tmp_path).failure()
+    assert not record_of(LONG, tmp_path).busy
+
+
+def test_a_worker_that_is_told_to_stop_by_somebody_else_is_reported(tmp_path):
+    def stop_the_long_one() -> None:
+        record = record_of(LONG, tmp_path)
+        while not record.metrics():
+            time.sleep(0.05)
+        for process in list(pool.multiprocessing.process._children):
+            os.kill(process.pid, signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_the_long_one)
+    stopper.start()
+    outcome = run([LONG], tmp_path)
+    stopper.join()
+    assert not outcome.interrupted
+    assert "A signal from outside stopped this run" in outcome.failed[LONG]
+    assert record_of(LONG, tmp_path).checkpoint.exists()
+
+
+def cli(*arguments: str, root: Path) -> list[str]:
+    return [sys.executable, "-m", "experiments", *arguments, "--profile", "smoke", "--results", str(root)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly_and_the_same_command_goes_on(number, tmp_path):
+    arguments = ("run", "linear_cifar", "--seeds", "1", "--set", "epochs=20000")
+    command = cli(*arguments, root=tmp_path)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        folders = tmp_path / "runs"
+        while not any(folders.glob("*/metrics.jsonl")):
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 130, errors
+    assert "same command goes on" in errors
+    (folder,) = folders.iterdir()
+    assert (folder / "checkpoint.pt").exists()
+    epochs = len((folder / "metrics.jsonl").read_text().splitlines())
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while len((folder / "metrics.jsonl").read_text().splitlines()) <= epochs + 1:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=60)
+    lines = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(1, len(lines) + 1)), "the second command did not go on from the checkpoint"
+
+
+def test_workers_stop_when_the_pool_is_killed(tmp_path):
+    command = cli("run", "linear_cifar", "--seeds", "1", "--set", "epochs=200000", root=tmp_path)
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while not any((tmp_path / "runs").glob("*/metrics.jsonl")):
+            time.sleep(0.05)
+        process.kill()
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = record_of(from_dict(json.loads((folder / "spec.json").read_text())["spec"]), tmp_path)
+    deadline = time.monotonic() + 30
+    while record.busy:
+        assert time.monotonic() < deadline, "the worker outlived the pool"
+        time.sleep(0.1)
+    assert record.checkpoint.exists()
+
+
+def test_two_commands_at_once_train_each_run_once(tmp_path):
+    command = cli("run", "resnet_cifar", "--seeds", "1", root=tmp_path)
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
+    assert [code for _, code in ends] == [0, 0], ends
+    for folder in (tmp_path / "runs").iterdir():
+        assert len((folder / "env.json").read_text().split('"commit"')) == 2, "trained twice"
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_estimates_come_from_measured_runs(tmp_path):
+    assert measured(tmp_path).seconds(SMALL) is None
+    run(FOUR[:1], tmp_path)
+    seconds = record_of(SMALL, tmp_path).summary()["wall_seconds"]
+    estimate = measured(tmp_path)
+    assert estimate.seconds(replace(SMALL, seed=5)) == pytest.approx(seconds)
+    assert estimate.seconds(FOUR[2]) == pytest.approx(2 * seconds)  # SAM: each example twice
+    assert work(with_seeds([SMALL], 2)[1]) == 128
+    assert estimate.seconds(replace(SMALL, model="wrn-10-1")) is None
+
+
+def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):
+    spec, other = catalogue.cells("resnet_cifar", "cpu")[:2]
+    row = {**{k: "" if v is None else v for k, v in spec.to_dict().items()}, "wall_seconds": 40.0}
+    (tmp_path / "cpu").mkdir()
+    with open(tmp_path / "cpu" / "runs.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*row])
+        writer.writeheader()
+        writer.writerows([row, {**row, "epochs": "many"}])
+    assert measured(tmp_path).seconds(spec) == pytest.approx(40)
+    assert measured(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
+    record = record_of(spec, tmp_path)
+    record.create(spec)
+    record.finish({"wall_seconds": 10.0})
+    assert measured(tmp_path).seconds(spec) == pytest.approx(10)

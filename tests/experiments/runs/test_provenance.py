@@ -1,0 +1,190 @@
+"""Where a result comes from, asked in a real clone of this repository."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.harness.runs.files import write_json
+from experiments.harness.runs.provenance import PACKAGES, code_hash, environment
+from experiments.harness.runs.record import Record, record_of
+from experiments.harness.work.session import Interrupted, Session
+from experiments.harness.work.train import train
+from tests.specs import BASE
+
+ROOT = Path(__file__).parents[3]
+
+SPEC = replace(BASE, model="linear", train_examples=64, test_examples=50)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The record of a finished run."""
+    root = tmp_path_factory.mktemp("results")
+    train(SPEC, Session(root, environment={"commit": "abc"}))
+    return record_of(SPEC, root)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+def asked(folder: Path) -> dict:
+    code = (
+        "import json; from experiments.harness.runs.provenance import environment; print(json.dumps(environment('x')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_a_clean_checkout_names_its_commit_and_results_are_no_dirt(clone):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
+    (clone / "results").mkdir(exist_ok=True)
+    (clone / "results" / "note.txt").write_text("mine")
+    session = asked(clone)
+    assert session["commit"] == head.stdout.strip()
+    assert session["dirty"] is False
+
+
+def test_a_change_is_dirt_and_one_in_the_training_code_changes_its_hash(clone):
+    clean = asked(clone)
+    (clone / "README.md").write_text("changed")
+    elsewhere = asked(clone)
+    assert elsewhere["dirty"] is True
+    assert elsewhere["code"] == clean["code"]
+    (clone / "msam" / "extra.py").write_text("")
+    assert asked(clone)["code"] != clean["code"]
+
+
+def test_the_hash_covers_what_can_change_a_number_and_nothing_else(tmp_path):
+    for name in ("msam", "experiments"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    before, harness, counted = code_hash(tmp_path), tmp_path / "experiments" / "harness", set()
+    assert before == code_hash()
+    for path in harness.rglob("*.py"):
+        content = path.read_text()
+        path.write_text(content + "\n")
+        if code_hash(tmp_path) != before:
+            counted.add(path.relative_to(harness).as_posix())
+        path.write_text(content)
+    paths = [path for room in ("tasks", "work") for path in harness.glob(f"{room}/*.py")]
+    rooms = {path.relative_to(harness).as_posix() for path in paths}
+    apart = {"work/__init__.py", "work/session.py", "work/execute.py"}
+    assert counted == rooms - apart | {"runs/run.py", "runs/spec.py", "runs/facts.py"}
+
+
+def test_outside_git_the_commit_is_unknown(clone, tmp_path):
+    for name in ("msam", "experiments"):
+        (tmp_path / name).symlink_to(clone / name)
+    code = (
+        "from experiments.harness.runs import provenance as p; p.ROOT = p.Path.cwd(); "
+        "print(p.environment('x')['commit'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+
+
+def test_versions_and_machine():
+    session = environment("make it")
+    assert session["command"] == "make it"
+    assert set(session["packages"]) == set(PACKAGES)
+    assert session["packages"]["torch"].startswith("2.")
+    assert session["cpu"]
+    assert len(session["code"]) == 16
+
+
+def test_a_dirty_checkout_is_kept_with_its_changes(clone):
+    (clone / "msam" / "extra.py").write_text("")
+    (clone / "README.md").write_text("changed\n")
+    session = asked(clone)
+    assert session["dirty"] is True
+    assert "?? msam/extra.py" in session["changes"]
+    assert "+changed" in session["changes"]
+    (clone / "README.md").write_text("long\n" * 100_000)
+    assert asked(clone)["changes"].endswith("more characters]")
+    subprocess.run(["git", "checkout", "--quiet", "README.md"], cwd=clone, check=True)
+    subprocess.run(["git", "clean", "--quiet", "--force", "msam"], cwd=clone, check=True)
+    assert asked(clone)["changes"] is None
+
+
+def test_the_lock_file_has_a_hash(clone):
+    session = asked(clone)
+    assert session["lock"] == hashlib.sha256((clone / "requirements.lock").read_bytes()).hexdigest()[:16]
+    assert session["driver"] is None or "NVIDIA" in session["driver"]
+
+
+def test_a_session_is_told_with_what_it_computed_and_what_it_used(tmp_path):
+    spec = replace(SPEC, threads=1)
+    train(spec, Session(tmp_path, environment={"commit": "abc"}))
+    (session,) = record_of(spec, tmp_path).environments()
+    assert session["torch_flags"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert session["torch_flags"]["deterministic"] is False
+    assert session["threads"] == 1
+    assert 0 < session["cpu_seconds"] <= 3 * session["wall_seconds"] + 1
+    assert 100e6 < session["peak_memory_bytes"] < 24e9
+    assert session["ended"] > "2026"
+
+
+def test_a_session_that_was_interrupted_says_what_it_used_too(tmp_path):
+    with pytest.raises(Interrupted):
+        train(SPEC, Session(tmp_path, stop=lambda: True))
+    train(SPEC, Session(tmp_path))
+    first, second = record_of(SPEC, tmp_path).environments()
+    assert {"cpu_seconds", "wall_seconds", "peak_memory_bytes", "ended"} <= set(first) & set(second)
+
+
+def test_show_prints_all_that_is_known_of_a_run(finished):
+    done = call("show", finished.run_id[:6], "--results", str(finished.root))
+    assert done.returncode == 0, done.stderr
+    for words in ("done", "linear cifar10", "learning_rate", "session 1 of 1", "commit", "abc", "test_accuracy"):
+        assert words in done.stdout
+    nothing = call("show", "zzz", "--results", str(finished.root))
+    assert nothing.returncode == 2
+    assert "no run in" in nothing.stderr
+
+
+def test_verify_finds_the_same_bits_in_whole_and_in_part(finished):
+    for arguments in ((), ("--epochs", "1")):
+        done = call("verify", finished.run_id, *arguments, "--results", str(finished.root))
+        assert done.returncode == 0, done.stderr + done.stdout
+        assert "the same bit for bit" in done.stdout
+    done = call("verify", finished.run_id, "--epochs", "9", "--results", str(finished.root))
+    assert done.returncode == 2
+    assert "1 to 2" in done.stderr
+
+
+def test_verify_says_what_differs(finished, tmp_path):
+    forged = Record(tmp_path, finished.run_id)
+    shutil.copytree(finished.folder, forged.folder)
+    lines = forged.metrics()
+    lines[1]["train_loss"] += 1e-12
+    (forged.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = forged.summary()
+    write_json(forged.folder / "summary.json", {**summary, "test_accuracy": 0.99})
+    sessions = forged.environments()
+    write_json(forged.folder / "env.json", {"sessions": [{**sessions[0], "cpu": "Another CPU"}]})
+    weights = torch.load(forged.checkpoint, weights_only=True)
+    weights["model"]["1.bias"][0] += 1
+    del weights["sum"]
+    torch.save(weights, forged.checkpoint)
+    done = call("verify", forged.run_id, "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert "metrics.jsonl parts in line 2: train_loss was" in done.stdout
+    assert "test_accuracy was 0.99" in done.stdout
+    assert "1 of 2 tensors of the final weights differ, 1.bias first" in done.stdout
+    assert "It may be the cpu: Another CPU there" in done.stdout
+    assert call("verify", forged.run_id, "--epochs", "1", "--results", str(tmp_path)).returncode == 0

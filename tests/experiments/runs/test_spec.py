@@ -1,0 +1,253 @@
+"""Specs: what is refused, what names a run, and what JSON keeps."""
+
+import dataclasses
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.harness.runs.facts import models_of
+from experiments.harness.runs.grids import curvature_of, four_methods, timing_of, tuning_grid, with_seeds
+from experiments.harness.runs.spec import Curvature, SpecError, Stability, Timing, from_dict, from_text
+from tests.specs import BASE
+
+KINDS = [
+    BASE,
+    *curvature_of([BASE], examples=16, rho=0.1),
+    timing_of(BASE, rho=0.1, micro_batches=4, rounds=3, workers=2),
+    Stability(
+        profile="smoke",
+        dataset="interpolation",
+        model="regression",
+        base_optimizer="sgd",
+        learning_rate=0.1,
+        epochs=8,
+        batch_size=32,
+        train_examples=32,
+    ),
+]
+TEXT = replace(BASE, dataset="sst2", model="minilm", base_optimizer="adamw")
+
+
+@given(
+    rho=st.floats(0, 10),
+    micro_batches=st.integers(1, 32),
+    seed=st.integers(0, 1000),
+    holdout=st.integers(0, 5000),
+    clip=st.none() | st.floats(0.1, 10),
+    model=st.sampled_from(models_of("cifar10")),
+)
+def test_json_round_trip(rho, micro_batches, seed, holdout, clip, model):
+    spec = replace(
+        BASE,
+        rho=rho,
+        micro_batches=micro_batches,
+        seed=seed,
+        holdout_examples=holdout,
+        clip_norm=clip,
+        model=model,
+    )
+    again = from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again == spec
+    assert again.run_id == spec.run_id
+
+
+def test_a_run_id_is_what_it_always_was():
+    """Finished runs are found by these names: a change here orphans every one of them."""
+    assert BASE.run_id == "a68b71721bce"
+
+
+def test_every_field_is_part_of_the_name():
+    others = {
+        "profile": "cpu",
+        "dataset": "cifar100",
+        "model": "resnet20",
+        "base_optimizer": "adamw",
+        "augmentation": "crop-flip",
+        "precision": "bfloat16",
+        "cutout": 8,
+        "image_size": 64,
+        "ema": 0.9,
+        "channels_last": False,
+        "fused": True,
+        "compile": True,
+        "tf32": True,
+        "deterministic": True,
+        "device": "cuda",
+        "nesterov": True,
+        "label_smoothing": 0.1,
+        "label_noise": 0.1,
+        "train_examples": 64,
+        "test_examples": 64,
+        "clip_norm": 1.0,
+        "warmup_epochs": 0.5,
+        "schedule": "linear",
+        "decay": "matrices",
+        "dropout": 0.1,
+        "attention": "sdpa",
+        "weight_decay": 0.1,
+        "workers": 1,
+    }
+    assert len({run.run_id for run in KINDS}) == len(KINDS)
+    tried = set()
+    for run in KINDS:
+        for field in dataclasses.fields(run):
+            value = others[field.name] if field.name in others else not_the_same(getattr(run, field.name))
+            base = replace(run, **needed(run, field.name))
+            try:
+                changed = replace(base, **{field.name: value})
+            except SpecError:
+                continue  # a field that this kind has one value of
+            assert changed.run_id != base.run_id, field.name
+            tried.add(field.name)
+    assert tried == {field.name for run in KINDS for field in dataclasses.fields(run)}
+
+
+def not_the_same(value):
+    return not value if isinstance(value, bool) else value + 1
+
+
+def needed(run, name):
+    """What else must change for a field to be free."""
+    if name in ("dropout", "attention", "max_length"):
+        return {"dataset": "sst2", "model": "minilm"}
+    if name in ("tf32", "deterministic"):
+        return {"device": "cuda"} | ({"workers": 1} if isinstance(run, Timing) else {})
+    return {"ranks": {"micro_batches": 2}, "image_size": {"model": "hf-hub:timm/a"}, "adaptive": {"rho": 0.1}}.get(
+        name, {}
+    )
+
+
+def test_records_of_a_run_keep_its_kind_and_refuse_the_fields_of_others():
+    for run in KINDS:
+        fields = json.loads(json.dumps(run.to_dict()))
+        assert from_dict(fields) == run
+        assert type(from_dict(fields)) is type(run)
+        assert set(fields) == set(BASE.to_dict()), "the same flat form for every kind"
+    timed = next(run for run in KINDS if isinstance(run, Timing))
+    assert timed.to_dict()["epochs"] == timed.rounds
+    for changes, words in (
+        ({"measured_examples": 16}, "measured_examples is 16, but must be 0, or left out, in a Training run"),
+        ({"workers": 2}, "workers is 2, but must be 1, or left out, in a Training run"),
+        ({"normalised": False}, "normalised is False, but must be True, or left out, in a Training run"),
+        ({"kind": "guess"}, "kind is 'guess', but must be one of train, curvature, cost, theory"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            from_dict(BASE.to_dict() | changes)
+
+
+def test_a_measurement_names_the_training_that_it_measures():
+    (measured,) = curvature_of([BASE], examples=16, rho=0.1)
+    assert isinstance(measured, Curvature)
+    assert measured.network == BASE
+    assert BASE.network is None
+    with pytest.raises(SpecError, match="interpolation for a stability run"):
+        replace(KINDS[-1], dataset="cifar10")
+    with pytest.raises(SpecError, match="a set of images or texts"):
+        replace(BASE, dataset="interpolation", model="regression")
+
+
+def test_a_model_may_be_any_callable_or_folder():
+    for model in ("torchvision.models:shufflenet_v2_x0_5", "/models/mine"):
+        assert replace(BASE, model=model).model == model
+    with pytest.raises(SpecError, match=r"model is 'resnet9', but must be one of linear, .* or module:callable"):
+        replace(BASE, model="resnet9")
+    with pytest.raises(SpecError, match="model is 'a:b c'"):
+        replace(BASE, model="a:b c")
+
+
+def test_an_int_may_stand_for_a_float_without_changing_the_name():
+    assert replace(BASE, rho=1).run_id == replace(BASE, rho=1.0).run_id
+
+
+def test_a_field_at_its_default_is_not_in_the_name():
+    assert replace(BASE, label_smoothing=0.0).run_id == BASE.run_id
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ranks", 0),
+        ("ranks", 2),  # of m = 1: SAM
+        ("micro_batches", 0),
+        ("micro_batches", -4),
+        ("micro_batches", 33),
+        ("micro_batches", 2.0),
+        ("micro_batches", True),
+        ("rho", -0.1),
+        ("rho", float("nan")),
+        ("rho", float("inf")),
+        ("rho", "0.1"),
+        ("learning_rate", 0.0),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("seed", -1),
+        ("profile", "gpu"),
+        ("model", "resnet9"),
+        ("dataset", "mnist"),
+        ("train_examples", 16),
+        ("train_examples", 50_001),
+        ("holdout_examples", 49_999),
+        ("test_examples", 10_001),
+        ("warmup_epochs", 2.0),
+        ("label_smoothing", 1.0),
+        ("label_noise", 1.0),
+        ("ema", 1.0),
+        ("cutout", 33),
+        ("image_size", 64),  # of a model that is no pretrained one
+        ("tf32", True),  # on a CPU
+        ("deterministic", True),
+        ("schedule", "steps"),
+        ("nesterov", 1),
+        ("threads", 0),
+    ],
+)
+def test_refuses_by_field_and_value(field, value):
+    with pytest.raises(SpecError) as error:
+        replace(BASE, **{field: value})
+    message = str(error.value)
+    assert "must be" in message
+    assert field in message or field.endswith("_examples")
+
+
+def test_refuses_unknown_and_missing_fields():
+    with pytest.raises(SpecError, match="Unknown field 'rhoo'"):
+        from_dict({**BASE.to_dict(), "rhoo": 1})
+    fields = BASE.to_dict()
+    del fields["model"]
+    with pytest.raises(SpecError, match="lacks the field 'model'"):
+        from_dict(fields)
+
+
+def test_the_four_methods():
+    cells = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
+    assert [cell.method for cell in cells] == ["base", "control", "sam", "msam"]
+    assert [(c.rho, c.micro_batches) for c in cells] == [(0, 1), (0, 4), (0.1, 1), (0.2, 4)]
+
+
+def test_a_grid_treats_the_methods_alike():
+    grid = tuning_grid(BASE, micro_batches=[4], learning_rates=(0.1, 0.2), rhos=(0.1, 0.2))
+    assert [cell.rho for cell in grid if cell.method == "sam"] == [0.1, 0.2]
+    assert [cell.rho for cell in grid if cell.method == "msam"] == [0.1, 0.2]
+    assert [cell.learning_rate for cell in grid if cell.method == "base"] == [0.1, 0.2]
+
+
+def test_seeds_go_round_the_cells_and_nothing_is_run_twice():
+    cells = [BASE, replace(BASE, rho=0.1), BASE]
+    assert with_seeds(cells, 2) == [
+        BASE,
+        replace(BASE, rho=0.1),
+        replace(BASE, seed=1),
+        replace(BASE, rho=0.1, seed=1),
+    ]
+
+
+def test_a_row_of_runs_csv_is_the_spec_again():
+    (measured,) = curvature_of([replace(BASE, nesterov=True, clip_norm=0.5)], examples=16, rho=0.1)
+    for spec in (BASE, TEXT, measured, replace(BASE, train_examples=64)):
+        row = {name: "" if value is None else str(value) for name, value in spec.to_dict().items()}
+        assert from_text({**row, "test_accuracy": "0.5", "method": spec.method}) == spec
+    with pytest.raises(ValueError, match="many"):
+        from_text({**row, "epochs": "many"})

@@ -1,0 +1,426 @@
+"""The training loop on real images: resumed bit for bit, paired over methods, honest about failure."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import msam
+from experiments.harness.runs.files import RecordError
+from experiments.harness.runs.grids import four_methods
+from experiments.harness.runs.record import record_of
+from experiments.harness.runs.spec import Training
+from experiments.harness.tasks.build import build_task
+from experiments.harness.tasks.cifar import load_cifar
+from experiments.harness.tasks.image_models import build
+from experiments.harness.tasks.images import normalised
+from experiments.harness.tasks.process import set_torch
+from experiments.harness.tasks.task import Task
+from experiments.harness.work import train as loop
+from experiments.harness.work.session import Diverged, Interrupted, Session
+from experiments.harness.work.train import build_optimizer, schedule, train
+from tests.msam.small import Waits
+from tests.specs import BASE
+
+RESNET = replace(
+    BASE,
+    weight_decay=5e-4,
+    epochs=3,
+    batch_size=16,
+    train_examples=64,
+    test_examples=50,
+    augmentation="crop-flip",
+    rho=0.1,
+    micro_batches=3,
+    clip_norm=5.0,
+)
+VIT = replace(RESNET, model="vit-micro", base_optimizer="adamw", learning_rate=1e-3, warmup_epochs=1.0)
+
+TIMES = {"seconds", "wall_seconds", "step_seconds"}
+
+
+def numbers(spec: Training, root: Path) -> tuple:
+    """All that a run measured but the time it took, and its final weights as bytes."""
+    record = record_of(spec, root)
+    weights = torch.load(record.checkpoint, weights_only=True)["model"]
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in record.metrics()]
+    summary = {k: v for k, v in record.summary().items() if k not in TIMES}
+    return lines, summary, {name: t.numpy().tobytes() for name, t in weights.items()}
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from experiments.harness.runs.spec import from_dict
+from experiments.harness.work.session import Session
+from experiments.harness.work.train import train
+spec = from_dict(json.loads(sys.argv[1]))
+report = lambda step, steps: print(step, flush=True)
+train(spec, Session(Path(sys.argv[2]), report=report), checkpoint_seconds=0)
+"""
+
+
+def start(spec: Training, root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", SCRIPT, json.dumps(spec.to_dict()), str(root)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+
+
+AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout=8, schedule="step", fused=True)
+
+
+@pytest.mark.parametrize("spec", [RESNET, VIT, AVERAGED], ids=["resnet", "vit", "averaged"])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
+    train(spec, Session(tmp_path / "undisturbed"))
+    first_steps = []
+    for kill_after in (3, 4):  # the second time one step further, across the end of an epoch
+        with start(spec, tmp_path / "killed") as process:
+            steps = [int(process.stdout.readline()) for _ in range(kill_after)]
+            process.kill()
+        first_steps.append(steps[0])
+    with start(spec, tmp_path / "killed") as process:
+        steps = [int(line) for line in process.stdout]
+    assert first_steps[0] == 1
+    assert first_steps[1] >= 3, "the second process did not resume"
+    assert steps[0] >= first_steps[1] + 3, "the third process did not resume"
+    assert steps[-1] == 12
+    assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "undisturbed")
+
+
+def test_killed_after_the_final_weights_but_before_the_summary(tmp_path):
+    train(RESNET, Session(tmp_path))
+    before = numbers(RESNET, tmp_path)
+    (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
+    train(RESNET, Session(tmp_path))
+    assert numbers(RESNET, tmp_path) == before
+
+
+def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
+    train(RESNET, Session(tmp_path / "undisturbed"))
+    asked = iter([False] * 6 + [True])
+    with pytest.raises(Interrupted):
+        train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(asked)))
+    assert record_of(RESNET, tmp_path / "stopped").checkpoint.exists()
+    assert len(record_of(RESNET, tmp_path / "stopped").metrics()) == 1
+    seen = []
+    train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps))))
+    assert seen == [(step, 12) for step in range(7, 13)]
+    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
+
+
+def test_an_averaged_run_that_was_stopped_before_its_first_step_averages_its_steps_alone(tmp_path):
+    train(AVERAGED, Session(tmp_path / "undisturbed"))
+    with pytest.raises(Interrupted):
+        train(AVERAGED, Session(tmp_path / "stopped", stop=lambda: True))
+    train(AVERAGED, Session(tmp_path / "stopped"))
+    assert numbers(AVERAGED, tmp_path / "stopped") == numbers(AVERAGED, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK" + b[2:9]])
+def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
+    asked = iter([False] * 2 + [True])
+    with pytest.raises(Interrupted):
+        train(RESNET, Session(tmp_path, stop=lambda: next(asked)))
+    path = record_of(RESNET, tmp_path).checkpoint
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*delete it"):
+        train(RESNET, Session(tmp_path))
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    train(RESNET, Session(tmp_path))
+    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+    train(RESNET, Session(tmp_path, report=lambda *_: pytest.fail("trained again")))
+    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+    assert again == written
+
+
+def test_when_checkpoints_are_written_changes_no_number(tmp_path):
+    train(RESNET, Session(tmp_path / "rarely"), checkpoint_seconds=1e9)
+    train(RESNET, Session(tmp_path / "always"), checkpoint_seconds=0)
+    assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
+
+
+def test_a_loss_that_turns_nan_names_its_step_in_the_record(tmp_path):
+    spec = replace(RESNET, learning_rate=1e20, clip_norm=None)
+    with pytest.raises(Diverged, match=r"failed at step 2\b.*Lower"):
+        train(spec, Session(tmp_path))
+    record = record_of(spec, tmp_path)
+    assert not record.done
+    assert "failed at step 2:" in record.failure()
+
+
+def test_methods_are_paired_by_seed():
+    """At one seed: the same initial weights and the same batches, epoch after epoch; at another, others."""
+
+    def beginning(spec: Training) -> list[torch.Tensor]:
+        torch.manual_seed(spec.seed)
+        task = build_task(spec)
+        first = [t.clone() for t in task.model.state_dict().values()]
+        batches = []
+        for epoch in range(2):
+            for batch in task.batches(epoch, 0):
+                torch.rand(spec.micro_batches)  # as dropout would, more often for a larger m
+                batches += [batch[0].clone(), batch[1].clone()]
+        return first + batches
+
+    base = replace(RESNET, rho=0.0, micro_batches=1)
+    runs = [beginning(spec) for spec in four_methods(base, micro_batches=4, sam_rho=0.1, msam_rho=0.2)]
+    other = beginning(replace(base, seed=1))
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+    assert not torch.equal(other[-1], runs[0][-1])
+    assert not torch.equal(other[0], runs[0][0])
+
+
+def test_an_epoch_can_be_entered_anywhere():
+    task = build_task(RESNET)
+    whole = list(task.batches(1, 0))
+    rest = list(task.batches(1, 2))
+    assert len(whole) == task.steps_per_epoch == 4
+    for a, b in zip(whole[2:], rest, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"micro_batches": 1},
+        {"rho": 0.0},
+        {"clip_norm": 0.5},
+        {"nesterov": True},
+        {"label_smoothing": 0.2},
+        {"precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
+    """The loop's weights are, bit for bit, those of a loop written out here."""
+    spec = replace(RESNET, **{"micro_batches": 4, "clip_norm": None, **change})
+    train(spec, Session(tmp_path))
+    torch.manual_seed(spec.seed)
+    task = build_task(spec)
+    model = task.model
+
+    def loss_fn(batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled="precision" in change):
+            logits = model(batch[0])
+        return F.cross_entropy(logits.float(), batch[1], label_smoothing=change.get("label_smoothing", 0.0))
+
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=change.get("nesterov", False)
+    )
+    model.train()
+    for epoch in range(3):
+        for index, (x, y) in enumerate(task.batches(epoch, 0)):
+            optimizer.param_groups[0]["lr"] = 0.1 * (0.5 * (1 + math.cos(math.pi * (4 * epoch + index) / 12)))
+            optimizer.zero_grad()
+            msam.backward(
+                loss_fn, (x, y), model, rho=change.get("rho", 0.1), micro_batches=change.get("micro_batches", 4)
+            )
+            if "clip_norm" in change:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    weights = torch.load(record_of(spec, tmp_path).checkpoint, weights_only=True)["model"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(weights[name], tensor), name
+
+
+def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
+    """Scored anew from the checkpoint alone, with pixels and labels as they lie in the data set."""
+    spec = replace(RESNET, learning_rate=0.02, epochs=6)
+    train(spec, Session(tmp_path))
+    record = record_of(spec, tmp_path)
+    model = build("resnet8", 10)
+    model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
+    model.eval()
+    cifar = load_cifar("cifar10", None)
+    chosen = np.random.default_rng(0).permutation(50_000)[:64]
+    mean, deviation = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
+    for part, images, labels in (
+        ("test", cifar.test_images[:50], cifar.test_labels[:50]),
+        ("train", cifar.train_images[chosen], cifar.train_labels[chosen]),
+    ):
+        x = torch.tensor((images / 255 - mean) / deviation, dtype=torch.float32).movedim(-1, 1)
+        with torch.no_grad():
+            predicted = model(x).argmax(1).numpy()
+        assert record.summary()[f"{part}_accuracy"] == pytest.approx((predicted == labels).mean(), abs=1e-12)
+    assert record.summary()["train_accuracy"] > 0.15, "no better than guessing: the test would show nothing"
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    factor = schedule(replace(VIT, epochs=10, warmup_epochs=2.0), steps_per_epoch=5)
+    values = [factor(step) for step in range(51)]
+    assert values[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert values[10] == 1.0
+    assert values[30] == pytest.approx(0.5)
+    assert values[50] == pytest.approx(0.0)
+
+
+def test_the_step_schedule_is_a_fifth_after_30_60_and_80_percent():
+    factor = schedule(replace(RESNET, schedule="step", epochs=10, warmup_epochs=1.0), steps_per_epoch=4)
+    values = [factor(step) for step in range(40)]
+    assert values[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    expected = [1.0] * 8 + [0.2] * 12 + [0.04] * 8 + [0.008] * 8
+    assert values[4:] == pytest.approx(expected)
+
+
+def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
+    """Against a loop that averages by hand, with the float32 rounding of torch's own average."""
+    spec = replace(RESNET, ema=0.5, epochs=1, clip_norm=None)
+    train(spec, Session(tmp_path))
+    torch.manual_seed(spec.seed)
+    task = build_task(spec)
+    optimizer = build_optimizer(spec, task.model)
+    factor, average = schedule(spec, task.steps_per_epoch), None
+    for index, batch in enumerate(task.batches(0, 0)):
+        optimizer.param_groups[0]["lr"] = spec.learning_rate * factor(index)
+        optimizer.zero_grad()
+        loss_fn = lambda batch: task.loss_fn(task.model, batch)  # noqa: E731
+        msam.backward(loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
+        optimizer.step()
+        now = {name: value.double() for name, value in task.model.state_dict().items()}
+        average = now if average is None else {name: (average[name] + now[name]) / 2 for name in now}
+    saved = torch.load(record_of(spec, tmp_path).checkpoint, weights_only=True)["model"]
+    assert any(not torch.equal(saved[name].double(), now[name]) for name in saved)
+    for name, value in saved.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), average[name], rtol=1e-4, atol=1e-6)
+    task.model.load_state_dict(saved)
+    assert record_of(spec, tmp_path).summary()["test_accuracy"] == task.evaluate()["test_accuracy"]
+
+
+@pytest.mark.parametrize("spec", [replace(RESNET, cutout=8, ema=0.9), replace(VIT, fused=True)], ids=["resnet", "vit"])
+def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
+    """Seen on the CPU by counting; the looks at the losses, 50 steps or an epoch apart, are the exception.
+
+    AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
+    """
+    looks, counts = [], []
+    collect = loop._Keeper.collect_losses
+    monkeypatch.setattr(loop._Keeper, "collect_losses", lambda keeper: (looks.append(1), collect(keeper)))
+    with Waits() as waits:
+        train(
+            replace(spec, epochs=2, warmup_epochs=0.0),
+            Session(tmp_path, report=lambda *_: counts.append(len(waits.found))),
+        )
+        assert waits.found[counts[-1] :], "scoring does look at values: the count works"
+    assert counts == [counts[0]] * 8, "more than when the model was built"
+    assert len(looks) == 2, "once an epoch"
+
+
+@pytest.mark.needs("gpu")
+def test_no_step_waits_for_the_gpu(tmp_path):
+    spec = replace(AVERAGED, device="cuda", augmentation="crop-flip", epochs=1)
+
+    def build(spec: Training, data_root: Path | None) -> Task:
+        task = build_task(spec, data_root)
+        list(task.batches(0, 0))  # what is sent once
+        torch.cuda.set_sync_debug_mode("error")
+        return task
+
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):  # the first look, at the end of the epoch
+            train(spec, Session(tmp_path), build=build)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert "_look" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
+
+
+def test_torch_computes_as_the_spec_says():
+    gpu = replace(RESNET, device="cuda")
+    try:
+        for spec in (gpu, replace(gpu, tf32=True), replace(gpu, deterministic=True), RESNET):
+            set_torch(spec)
+            assert torch.get_float32_matmul_precision() == ("high" if spec.tf32 else "highest")
+            assert torch.backends.cudnn.allow_tf32 == spec.tf32
+            assert torch.are_deterministic_algorithms_enabled() == spec.deterministic
+            assert torch.get_num_threads() == spec.threads
+    finally:
+        set_torch(RESNET)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_layout_of_images_and_weights(channels_last):
+    task = build_task(replace(RESNET, channels_last=channels_last))
+    x, _ = next(task.batches(0, 0))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = next(p for p in task.model.parameters() if p.ndim == 4 and min(p.shape) > 1 and p.shape[1] > 3)
+    assert x.is_contiguous(memory_format=layout)
+    assert weight.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_takes_the_same_steps_and_resumes_bit_for_bit(tmp_path):
+    spec = replace(VIT, model="linear", compile=True, epochs=2, warmup_epochs=0.5)
+    train(spec, Session(tmp_path / "undisturbed"))
+    asked = iter([False] * 5 + [True])
+    with pytest.raises(Interrupted):
+        train(spec, Session(tmp_path / "stopped", stop=lambda: next(asked)))
+    train(spec, Session(tmp_path / "stopped"))
+    assert numbers(spec, tmp_path / "stopped") == numbers(spec, tmp_path / "undisturbed")
+    eager = replace(spec, compile=False)
+    train(eager, Session(tmp_path))
+    for line, other in zip(numbers(spec, tmp_path / "stopped")[0], numbers(eager, tmp_path)[0], strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+
+
+def test_optimizers_are_torchs_own():
+    model = torch.nn.Linear(2, 2)
+    sgd = build_optimizer(RESNET, model)
+    assert type(sgd) is torch.optim.SGD
+    assert sgd.defaults["momentum"] == 0.9
+    assert sgd.defaults["weight_decay"] == 5e-4
+    adamw = build_optimizer(VIT, model)
+    assert type(adamw) is torch.optim.AdamW
+    assert adamw.defaults["weight_decay"] == 5e-4
+    assert build_optimizer(replace(RESNET, fused=True), model).defaults["fused"]
+    assert build_optimizer(replace(VIT, fused=True), model).defaults["fused"]
+
+
+def test_what_a_finished_run_reports(tmp_path):
+    train(RESNET, Session(tmp_path, environment={"commit": "abc"}))
+    record = record_of(RESNET, tmp_path)
+    summary = record.summary()
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert 0 <= summary["train_accuracy"] <= 1
+    assert summary["steps"] == 12
+    assert summary["parameters"] == 78_042
+    assert [line["epoch"] for line in record.metrics()] == [1, 2, 3]
+    session = record.environments()[0]
+    assert session["commit"] == "abc"
+    assert session["threads"] == 1
+    assert len(session["data_checksum"]) == 64
+
+
+def test_a_held_out_run_is_scored_on_the_held_out_images_alone(tmp_path):
+    """The score is recomputed from the final weights and the images of the permutation's end."""
+    spec = replace(RESNET, holdout_examples=40)
+    train(spec, Session(tmp_path))
+    record = record_of(spec, tmp_path)
+    summary = record.summary()
+    assert not any(name.startswith("test") for name in summary)
+    cifar = load_cifar("cifar10", None)
+    last = np.random.default_rng(0).permutation(50_000)[-40:]
+    model = build("resnet8", 10).eval()
+    model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
+    with torch.no_grad():
+        predicted = model(normalised(torch.from_numpy(cifar.train_images[last]))).argmax(1).numpy()
+    assert summary["holdout_accuracy"] == (predicted == cifar.train_labels[last]).mean()
+
+
+def test_a_run_that_ends_in_nan_has_failed(tmp_path):
+    """The last step's weights are seen by no loss: the scores are."""
+    spec = replace(RESNET, model="linear", epochs=1, batch_size=64, learning_rate=3e38, rho=0.0, clip_norm=None)
+    with pytest.raises(Diverged, match="failed after step 1"):
+        train(spec, Session(tmp_path))
+    assert not record_of(spec, tmp_path).done
+    assert "failed after step 1" in record_of(spec, tmp_path).failure()
