@@ -139,8 +139,8 @@ class State:
                 if live.get(name, _MISSING) is not table.get(name, _MISSING):
                     return name
         for owner, record in zip(self._owners, then.attributes, strict=True):
-            if (name := owner.replaced_tensor(record)) is not None:
-                return name
+            if (attribute := owner.replaced_tensor(record)) is not None:
+                return attribute
         return None
 
     @contextmanager

@@ -161,8 +161,8 @@ class Vectorized(TorchFunctionMode):
         for t, version, name in self._versions:
             if t._version != version:
                 refuse(f"a forward pass that moves {name}")
-        if (name := state.replaced(before)) is not None:
-            refuse(f"a forward pass that moves {name}")
+        if (replaced := state.replaced(before)) is not None:
+            refuse(f"a forward pass that moves {replaced}")
 
     def ascend(self, loss: Tensor, empty: bool) -> None:
         """Work out the micro-batches' gradients of the clean pass's loss. They stay with the operations.
