@@ -175,7 +175,7 @@ def backward(
             state=kept,
             gradients=gradients,
             signals=signals,
-            mean=Mean(sizes, gradients, replicas),
+            mean=Mean([1] if sizes is None and len(parts) == 1 and not ddp else sizes, gradients, replicas),
             noise=Noise(model, params, generators) if rho and same_noise else None,
             started=started,
             written=versions(parts if batch is None else batch) if rho else (),

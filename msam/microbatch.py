@@ -210,18 +210,26 @@ def _size_by_entries(batch: Any, ready: bool = False) -> int:
         )
     ):
         return len(batch)
-    sizes: set[Any] = set()
-    for column in children_of(batch) or ():
-        if isinstance(column, list | tuple) and not hasattr(column, "_fields"):
-            if len(column) or holds_tensors(column):
-                sizes.add(len(column))
-        elif is_tensor(column) or is_array(column):
-            sizes.add(column.shape[0] if column.ndim else None)
-        elif holds_tensors(column):
-            raise Uncountable("A part of the batch is neither a tensor nor a list.")
+    columns = list(children_of(batch) or ())
+    sizes = {_entries(column) for column in columns} - {0}
     if len(sizes) != 1 or None in sizes:
         raise Uncountable("The batch's lists have different lengths.")
+    if sizes == {len(columns)} and len(columns) > 1 and len({signature(column) for column in columns}) == 1:
+        raise Uncountable("The batch could be a list of examples, or of their parts.")
     return sizes.pop()
+
+
+def _entries(column: Any) -> int | None:
+    """How many examples a part of the batch has an entry for; None if it holds tensors and its entries differ in kind.
+
+    0 of what holds no tensors and has no entries.
+    """
+    if isinstance(column, list | tuple) and not named(column):
+        kinds = {(signature(entry), getattr(entry, "ndim", None)) for entry in column}
+        return len(column) if len(kinds) <= 1 or not holds_tensors(column) else None
+    if is_tensor(column) or is_array(column):
+        return next(iter(_shape(column)), None)
+    return None if holds_tensors(column) else 0
 
 
 def _only_tensors(batch: Sequence[Any]) -> bool:
@@ -240,15 +248,16 @@ def _agrees(entry: Any) -> bool:
 def _sized(batch: Any, wanted: Callable[[Any], bool]) -> list[tuple[Any, Any]]:
     """Size and shape of each leaf of a kind."""
     if wanted(batch):
-        shape = tuple(batch.shape) if hasattr(batch, "shape") else (len(batch),)
-        return [(_length(batch), shape)]
+        shape = _shape(batch)
+        return [(shape[0] if shape else None, shape)]
     return [found for child in children_of(batch) or () for found in _sized(child, wanted)]
 
 
-def _length(leaf: Any) -> int | None:
-    if hasattr(leaf, "shape"):
-        return leaf.shape[0] if len(leaf.shape) else None
-    return len(leaf)
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """A leaf's dimensions, of which the first counts the examples."""
+    if is_tensor_like(leaf):
+        return tuple(leaf.batch_size)
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else (len(leaf),)
 
 
 def _check_kinds(batch: Any) -> None:

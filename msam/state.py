@@ -91,7 +91,7 @@ class State:
                 self._scripted += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
                 continue
             self._live += [module._parameters, module._buffers]
-            if not type(module).__module__.startswith("torch.nn."):
+            if not type(module).__module__.startswith("torch.nn.") or module._forward_pre_hooks:  # as of spectral_norm
                 self._owners.append(_Attributes(vars(module)))
         self._tables: list[dict[str, Any]] = []
         self._objects: list[Any] = []
@@ -132,15 +132,23 @@ class State:
         if failures:
             raise failures[0]
 
-    def replaced(self, then: Snapshot) -> str | None:
-        """The name of a parameter, a buffer or a plain tensor that is another object than before, if there is one."""
+    def changed(self, then: Snapshot, known: set[int]) -> str | None:
+        """The name of something that is not as it was, if there is any. On other devices than the CPU values may pass.
+
+        Args:
+            then: The state before.
+            known: Ids of tensors that may have changed.
+        """
         for live, table in zip(self._live, then.tables, strict=True):
             for name in live.keys() | table.keys():
                 if live.get(name, _MISSING) is not table.get(name, _MISSING):
                     return name
         for owner, record in zip(self._owners, then.attributes, strict=True):
-            if (attribute := owner.replaced_tensor(record)) is not None:
+            if (attribute := owner.changed(record)) is not None:
                 return attribute
+        for t, v in zip(then.tensors, then.values, strict=True):
+            if id(t) not in known and t.device.type == "cpu" and not _equal(t, v):
+                return next((n for table in then.tables for n, held in table.items() if held is t), "a tensor")
         return None
 
     @contextmanager
@@ -243,13 +251,15 @@ class _Attributes:
             if _copied(self._own[key], []) is not None:
                 del self._own[key]
 
-    def replaced_tensor(self, record: "_Record") -> str | None:
-        """The name of an attribute that is another tensor than it was, or was none."""
+    def changed(self, record: "_Record") -> str | None:
+        """The name of an attribute that is not what it was, or was none."""
         for key in self._own.keys() - _BASE:
-            value, copy = self._own[key], record.copies.get(key)
-            if isinstance(value, Tensor) and not value.requires_grad and (copy is None or copy.value is not value):
+            copy = record.copies.get(key)
+            if copy is None and (key in record.keys or _copied(self._own[key], []) is None):
+                continue  # no state
+            if copy is None or not _still(copy, self._own[key]):
                 return key
-        return None
+        return next(iter(record.copies.keys() - self._own.keys()), None)
 
     def _same(self) -> bool:
         """Whether every attribute is the object that it was. What is no state is held by its id alone."""
@@ -334,6 +344,28 @@ def _copied(value: Any, tensors: list[Tensor], depth: int = 0) -> _Copied | None
     if None in entries:
         return None
     return _Copied(value, dict(zip(value, entries, strict=True)) if isinstance(value, dict) else entries)
+
+
+def _equal(t: Tensor, values: Tensor) -> bool:
+    """Whether a tensor holds these values, NaN for NaN."""
+    if not _alike(t, values):
+        return False
+    return _shared(t, values) or torch.equal(t, values) or bool(((t == values) | ((t != t) & (values != values))).all())
+
+
+def _still(copy: _Copied, value: Any) -> bool:
+    """Whether a value is what it was when it was copied; the values of tensors are not looked at."""
+    if copy.contents is None:
+        return value is copy.value or (
+            isinstance(value, _PLAIN) and type(value) is type(copy.value) and value == copy.value
+        )
+    if value is not copy.value or len(value) != len(copy.contents):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and _still(entry, value[key]) for key, entry in copy.contents.items())
+    if isinstance(value, set):
+        return value == {entry.value for entry in copy.contents}
+    return all(map(_still, copy.contents, value))
 
 
 def _refill(copy: _Copied) -> None:

@@ -91,8 +91,24 @@ ASKS = frozenset(
 """What reads no values of a tensor."""
 
 
-RANDOM = ("dropout", "bernoulli", "normal", "rand", "multinomial", "poisson", "rrelu", "gumbel")
-"""Parts of the names of functions that draw, and so give something else when they are worked out again."""
+READS = frozenset(
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__bool__",
+        "__complex__",
+        "__array__",
+        "__dlpack__",
+    ]
+)
+"""What makes a number of Python, or memory of another library, out of a tensor."""
+
+RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "poisson", "rrelu", "gumbel")
+"""Parts of the names of functions that draw, and so give something else when they are called again."""
 
 
 class Vectorized(TorchFunctionMode):
@@ -161,8 +177,8 @@ class Vectorized(TorchFunctionMode):
         for t, version, name in self._versions:
             if t._version != version:
                 refuse(f"a forward pass that moves {name}")
-        if (replaced := state.replaced(before)) is not None:
-            refuse(f"a forward pass that moves {replaced}")
+        if (changed := state.changed(before, self._statistics)) is not None:
+            refuse(f"a forward pass that moves {changed}")
 
     def ascend(self, loss: Tensor, empty: bool) -> None:
         """Work out the micro-batches' gradients of the clean pass's loss. They stay with the operations.
@@ -286,8 +302,10 @@ class Vectorized(TorchFunctionMode):
         return y
 
     def _check_use(self, func: Callable[..., Any], touched: list[int], values: dict[Any, Any]) -> None:
-        """Refuse what would write to a parameter, before it does."""
+        """Refuse what would write to a parameter, before it does, and what reads its values."""
         name = self._names[touched[0]]
+        if name_of(func) in READS:
+            refuse(f"{_name(func)} on the parameter {name}, which reads its values")
         if argument(values, 3, "max_norm") is not None and func in (F.embedding, F.embedding_bag):
             refuse(f"{_name(func)} with max_norm on the parameter {name}")
         written = [t for t in _written(func, values) if self._touched({0: t})]

@@ -157,10 +157,8 @@ class OldSpectral(Stateful):
 class Quantised(Stateful):
     """Observers resize their empty buffers in the first pass."""
 
-    kind = FakeQuantize
-
     def build(self):
-        self.fake = self.kind(
+        self.fake = FakeQuantize(
             observer=MovingAveragePerChannelMinMaxObserver,
             quant_min=-128,
             quant_max=127,
@@ -169,12 +167,18 @@ class Quantised(Stateful):
             ch_axis=1,
         )
 
+    def double(self):
+        super().double()
+        self.fake.float()  # which is all that torch has it for
+        return self
+
     def between(self, h):
         return h + self.fake(h.float())
 
 
 class FusedQuantised(Quantised):
-    kind = FusedMovingAvgObsFakeQuantize
+    def build(self):
+        self.fake = FusedMovingAvgObsFakeQuantize(quant_min=0, quant_max=255)
 
 
 class Grows(Stateful):
@@ -235,6 +239,7 @@ def contents(model):
         for name, module in model.named_modules()
         for key, value in vars(module).items()
         if isinstance(value, torch.Tensor | int | deque | type(None)) and not key.startswith("_")
+        if not getattr(value, "requires_grad", False)  # a weight that each forward pass computes
     }
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return copy.deepcopy([{name: t.detach() for name, t in tensors}, plain])
@@ -337,7 +342,7 @@ def test_what_stands_still_is_not_copied():
     model[1].requires_grad_(False)
     (w, b), batch = model[1].parameters(), data(8, 5)
     address = torch._C._data_address
-    before = address(w)
+    before, version = address(w), b._version
     kept = State([model], model[0].parameters(), lazily=True)
     snapshots = [kept.taken("a"), kept.taken("b")]
     copies = {id(t): v for snapshot in snapshots for t, v in zip(snapshot.tensors, snapshot.values, strict=True)}
@@ -345,7 +350,7 @@ def test_what_stands_still_is_not_copied():
     del snapshots, copies, kept
     msam.backward(lambda part: F.cross_entropy(model[0](part[0]), part[1]), batch, model, rho=0.1, micro_batches=4)
     assert address(w) == before
-    assert b._version == 0
+    assert b._version == version
 
 
 def test_copies_of_many_buffers_are_a_few_calls_of_torch():
@@ -357,6 +362,7 @@ def test_copies_of_many_buffers_are_a_few_calls_of_torch():
     assert copies == [4], "two types, there and back"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_scripted_and_traced_models():
     for wrap in (
         torch.jit.script,
@@ -366,6 +372,7 @@ def test_scripted_and_traced_models():
         torch.manual_seed(0)
         plain = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
         model = wrap(copy.deepcopy(plain))
+        model.load_state_dict(plain.state_dict())  # tracing has run it
         x, y = data(8, 5)
         for net in (plain, model):
             msam.backward(loss_of(net), (x.float(), y), net, rho=0.3, micro_batches=2)
