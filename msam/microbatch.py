@@ -211,7 +211,7 @@ def _size_by_entries(batch: Any, ready: bool = False) -> int:
     ):
         return len(batch)
     columns = list(children_of(batch) or ())
-    sizes = {_entries(column) for column in columns} - {0}
+    sizes: set[Any] = {_entries(column) for column in columns} - {0}
     if len(sizes) != 1 or None in sizes:
         raise Uncountable("The batch's lists have different lengths.")
     if sizes == {len(columns)} and len(columns) > 1 and len({signature(column) for column in columns}) == 1:
