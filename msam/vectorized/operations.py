@@ -29,7 +29,7 @@ class Operation(ABC):
         adaptive: Whether T is |w|.
 
     Attributes:
-        norms: ||T g_i||, over the perturbed parameters together. Shape (m,); None if they have no gradient.
+        norms: ||T g_i||, over the perturbed parameters that nothing else uses. Shape (m,); None if they have no gradient.
         trained: Whether each of the parameters wants a gradient. In the clean pass they stay out of autograd's graph.
     """
 
@@ -37,6 +37,8 @@ class Operation(ABC):
         self.m, self._perturbed, self._adaptive = m, perturbed, adaptive
         self.norms: Tensor | None = None
         self.trained: Sequence[bool] = [True] * len(perturbed)
+        self.sums: list[Sum | None] = [None] * len(perturbed)
+        """Of each parameter that other operations use too, where their gradients add up."""
         self._own: list[Stack | None] = [None] * len(perturbed)
 
     @abstractmethod
@@ -59,7 +61,11 @@ class Operation(ABC):
         """Take the micro-batches' gradients by the perturbed parameters, and their norm."""
         norms = []
         for number, (w, own) in enumerate(zip(params, gradients, strict=True)):
-            if w is not None and own is not None and self._perturbed[number]:
+            if w is None or own is None or not self._perturbed[number]:
+                continue
+            if (total := self.sums[number]) is not None:
+                total.add(own)
+            else:
                 self._own[number] = own
                 norms += [torch.stack(torch._foreach_norm([g * w if self._adaptive else g for g in own]))]
         if norms:
@@ -70,16 +76,50 @@ class Operation(ABC):
         found: list[Any] = []
         for number, w in enumerate(params):
             own, self._own[number] = self._own[number], None
-            if w is None or own is None:
+            if w is not None and (total := self.sums[number]) is not None:
+                found.append(total.moved(w, scale, self._adaptive))
+            elif w is None or own is None:
                 found.append([w] * self.m)
-                continue
-            stacked = isinstance(own, Tensor)  # else autograd may have handed the same memory to others too
-            moved = [
-                torch.addcmul(w, g * w * w if self._adaptive else g, factor, out=g if stacked else None)
-                for g, factor in zip(own, scale, strict=True)
-            ]
-            found.append(own if stacked else moved)
+            else:
+                found.append(_moved(w, own, scale, self._adaptive))
         return found
+
+
+class Sum:
+    """The micro-batches' gradients by a parameter that several operations use: each of them adds its own."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._weights: Stack | None = None
+
+    def add(self, gradients: Stack) -> None:
+        """Add those of one operation."""
+        stack = stacked(gradients)
+        self._total = stack.clone() if self._total is None else self._total.add_(stack)
+
+    @torch.no_grad()
+    def norms(self, w: Tensor, adaptive: bool) -> Tensor | None:
+        """||T g_i||. Shape (m,); None if there is no gradient."""
+        if self._total is None:
+            return None
+        return torch.linalg.vector_norm((self._total * w if adaptive else self._total).flatten(1), dim=1)
+
+    def moved(self, w: Tensor, scale: Tensor, adaptive: bool) -> Stack:
+        """w + e_i, worked out once."""
+        if self._weights is None:
+            total = self._total
+            self._weights = [w] * len(scale) if total is None else _moved(w, total, scale.to(w.device), adaptive)
+        return self._weights
+
+
+def _moved(w: Tensor, own: Stack, scale: Tensor, adaptive: bool) -> Stack:
+    """w + e_i for each micro-batch. A stack of gradients becomes one of weights."""
+    in_place = isinstance(own, Tensor)  # else autograd may have handed the same memory to others too
+    moved = [
+        torch.addcmul(w, g * w * w if adaptive else g, factor, out=g if in_place else None)
+        for g, factor in zip(own, scale, strict=True)
+    ]
+    return own if in_place else moved
 
 
 class Each(Operation):
@@ -162,6 +202,10 @@ class Embedding(Operation):
         row = (x.reshape(self.m, -1) + len(w) * torch.arange(self.m, device=x.device).unsqueeze(1)).flatten()
         place = torch.searchsorted(row.sort().values, row)
         D = dy.reshape(len(row), -1).masked_fill((x == self._padding).view(-1, 1), 0)
+        if self.sums[0] is not None:
+            whole = torch.zeros(self.m * len(w), *w.shape[1:], dtype=D.dtype, device=D.device)
+            self._keep((w,), (whole.index_add_(0, row, D).view(self.m, *w.shape),))
+            return
         g = torch.zeros_like(D).index_add_(0, place, D)[place]
         if self._adaptive:
             g *= w[x.flatten()].square()
@@ -170,7 +214,11 @@ class Embedding(Operation):
         self._steps = g.view(self.m, -1)
 
     def moved(self, scale: Tensor, x: Any, *params: Any) -> Tensor:
-        y = F.embedding(x, params[0])
+        (w,) = params
+        if self.sums[0] is not None:
+            (weights,) = self._weights(scale, params)
+            return joined(map(F.embedding, x.chunk(self.m), weights), self.m)
+        y = F.embedding(x, w)
         if self._steps is not None:
             y.view(self.m, -1).addcmul_(self._steps, scale.unsqueeze(1))
             self._steps = None

@@ -31,7 +31,7 @@ from msam.microbatch import tensors
 from msam.parallel import compiled
 from msam.passes import graph_of
 from msam.state import Snapshot, State
-from msam.vectorized.operations import Operation, refuse, run_clean, run_moved
+from msam.vectorized.operations import Operation, Sum, refuse, run_clean, run_moved
 from msam.vectorized.origins import Derived, Origins, call, name_of, tensors_in
 from msam.vectorized.plans import BATCH_NORMS, BETWEEN, INTO, Plan, Plans, argument
 
@@ -147,7 +147,10 @@ class Vectorized(TorchFunctionMode):
         self._operations: list[tuple[Operation, Any]] = []
         """Those of the first pass in their order, each with what has to be the same in the second."""
         self._called = 0
-        self._used: set[int] = set()
+        self._uses: dict[int, list[tuple[Operation, int]]] = {}
+        """The operations that use a perturbed parameter, by its id, and its place among theirs."""
+        self._sums: dict[int, Sum] = {}
+        """The sums of the gradients of those parameters that several operations use."""
         self._elsewhere: dict[int, Callable[..., Any]] = {}
         """What else was called with a parameter and examples, by its id."""
         self._positions: dict[int, tuple[Tensor, Tensor, dict[Any, Any]]] = {}
@@ -202,7 +205,7 @@ class Vectorized(TorchFunctionMode):
         missed = [number for number, g in zip(self._perturbed, left, strict=True) if g is not None]
         if missed and not empty:
             refuse(f"{_name(self._elsewhere.get(missed[0]))} on the parameter {self._names[missed[0]]}")
-        if not missed and not empty and all(operation.norms is None for operation, _ in self._operations):
+        if not missed and not empty and not self._norms():
             raise ValueError(
                 "The loss depends on no perturbed parameter of the model: does loss_fn call another model?"
             )
@@ -214,7 +217,7 @@ class Vectorized(TorchFunctionMode):
         Yields:
             ||T g_i|| for the mini-batch's mean loss. Shape (m,). Where it is not finite, neither are the weights.
         """
-        norms = [operation.norms for operation, _ in self._operations if operation.norms is not None]
+        norms = self._norms()
         norms = norms or [torch.zeros(self._m)]  # of a mini-batch without anything to average
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), dim=0)
         self._scale = self._rho / norm.clamp_min(1e-12 / self._m)  # of a micro-batch's own norm, which is m times this
@@ -226,6 +229,13 @@ class Vectorized(TorchFunctionMode):
                 refuse(DIFFERENT)
         finally:
             self._operations.clear()
+            self._uses.clear()
+            self._sums.clear()
+
+    def _norms(self) -> list[Tensor]:
+        """||T g_i|| of the operations, and of the parameters that several of them use."""
+        sums = [total.norms(self._perturbed[number], self._plans.adaptive) for number, total in self._sums.items()]
+        return [n for n in (*(operation.norms for operation, _ in self._operations), *sums) if n is not None]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -285,17 +295,26 @@ class Vectorized(TorchFunctionMode):
             return self._noted(run_moved(operation, scale, x, params))
         if touched and not torch.is_grad_enabled():
             refuse(f"{_name(func)} on the parameter {self._names[touched[0]]} under no_grad, or a reentrant checkpoint")
-        for number in dict.fromkeys(touched):
-            if number in self._used:
-                refuse(f"a second use of the parameter {self._names[number]} in one pass")
-            self._used.add(number)
         if func is F.batch_norm and argument(values, 5, "training"):
             counter = self._counters.get(id(argument(values, 1, "running_mean")))
             if counter is not None:
                 counter += self._m - 1
         operation = make()
+        self._note_uses(operation, params)
         self._operations.append((operation, signature))
         return self._noted(run_clean(operation, self._anchor, x, params))
+
+    def _note_uses(self, operation: Operation, params: Sequence[Tensor | None]) -> None:
+        """Where a parameter is used a second time, the gradients of its uses are to be added up."""
+        for slot, p in enumerate(params):
+            if id(p) not in self._perturbed:
+                continue
+            uses = self._uses.setdefault(id(p), [])
+            uses.append((operation, slot))
+            if len(uses) > 1:
+                total = self._sums.setdefault(id(p), Sum())
+                for user, place in uses:
+                    user.sums[place] = total
 
     def _noted(self, y: Tensor) -> Tensor:
         self._origins.note(y, self._plans.examples_first)

@@ -56,7 +56,7 @@ class Plans:
     ) -> None:
         self.m, self.origins = m, origins
         self.examples_first = Examples(0)
-        self._adaptive = adaptive
+        self.adaptive = adaptive
         self._perturbed = {id(p) for p in perturbed}
         self._trained = {id(p): p for p in trained}
 
@@ -86,7 +86,7 @@ class Plans:
             return None
         if isinstance(self.origins.of(w), Derived):
             return self._each(F.embedding, values, 0, [1 if 1 in values else "weight"])
-        return lambda: Embedding(self.m, [True], self._adaptive, -1 if padding is None else padding % len(w)), x, [w]
+        return lambda: Embedding(self.m, [True], self.adaptive, -1 if padding is None else padding % len(w)), x, [w]
 
     def _flat(self, func: Callable[..., Any], values: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
         """The arguments, those of a list of tensors each with a place, and the places of tensors."""
@@ -161,9 +161,9 @@ class Plans:
         if not flags[0] or isinstance(padding, str) or groups != 1:
             return None
         if func is F.linear:
-            return lambda: Linear(self.m, flags, self._adaptive), x, params
+            return lambda: Linear(self.m, flags, self.adaptive), x, params
         settings = [_pair(value) for value in (stride, padding, dilation)]
-        return lambda: Convolution(self.m, flags, self._adaptive, *settings), x, params
+        return lambda: Convolution(self.m, flags, self.adaptive, *settings), x, params
 
     def _each(self, func: Callable[..., Any], values: Mapping[Any, Any], slot: Any, params: Sequence[Any]) -> Plan:
         """The function for one micro-batch after the other, of the parameters that its arguments come from."""
@@ -175,7 +175,7 @@ class Plans:
             made[place] = origin if isinstance(origin, Derived) else id(flat[place])
             roots |= origin.roots if isinstance(origin, Derived) else {id(flat[place]): flat[place]}
         x, m, numbers = flat[slot], self.m, list(roots)
-        rows = func in BETWEEN or func in INTO or func in JOINS or func in MATRICES
+        rows = func in BETWEEN or func in INTO or func in JOINS or (func in MATRICES and x.dim() > 2)
         whole, dims = len(x), x.dim()
         rest = {place: value for place, value in flat.items() if place not in (slot, *params)}
 
@@ -196,7 +196,7 @@ class Plans:
             return call(func, arguments)
 
         flags = [number in self._perturbed for number in numbers]
-        return lambda: Each(function, m, flags, self._adaptive), x, list(roots.values())
+        return lambda: Each(function, m, flags, self.adaptive), x, list(roots.values())
 
 
 def argument(values: Mapping[Any, Any], place: int, name: str, default: Any = None) -> Any:

@@ -34,7 +34,8 @@ class Product(Operation):
     def ascent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> Tensor | None:
         w, b = params
         D, self._shape = self.rows(dy), dy.shape
-        small = self.factorises(D.shape[1], w.shape[0], w[0].numel()) and not self._adaptive
+        alone = not self._adaptive and self.sums[0] is None
+        small = alone and self.factorises(D.shape[1], w.shape[0], w[0].numel())
         self._keep((w, b), (None if small else self.gradients(dy, x, w), D.sum(1)))
         if small:
             self._factors = D.double(), self.columns(x).double()

@@ -314,7 +314,6 @@ class Uses(nn.Module):
 
 
 REFUSED = {
-    "a second use of the parameter first.weight": Uses(lambda net, x: net.first(x)),
     "cat on": Uses(lambda net, x: torch.cat([x, net.bare])[: len(x)]),
     "linear on the parameter bare": Uses(lambda net, x: x + F.linear(x.T @ x, net.bare).sum()),
     "add on the parameter bare": Uses(lambda net, x: x.sum() + net.bare.exp().sum()),
@@ -470,6 +469,12 @@ TURNED = {
     "in place": lambda net, x: (x * 1.0).add_(net.table[0]),
     "flattened rows": lambda net, x: F.linear(x.unsqueeze(1).expand(-1, 3, -1).reshape(-1, 5), net.bare).view(-1, 12),
     "there and back": lambda net, x: F.linear(x[:, None].transpose(0, 1).transpose(0, 1), net.bare)[:, 0],
+    "a layer twice": lambda net, x: net.first(x),
+    "a layer three times": lambda net, x: net.first(net.first(torch.tanh(x))),
+    "its bias elsewhere": lambda net, x: x * net.first.bias,
+    "tied": lambda net, x: F.embedding((x[:, :3] > 0).long(), net.table).sum(1) @ net.table.T,
+    "looked up twice": lambda net, x: F.embedding((x[:, :3] > 0).long(), net.table).sum(1) + net.table[0],
+    "through another function": lambda net, x: F.linear(F.linear(x, net.bare), net.bare.T.tanh()),
     "a token": lambda net, x: torch.cat([net.bare[:1].expand(len(x), -1), x], 1),
     "lookup in a part": lambda net, x: x + F.embedding((x[:, 0] > 0).long(), net.table[:2] * 2),
 }
