@@ -1,8 +1,8 @@
 """The Hessian of a mean loss: products with vectors, its largest eigenvalues, trace and spectral density.
 
-The operator's interface and the quadrature are curvlinops'; eigenvalues are scipy's, of Lanczos' tridiagonal matrix or,
-for networks whose vectors would fill the memory, by ARPACK.
-Batches are measured as they are given: put the model in eval mode, or BatchNorm couples the examples of a batch.
+The operator's interface and the quadrature are curvlinops'. Eigenvalues are scipy's: of Lanczos' tridiagonal matrix, or
+by ARPACK if a network's Lanczos vectors do not fit in memory. Put the model in eval mode first, or BatchNorm couples
+the examples of a batch.
 """
 
 import warnings
@@ -22,22 +22,22 @@ from experiments.harness.tasks.task import Task
 from experiments.harness.work.sharpness import trained
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", FutureWarning)  # of torch, about what linear_operator does when it is imported
+    warnings.simplefilter("ignore", FutureWarning)  # torch warns when linear_operator is imported
     from curvlinops._torch_base import PyTorchLinearOperator
     from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
 
 KEPT_BYTES = 2**30
-"""Of vectors and their products in one search for eigenvalues."""
+"""Memory limit for the vectors and products of one Lanczos run."""
 
 
 class Hessian(PyTorchLinearOperator):
-    """The Hessian of the mean loss over all examples of some batches, at the weights as they are.
+    """The Hessian of the mean loss over all examples of some batches, at the current weights.
 
-    A product is a backward pass through the gradient's own graph. curvlinops' operator pushes forward mode through
-    reverse mode instead, for which fused attention has no derivative and LayerNorm a wrong one (seen with torch 2.14.1,
-    against differences of gradients), and takes (inputs, labels) where a task here has batches of any structure. If
-    `keep`, the graphs are kept from product to product, until the weights are written to.
+    A product is a backward pass through the graph of the gradient. curvlinops' operator uses forward mode over reverse
+    mode instead. Fused attention has no derivative in that mode, and LayerNorm has a wrong one (seen with torch 2.14.1
+    against finite differences of gradients). Also, it takes (inputs, labels), while our batches can have any structure.
+    With `keep`, the graphs are kept between products, until the weights change.
     """
 
     SELF_ADJOINT = True
@@ -51,14 +51,14 @@ class Hessian(PyTorchLinearOperator):
         keep: bool = True,
         before_each: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the batches; nothing is computed yet.
+        """Set up the operator; nothing is computed yet.
 
         Args:
             loss_fn: Takes a batch and returns its mean loss, a scalar.
-            parameters: Those that the Hessian is of; one that the loss does not depend on has rows of zeros.
-            batches: Each with its number of examples.
-            keep: Keep the gradients' graphs: memory of some forward passes, for products without them.
-            before_each: Called before each product; whatever it raises ends the computation.
+            parameters: The parameters of the Hessian; one that the loss does not depend on has rows of zeros.
+            batches: Each batch with its number of examples.
+            keep: Keep the gradients' graphs: products then skip the forward passes, at the memory of these passes.
+            before_each: Called before each product; an exception that it raises ends the computation.
         """
         shapes = [tuple(p.shape) for p in parameters]
         super().__init__(shapes, shapes)
@@ -67,7 +67,7 @@ class Hessian(PyTorchLinearOperator):
         self._kept: list[list[Tensor]] | None = None
         self._versions: list[int] = []
         self.products = 0
-        """How many vectors it has been multiplied with."""
+        """Number of Hessian-vector products so far."""
 
     @property
     def device(self) -> torch.device:  # noqa: D102
@@ -90,7 +90,7 @@ class Hessian(PyTorchLinearOperator):
         total = [torch.zeros_like(p) for p in self._parameters]
         for gradient in self._kept or (self._gradient(*batch) for batch in self._batches):
             reached = [(g, t) for g, t in zip(gradient, v, strict=True) if g.requires_grad]
-            if reached:  # a loss that is linear in the weights has no second derivative
+            if reached:  # empty if the loss is linear in the weights
                 g, t = zip(*reached, strict=True)
                 parts = torch.autograd.grad(
                     g, self._parameters, t, retain_graph=self._keep, allow_unused=True, materialize_grads=True
@@ -108,44 +108,44 @@ class Hessian(PyTorchLinearOperator):
 
 
 class Spectrum(NamedTuple):
-    """The largest eigenvalues, the greatest first."""
+    """The largest eigenvalues, in descending order."""
 
     values: np.ndarray
     """(k,)"""
     vectors: np.ndarray
     """(P, k), orthonormal."""
     residual: float
-    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; from products, not estimated."""
+    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; computed from products, not estimated."""
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
-    """For forward passes whose gradients are differentiated again: the fused kernels of attention are not."""
+    """Use attention that can be differentiated twice, for the forward passes in the block; fused kernels cannot."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: float, seed: int = 0) -> Spectrum:
     """The `count` algebraically largest eigenvalues and their vectors.
 
-    By Lanczos' iteration, which looks after each product and so takes no more than it needs; where its vectors would
-    not fit in `KEPT_BYTES`, by ARPACK's, which restarts and looks only when its basis is full.
+    Uses Lanczos iteration, which checks convergence after each product and so needs the fewest products. If its vectors
+    do not fit in `KEPT_BYTES`, uses ARPACK, which restarts and checks only when its basis is full.
 
     Args:
         H: A symmetric operator of P > count rows.
-        count: How many.
-        tolerance: Relative accuracy asked of each eigenvalue.
-        seed: Of the first vector.
+        count: Number of eigenvalues.
+        tolerance: Relative accuracy of each eigenvalue.
+        seed: Seed of the first vector.
 
     Raises:
-        scipy.sparse.linalg.ArpackNoConvergence: after 10 P products of ARPACK's.
+        scipy.sparse.linalg.ArpackNoConvergence: if ARPACK needs more than 10 P products.
     """
     size = H.shape[0]
     dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
     draws = np.random.default_rng(seed)
     start, operator = draws.standard_normal(size), H.to_scipy(dtype)
     most = min(size, KEPT_BYTES // (2 * 8 * size))
-    found = _lanczos(operator, start, count, tolerance, most, draws)
-    if found is not None:
-        return found
+    spectrum = _lanczos(operator, start, count, tolerance, most, draws)
+    if spectrum is not None:
+        return spectrum
     values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start.astype(dtype))
     order = np.argsort(-values)
     values, vectors = values[order].astype(np.float64), vectors[:, order]
@@ -157,17 +157,17 @@ def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: floa
 def _lanczos(
     operator: LinearOperator, start: np.ndarray, count: int, tolerance: float, most: int, draws: np.random.Generator
 ) -> Spectrum | None:
-    """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products do not do."""
+    """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products are not enough."""
     size = len(start)
     basis, products, w = np.empty((size, 0)), np.empty((size, 0)), start
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for number in range(1, most + 1):
         length = np.linalg.norm(w)
         if number > 1:
-            beside.append(float(length))
-            if length < 1e-13 * max(map(abs, diagonal)):  # the vectors so far span all that the start reaches
-                beside[-1], w = 0.0, draws.standard_normal(size)
+            off_diagonal.append(float(length))
+            if length < 1e-13 * max(map(abs, diagonal)):  # the start's Krylov space is exhausted
+                off_diagonal[-1], w = 0.0, draws.standard_normal(size)
                 w -= basis @ (basis.T @ w)
                 length = np.linalg.norm(w)
         q = w / length
@@ -179,7 +179,7 @@ def _lanczos(
             w = w - basis @ (basis.T @ w)
         if number < count:
             continue
-        values, parts = eigh_tridiagonal(diagonal, beside, select="i", select_range=(number - count, number - 1))
+        values, parts = eigh_tridiagonal(diagonal, off_diagonal, select="i", select_range=(number - count, number - 1))
         values, parts = values[::-1], parts[:, ::-1]
         if number == size or (np.linalg.norm(w) * np.abs(parts[-1]) <= tolerance * np.abs(values)).all():
             vectors = basis @ parts
@@ -189,39 +189,39 @@ def _lanczos(
 
 
 def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:
-    """The largest eigenvalue on the first training examples, in eval mode; model and generators are left as they are.
+    """The largest eigenvalue on the first training examples, in eval mode; model and generators are unchanged.
 
     Args:
-        task: With the model as it is now.
-        examples: How many.
+        task: The task with its current model.
+        examples: Number of examples.
         tolerance: Relative accuracy.
     """
-    with evaluating(task.model):
+    with eval_mode(task.model):
         batches = [(task.sample("train", examples), examples)]
         H = Hessian(partial(task.loss_fn, task.model), trained(task.model), batches)
         return float(largest_eigenvalues(H, 1, tolerance=tolerance).values[0])
 
 
 def trace(
-    H: PyTorchLinearOperator, probes: Iterable[np.ndarray], *, beside: Spectrum | None = None
+    H: PyTorchLinearOperator, probes: Iterable[np.ndarray], *, known: Spectrum | None = None
 ) -> tuple[float, float]:
     """Hutchinson's estimate of the trace, and its standard error.
 
-    With `beside` the known eigenvectors' part is taken exactly and only the rest is estimated, as in Hutch++ (Meyer et
-    al. 2021, arXiv 2010.09649): the estimate stays unbiased and the largest eigenvalues no longer add to its variance.
+    With `known`, the part of the known eigenvectors is exact and only the rest is estimated, as in Hutch++ (Meyer et
+    al. 2021, arXiv 2010.09649). The estimate stays unbiased, and the largest eigenvalues do not add to its variance.
 
     Args:
         H: A symmetric operator of P rows.
         probes: Independent vectors (P,) of mean 0 and covariance 1; see `rademacher`.
-        beside: Eigenvalues and vectors that are known.
+        known: Known eigenvalues and eigenvectors.
     """
-    each = []
+    samples = []
     for v in probes:
-        rest = v if beside is None else v - beside.vectors @ (beside.vectors.T @ v)
-        each.append(float(rest @ _times(H, rest)))
-    exact = 0.0 if beside is None else float(beside.values.sum())
-    n = len(each)
-    return exact + float(np.mean(each)), float(np.std(each, ddof=1) / n**0.5) if n > 1 else float("nan")
+        rest = v if known is None else v - known.vectors @ (known.vectors.T @ v)
+        samples.append(float(rest @ _times(H, rest)))
+    exact = 0.0 if known is None else float(known.values.sum())
+    n = len(samples)
+    return exact + float(np.mean(samples)), float(np.std(samples, ddof=1) / n**0.5) if n > 1 else float("nan")
 
 
 def rademacher(size: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -238,10 +238,10 @@ def density(H: PyTorchLinearOperator, *, nodes: int, probes: int, seed: int = 0)
         H: A symmetric operator of P rows.
         nodes: Lanczos steps from each probe.
         probes: Random first vectors, uniform on the sphere.
-        seed: Of the probes.
+        seed: Seed of the probes.
 
     Returns:
-        Eigenvalues and weights, (probes * nodes,) each; the weights add to 1. The sum of weight * eigenvalue^p
+        Eigenvalues and weights, (probes * nodes,) each; the weights sum to 1. The sum of weight * eigenvalue^p
         estimates tr(H^p) / P.
     """
     values, weights = [], []
@@ -255,8 +255,8 @@ def density(H: PyTorchLinearOperator, *, nodes: int, probes: int, seed: int = 0)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block: BatchNorm with its running statistics, no dropout; then every layer as it was."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the block: running BatchNorm statistics, no dropout. Then each layer's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -267,5 +267,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _times(H: PyTorchLinearOperator, v: np.ndarray) -> np.ndarray:
-    """(P,), in float64."""
+    """The product H v, (P,), in float64."""
     return (H @ torch.as_tensor(v, dtype=H.dtype, device=H.device)).double().cpu().numpy()
