@@ -29,7 +29,7 @@ class Operation(ABC):
         adaptive: Whether T is |w|.
 
     Attributes:
-        norms: ||T g_i||, over the perturbed parameters that nothing else uses. Shape (m,); None if they have no gradient.
+        norms: ||T g_i||, over the perturbed parameters that nothing else uses. Shape (m,); None without a gradient.
         trained: Whether each of the parameters wants a gradient. In the clean pass they stay out of autograd's graph.
     """
 

@@ -12,34 +12,24 @@ from weakref import ref
 
 from torch import Tensor
 
-SWAPS = {"transpose", "transpose_", "swapaxes", "swapdims"}
-REDUCTIONS = {
-    "sum", "mean", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "vector_norm", "logsumexp", "any", "all",
-    "argmax", "argmin", "median", "nansum", "nanmean",
-}  # fmt: skip
-ORDER = {
-    "flip", "roll", "sort", "argsort", "index_select", "gather", "take", "take_along_dim", "scatter", "scatter_add",
-    "flipud", "rot90", "msort", "topk", "unique", "nonzero", "masked_select", "repeat", "tile", "select", "narrow",
-    "unbind", "unfold", "as_strided", "cumsum", "index_add", "index_copy", "scatter_reduce", "cdist", "block_diag",
-    "kron", "outer", "tensordot", "meshgrid", "vstack", "broadcast_tensors", "broadcast_to",
-}  # fmt: skip
-"""Functions that may change the order of the examples, or make others of them. Some can be told apart by their dim."""
-
-JOINS = {"cat", "concat", "concatenate", "stack", "chunk", "split", "tensor_split"}
-BY_DIM = {"unbind", "select", "narrow", "flip", "roll", "sort", "argsort", "topk", "index_select", "gather", "cumsum"}
-BY_DIM |= {"index_add", "index_copy", "scatter", "scatter_add", "unfold", "take_along_dim"}
-
-PLACES = dict.fromkeys(("chunk", "split", "tensor_split", "roll", "take_along_dim"), (2, 0))
-PLACES |= {"sort": (1, -1), "argsort": (1, -1), "topk": (2, -1)}
-"""Where a function's dim stands among its arguments, and what it is if it is left out; (1, 0) for others."""
+from msam.vectorized.places import place
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Where the examples lie."""
+    """Where the examples lie.
+
+    Attributes:
+        dim: The dimension; None if it is not known.
+        outer: How many times over they lie there, one after the other: of a dimension of `outer` * B * k rows, row r
+            belongs to example (r // k) % B.
+    """
 
     dim: int | None
-    """None if it is not known."""
+    outer: int = 1
+
+
+UNKNOWN = Examples(None)
 
 
 class Derived:
@@ -112,103 +102,31 @@ class Origins:
     def lies_first(self, t: Any) -> bool:
         """Whether a tensor comes from examples, which lie along its first dimension."""
         origin = self.of(t)
-        return isinstance(origin, Examples) and origin.dim == 0 and bool(t.dim()) and len(t) % self._count == 0
+        return isinstance(origin, Examples) and origin.dim == 0 and origin.outer == 1 and len(t) % self._count == 0
 
     def follow(self, func: Callable[..., Any], values: Mapping[Any, Any], results: Iterable[Tensor]) -> None:
         """Take note of what the results of a function of no parameters come from."""
         inputs = list(tensors_in(values))
         origins = [self.of(t) for t in inputs]
-        examples = [(t, o.dim) for t, o in zip(inputs, origins, strict=True) if isinstance(o, Examples)]
-        if not examples:
+        places = [(t, o) for t, o in zip(inputs, origins, strict=True) if isinstance(o, Examples)]
+        if not places:
             if all(o == "constant" for o in origins):
                 for result in results:
                     self.note(result, "constant")
             return
         for result in results:
-            self.note(result, Examples(self._dim(name_of(func), values, examples, result)))
+            self.note(result, self._examples(func, values, places, result))
 
-    def _dim(
-        self, name: str, values: Mapping[Any, Any], examples: Sequence[tuple[Tensor, int | None]], result: Tensor
-    ) -> int | None:
-        dims = {dim for _, dim in examples}
-        if len(dims) > 1 or None in dims or not result.dim():
-            return None
-        t, d = examples[0]
-        assert d is not None
-        moved = _moved(name, values, t, d, result)
-        if moved is not _UNMOVED:
-            return moved
-        if d == 0 and not len(result) % self._count:
-            return 0 if _keeps_first(name, values, t, result) else None
-        return d if result.shape == t.shape and name not in ORDER | JOINS | {"__getitem__"} else None
-
-
-_UNMOVED: Any = object()
-
-
-def _moved(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor) -> Any:
-    """Where a function that moves dimensions puts the one of the examples; `_UNMOVED` if it moves none."""
-    n = t.dim()
-    if name in SWAPS:
-        a, b = (_number(values, place, f"dim{place - 1}") % n for place in (1, 2))
-        return {a: b, b: a}.get(d, d)
-    if name in ("T", "mT", "mH", "H", "t", "adjoint"):
-        if n < 2:
-            return d
-        return n - 1 - d if name in ("T", "t") else {n - 1: n - 2, n - 2: n - 1}.get(d, d)
-    if name == "permute":
-        order = values.get(1, values.get("dims"))
-        order = list(order) if isinstance(order, Sequence) else [values[slot] for slot in range(1, n + 1)]
-        return [place % n for place in order].index(d)
-    if name in ("movedim", "moveaxis"):
-        source, target = values.get(1, values.get("source")), values.get(2, values.get("destination"))
-        if not isinstance(source, int) or not isinstance(target, int):
-            return None
-        order = [place for place in range(n) if place != source % n]
-        order.insert(target % n, source % n)
-        return order.index(d)
-    if name == "unsqueeze":
-        place = _number(values, 1, "dim") % (n + 1)
-        return d + (place <= d)
-    if name in ("squeeze", "expand", "expand_as") and d == 0:
-        return result.dim() - n if name != "squeeze" and result.dim() > n else 0 if len(result) == len(t) else None
-    return _UNMOVED
-
-
-def _keeps_first(name: str, values: Mapping[Any, Any], t: Tensor, result: Tensor) -> bool:
-    """Whether the examples still lie first in a result that has as many rows or a multiple, in their order."""
-    if name == "__getitem__":
-        index = values.get(1)
-        first = index[0] if isinstance(index, tuple) and index else index
-        return first is Ellipsis or first == slice(None) if isinstance(first, slice | type(Ellipsis)) else False
-    if name in REDUCTIONS:
-        dims = values.get(1, values.get("dim", values.get("axis")))
-        if name in ("norm", "vector_norm"):
-            dims = values.get(2, values.get("dim"))
-        dims = [dims] if isinstance(dims, int) else dims
-        return isinstance(dims, Sequence) and bool(dims) and all(dim % t.dim() for dim in dims)
-    if name in JOINS or name in BY_DIM:
-        place, usual = PLACES.get(name, (1, 0))
-        dims = values.get("dim", values.get("dims", values.get(place, usual)))
-        dims = dims if isinstance(dims, int | tuple | list) else usual
-        dims = [dims] if isinstance(dims, int) else dims or [0]
-        return all(dim % max(result.dim(), t.dim(), 1) for dim in dims)
-    if name in ORDER:
-        return False
-    if name == "einsum":
-        equation = values.get(0)
-        if not isinstance(equation, str) or "->" not in equation:
-            return False
-        terms, output = equation.replace(" ", "").split("->")
-        return bool(output) and all(term[:1] == output[0] for term in terms.split(","))
-    if name in ("reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "_unsafe_view"):
-        return True
-    return len(result) == len(t) and result.dim() >= t.dim()
-
-
-def _number(values: Mapping[Any, Any], place: int, name: str) -> int:
-    value = values.get(place, values.get(name, values.get(f"axis{name[3:]}", 0)))
-    return value if isinstance(value, int) else 0
+    def _examples(
+        self,
+        func: Callable[..., Any],
+        values: Mapping[Any, Any],
+        inputs: Sequence[tuple[Tensor, Examples]],
+        result: Tensor,
+    ) -> Examples:
+        known = [(t, (origin.dim, origin.outer)) for t, origin in inputs if origin.dim is not None]
+        found = place(name_of(func), values, known, result, self._count) if len(known) == len(inputs) else None
+        return UNKNOWN if found is None else Examples(*found)
 
 
 def tensors_in(values: Mapping[Any, Any]) -> Iterable[Tensor]:

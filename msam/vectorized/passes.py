@@ -31,84 +31,13 @@ from msam.microbatch import tensors
 from msam.parallel import compiled
 from msam.passes import graph_of
 from msam.state import Snapshot, State
+from msam.vectorized.effects import ASKS, RANDOM, READS, averages, shown, written
 from msam.vectorized.operations import Operation, Sum, refuse, run_clean, run_moved
-from msam.vectorized.origins import Derived, Origins, call, name_of, tensors_in
-from msam.vectorized.plans import BATCH_NORMS, BETWEEN, INTO, Plan, Plans, argument
+from msam.vectorized.origins import Derived, Examples, Origins, call, name_of, tensors_in
+from msam.vectorized.plans import BETWEEN, INTO, Plan, Plans, argument
+from msam.vectorized.rearranged import ATTENTION, examples_first, one_for_each
 
 DIFFERENT = "a loss_fn that calls other functions in its second pass than in its first"
-
-ASKS = frozenset(
-    [
-        "shape",
-        "size",
-        "dim",
-        "ndim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "dtype",
-        "device",
-        "layout",
-        "names",
-        "stride",
-        "storage_offset",
-        "element_size",
-        "itemsize",
-        "nbytes",
-        "get_device",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "retains_grad",
-        "output_nr",
-        "is_cuda",
-        "is_cpu",
-        "is_mps",
-        "is_xpu",
-        "is_meta",
-        "is_sparse",
-        "is_nested",
-        "is_quantized",
-        "is_complex",
-        "is_floating_point",
-        "is_contiguous",
-        "is_tensor",
-        "is_neg",
-        "is_inference",
-        "is_same_size",
-        "is_conj",
-        "is_signed",
-        "result_type",
-        "can_cast",
-        "_version",
-        "_base",
-        "_is_view",
-        "__len__",
-        "__hash__",
-    ]
-)
-"""What reads no values of a tensor."""
-
-
-READS = frozenset(
-    [
-        "item",
-        "tolist",
-        "numpy",
-        "__float__",
-        "__int__",
-        "__index__",
-        "__bool__",
-        "__complex__",
-        "__array__",
-        "__dlpack__",
-    ]
-)
-"""What makes a number of Python, or memory of another library, out of a tensor."""
-
-RANDOM = ("dropout", "bernoulli", "rand", "multinomial", "poisson", "rrelu", "gumbel")
-"""Parts of the names of functions that draw, and so give something else when they are called again."""
 
 
 class Vectorized(TorchFunctionMode):
@@ -204,7 +133,7 @@ class Vectorized(TorchFunctionMode):
             refuse("activation checkpointing")
         missed = [number for number, g in zip(self._perturbed, left, strict=True) if g is not None]
         if missed and not empty:
-            refuse(f"{_name(self._elsewhere.get(missed[0]))} on the parameter {self._names[missed[0]]}")
+            refuse(f"{shown(self._elsewhere.get(missed[0]))} on the parameter {self._names[missed[0]]}")
         if not missed and not empty and not self._norms():
             raise ValueError(
                 "The loss depends on no perturbed parameter of the model: does loss_fn call another model?"
@@ -240,36 +169,50 @@ class Vectorized(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        values = dict(enumerate(args)) | (kwargs or {})
         if name_of(func) in ASKS:
             return func(*args, **kwargs or {})
-        if func in BETWEEN or func in INTO:
+        values = dict(enumerate(args)) | (kwargs or {})
+        place = self._origins.of(values.get(0))
+        if func not in INTO or not isinstance(place, Examples) or not self._touched(values):
+            return self._call(func, values)
+        x = args[0].clone()
+        self._origins.note(x, place)
+        result = self._call(getattr(Tensor, func.__name__[:-1]), values | {0: x})
+        return args[0].copy_(result)
+
+    def _call(self, func: Callable[..., Any], values: dict[Any, Any]) -> Any:
+        """The result of a function, by micro-batch if it has to be."""
+        if func in BETWEEN:
             values = self._met(values)
-        touched = self._touched(values)
-        averages = _averages(func, values)
-        plan = self._plans.plan(func, values) if touched or averages else None
-        if plan is not None and func in INTO:
-            x = values[0].clone()
-            self._origins.note(x, self._plans.examples_first)
-            func, values = getattr(Tensor, func.__name__[:-1]), values | {0: x}
-            plan = self._plans.plan(func, values)
-            return args[0].copy_(self._run(func, plan, touched, values)) if plan else refuse(_name(func))
-        if plan is not None:
-            return self._run(func, plan, touched, values)
-        if averages:
-            refuse("BatchNorm of anything but the examples")
-        if touched:
+        touched, averaging = self._touched(values), averages(func, values)
+        if touched or averaging:
+            if (plan := self._plans.plan(func, values)) is not None:
+                return self._run(func, plan, touched, values)
+            if averaging:
+                refuse("BatchNorm of anything but the examples")
+            if (result := self._rearranged(func, values)) is not NotImplemented:
+                return result
             self._check_use(func, touched, values)
         else:
             self._check_write(func, values)
         result = call(func, values)
-        results = result if isinstance(result, list | tuple) else [result]
         if touched:
             self._other(func, touched, values, result)
-        else:
-            self._origins.follow(func, values, [t for t in results if isinstance(t, Tensor)])
-            if func is Tensor.__setitem__ and isinstance(args[0], Tensor):
-                self._origins.follow(func, values, [args[0]])
+            return result
+        results = result if isinstance(result, list | tuple) else [result]
+        self._origins.follow(func, values, [t for t in results if isinstance(t, Tensor)])
+        if func is Tensor.__setitem__ and isinstance(values[0], Tensor):
+            self._origins.follow(func, values, [values[0]])
+        return result
+
+    def _rearranged(self, func: Callable[..., Any], values: dict[Any, Any]) -> Any:
+        """The same by other calls; NotImplemented if none are known."""
+        if func is F.multi_head_attention_forward:
+            with self:
+                return call(ATTENTION, values)
+        result = examples_first(func, values, self._origins, self._call)
+        if result is NotImplemented:
+            result = one_for_each(func, values, self._origins, self._plans.is_parameter, self._call)
         return result
 
     def _touched(self, values: dict[Any, Any]) -> list[int]:
@@ -284,8 +227,6 @@ class Vectorized(TorchFunctionMode):
     def _run(self, func: Callable[..., Any], plan: Plan, touched: list[int], values: dict[Any, Any]) -> Tensor:
         make, x, params = plan
         signature = func, [id(p) for p in params], None if x is None else x.shape
-        if any(t is not None and torch.is_autocast_enabled(t.device.type) for t in (x, *params)):
-            refuse("torch.autocast")
         if self._scale is not None:
             if self._called == len(self._operations) or self._operations[self._called][1] != signature:
                 refuse(DIFFERENT)
@@ -294,7 +235,7 @@ class Vectorized(TorchFunctionMode):
             scale = self._scale if operation.norms is None else self._scale.to(operation.norms)
             return self._noted(run_moved(operation, scale, x, params))
         if touched and not torch.is_grad_enabled():
-            refuse(f"{_name(func)} on the parameter {self._names[touched[0]]} under no_grad, or a reentrant checkpoint")
+            refuse(f"{shown(func)} on the parameter {self._names[touched[0]]} under no_grad, or a reentrant checkpoint")
         if func is F.batch_norm and argument(values, 5, "training"):
             counter = self._counters.get(id(argument(values, 1, "running_mean")))
             if counter is not None:
@@ -324,16 +265,15 @@ class Vectorized(TorchFunctionMode):
         """Refuse what would write to a parameter, before it does, and what reads its values."""
         name = self._names[touched[0]]
         if name_of(func) in READS:
-            refuse(f"{_name(func)} on the parameter {name}, which reads its values")
+            refuse(f"{shown(func)} on the parameter {name}, which reads its values")
         if argument(values, 3, "max_norm") is not None and func in (F.embedding, F.embedding_bag):
-            refuse(f"{_name(func)} with max_norm on the parameter {name}")
-        written = [t for t in _written(func, values) if self._touched({0: t})]
-        if written:
-            refuse(f"{_name(func)} on the parameter {name}, which writes to it")
+            refuse(f"{shown(func)} with max_norm on the parameter {name}")
+        if any(self._touched({0: t}) for t in written(func, values)):
+            refuse(f"{shown(func)} on the parameter {name}, which writes to it")
 
     def _check_write(self, func: Callable[..., Any], values: dict[Any, Any]) -> None:
         """Refuse what would move the state, before it does."""
-        for t in _written(func, values):
+        for t in written(func, values):
             if t.layout is torch.strided and (name := self._held.get(t.untyped_storage()._cdata)) is not None:
                 refuse(f"a forward pass that moves {name}")
 
@@ -345,7 +285,7 @@ class Vectorized(TorchFunctionMode):
         results = result if isinstance(result, list | tuple) else [result]
         name = self._names[touched[0]]
         if not results or not all(isinstance(t, Tensor) and t.requires_grad for t in results):
-            refuse(f"{_name(func)} on the parameter {name}, whose result has no gradient")
+            refuse(f"{shown(func)} on the parameter {name}, whose result has no gradient")
         inputs: dict[int, Tensor | Derived] = {}
         pure = not any(word in name_of(func) for word in RANDOM)
         for t in tensors_in(values):
@@ -399,28 +339,3 @@ def together(
     origins = Origins(sum(sizes), tensors(batch), constants)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Vectorized(model, Plans(len(sizes), adaptive, origins, perturbed, trained), perturbed, rho)
-
-
-def _averages(func: Callable[..., Any], values: dict[Any, Any]) -> bool:
-    """Whether it is BatchNorm in train mode."""
-    return func in BATCH_NORMS and bool(argument(values, 5, "training"))
-
-
-def _written(func: Callable[..., Any], values: dict[Any, Any]) -> list[Tensor]:
-    """The tensors that a function writes to, as its name and arguments say."""
-    name = getattr(func, "__name__", "")
-    out = values.get("out")
-    found = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, list | tuple) else []
-    in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"):
-        first = values.get(0, values.get("input"))
-        found += list(first) if isinstance(first, list | tuple) else [first]
-    if values.get("inplace") is True:
-        found.append(values.get(0))
-    return [t for t in found if isinstance(t, Tensor)]
-
-
-def _name(func: Callable[..., Any] | None) -> str:
-    """How a reader knows a function; what reads an attribute of a tensor has none."""
-    name = getattr(func, "__name__", "a function of your own")
-    return ".data or another attribute" if name == "__get__" else name

@@ -67,7 +67,7 @@ class Plans:
             return self.looked_up(values, x) if self.origins.lies_first(x) else None
         flat, slots = self._flat(func, values)
         of_examples = [slot for slot in slots if self.origins.lies_first(flat[slot])]
-        params = [slot for slot in slots if self._is_parameter(flat[slot])]
+        params = [slot for slot in slots if self.is_parameter(flat[slot])]
         if len(of_examples) != 1 or any(
             self._stands_between(flat[slot]) for slot in {*slots} - {*of_examples, *params}
         ):
@@ -96,7 +96,8 @@ class Plans:
             flat |= {(listed, number): t for number, t in enumerate(values[listed])}
         return flat, [slot for slot, value in flat.items() if isinstance(value, Tensor)]
 
-    def _is_parameter(self, t: Tensor) -> bool:
+    def is_parameter(self, t: Tensor) -> bool:
+        """Whether it is one, or a function of some."""
         return id(t) in self._trained or isinstance(self.origins.of(t), Derived)
 
     def _stands_between(self, t: Tensor) -> bool:
@@ -120,7 +121,7 @@ class Plans:
         if func in JOINS:
             dim = argument(values, 1, "dim", 0)
             return isinstance(dim, int) and dim % x.dim() > 0 and all(p.dim() == x.dim() for p in others)
-        if any(p.dtype != x.dtype for p in others if p.is_floating_point()):
+        if any(p.dtype != x.dtype for p in others if p.is_floating_point()) and not _autocast(x):
             return False
         if func in MATRICES:
             return x.dim() > (1 if slot == 0 else 2) and all(p.dim() <= 2 or self._broadcasts(p, x) for p in others)
@@ -151,7 +152,7 @@ class Plans:
         if func is not F.linear and func is not F.conv2d:
             return None
         x, params = values[slot], [argument(values, 1, "weight"), argument(values, 2, "bias")]
-        if any(p is not None and id(p) not in self._trained for p in params):
+        if _autocast(x) or any(p is not None and id(p) not in self._trained for p in params):
             return None
         flags = [id(p) in self._perturbed for p in params]
         stride, padding, dilation, groups = (
@@ -202,6 +203,11 @@ class Plans:
 def argument(values: Mapping[Any, Any], place: int, name: str, default: Any = None) -> Any:
     """An argument, given by place or by name."""
     return values.get(place, values.get(name, default))
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether torch picks the types, and so converts the parameters of each micro-batch by itself."""
+    return bool(torch.is_autocast_enabled(x.device.type))
 
 
 def _pair(value: int | Sequence[int]) -> Sequence[int]:

@@ -323,7 +323,6 @@ REFUSED = {
     "BatchNorm that is called past": Uses(lambda net, x: past_the_mode(x)),
     "BatchNorm with momentum=None": nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, momentum=None)),
     "perturbed parameters of torch.bfloat16": nn.Linear(5, 3).bfloat16(),
-    "multi_head_attention_forward": nn.TransformerEncoderLayer(5, 1, 5, batch_first=True),
     "torch.compile": torch.compile(nn.Linear(5, 3)),
     "detach on the parameter bare": Uses(lambda net, x: x * net.bare.norm().detach()),
     "__float__ on the parameter bare": Uses(lambda net, x: x * float(net.bare.norm())),
@@ -359,20 +358,15 @@ def test_refuses_by_name_and_leaves_everything_as_it_was(words):
     before = copy.deepcopy(model.state_dict())
     x, y = data(8, 5)
     x = (x if words != "perturbed parameters of torch.bfloat16" else x.bfloat16()).to(next(model.parameters()).dtype)
-    x = x[:, None] if "attention" in words else x
     with pytest.raises(NotImplementedError, match=words):
         vectorized(model, (x, y), 4, lambda part: model(part[0]).float().square().mean(), rho=0.1)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_refuses_autocast_checkpoints_and_passes_that_differ():
+def test_refuses_checkpoints_and_passes_that_differ():
     model, (x, y) = mlp().float(), data(8, 5)
     batch = x.float(), y
-
-    def autocast(part):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return loss_of(model)(part)
 
     calls = iter(range(9))
 
@@ -382,7 +376,6 @@ def test_refuses_autocast_checkpoints_and_passes_that_differ():
         return loss + torch.autograd.grad(loss, x, retain_graph=True)[0].norm()
 
     for words, loss_fn in {
-        "torch.autocast": autocast,
         "activation checkpointing": lambda part: F.cross_entropy(
             checkpoint(model, part[0], use_reentrant=False), part[1]
         ),
@@ -454,6 +447,20 @@ def test_constants_of_the_batchs_length_are_not_examples(order):
 
 
 TURNED = {
+    "examples along the second dimension": lambda net, x: F.linear(x.expand(3, *x.shape), net.bare).sum(0),
+    "rounds of examples": lambda net, x: (
+        F.linear(x.expand(3, *x.shape).reshape(-1, 5), net.bare).view(3, len(x), 4).sum(0)
+    ),
+    "bias along the second": lambda net, x: (x.expand(3, *x.shape) * net.bare[0] + net.table[1]).sum(0),
+    "layer norm along the second": lambda net, x: F.layer_norm(x.expand(3, *x.shape), (5,), net.table[0]).sum(0),
+    "in place along the second": lambda net, x: (x * torch.ones(3, 1, 1)).add_(net.table[0]).sum(0),
+    "where": lambda net, x: torch.where(x > 0, x, net.table[0]),
+    "addcmul": lambda net, x: torch.addcmul(net.table[0], net.table[1], x),
+    "lerp": lambda net, x: torch.lerp(x, x * x, net.table[0]),
+    "attention bias": lambda net, x: F.scaled_dot_product_attention(
+        x.view(-1, 5, 1), x.view(-1, 5, 1), x.view(-1, 5, 1), attn_mask=net.table[:5]
+    ),
+    "token among several": lambda net, x: torch.cat([x, net.bare[:1].expand(len(x), -1), x], 1),
     "slice": lambda net, x: x + net.bare[:1, :5],
     "first rows": lambda net, x: x * net.table[: x.shape[1]].sum(0),
     "reshaped": lambda net, x: x * net.bare.reshape(-1)[:5].view(1, 5),
@@ -494,6 +501,62 @@ def test_parameters_may_be_turned_into_other_tensors(use, adaptive):
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+class Attention(nn.Module):
+    """torch's own attention, to itself or to other tokens."""
+
+    def __init__(self, batch_first, cross, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first, **options)
+        self.batch_first, self.cross, self.out = batch_first, cross, nn.Linear(6, 3)
+
+    def forward(self, x):
+        tokens = x.view(len(x), -1, 6)
+        tokens = tokens if self.batch_first else tokens.transpose(0, 1)
+        other = tokens.flip(-1) if self.cross else tokens
+        y, weights = self.attention(tokens, other, other, need_weights=not self.cross)
+        y = y if self.batch_first else y.transpose(0, 1)
+        return self.out(y.mean(1)) if weights is None else self.out(y.mean(1)) * weights.amax((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"add_zero_attn": True}, {"kdim": 6, "vdim": 6}])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_torchs_own_attention(batch_first, cross, options):
+    torch.manual_seed(0)
+    model, batch = Attention(batch_first, cross, **options).double(), data(8, 18)
+    twin = copy.deepcopy(model)
+    vectorized(model, batch, 4, rho=0.5)
+    msam.backward(loss_of(twin), batch, twin, rho=0.5, micro_batches=4)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("words", ["images", "tokens"])
+def test_under_autocast(words):
+    """Rounding to bfloat16 moves the gradient no more than it moves the loop's."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3) if words == "images" else Attention(True, False)
+    batch = (torch.randn(8, 3, 32, 32), torch.arange(8) % 3) if words == "images" else data(8, 18)
+    batch = batch[0].float(), batch[1]
+    nets = [model, copy.deepcopy(model), copy.deepcopy(model).double()]
+
+    def loss_fn(net, part):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(net)(part)
+
+    one, loop = (
+        msam.backward(
+            lambda part, net=net: loss_fn(net, part), batch, net, rho=0.05, micro_batches=4, vectorized=net is model
+        )
+        for net in nets[:2]
+    )
+    exact = batch[0].double(), batch[1]
+    msam.backward(loss_of(nets[2]), exact, nets[2], rho=0.05, micro_batches=4)
+    a, b, c = (torch.cat([p.grad.flatten().double() for p in net.parameters()]) for net in nets)
+    assert 0 < (a - c).norm() < 1.5 * (b - c).norm()
+    torch.testing.assert_close(one.gradient_norms, loop.gradient_norms, rtol=1e-3, atol=0)
+    assert all(p.grad.dtype is torch.float32 for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
@@ -555,6 +618,11 @@ def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
 
 def timm_model(name, **options):
     return lambda: timm.create_model(name, num_classes=3, **options)
+
+
+def language_model(name, kind, **options):
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, pad_token_id=0, **options)
+    return lambda: getattr(transformers, kind)(config)
 
 
 def text_model(kind, **options):
