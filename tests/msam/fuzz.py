@@ -72,7 +72,7 @@ def _step(this: Case) -> list[str]:
     try:
         step = msam.backward(this.loss_of(this.net), this.batch, this.net, micro_batches=m, **options)
     except ValueError as refusal:
-        if "depends on no" not in str(refusal) or expected.norms and max(expected.norms) > 0:
+        if "depends on no" not in str(refusal) or (expected.norms and max(expected.norms) > 0):
             raise Wrong(f"loop: {refusal}") from refusal
         return ["loop: depends on no parameter"] if watched.unchanged() else _wrong("loop: refused, and left changed")
     if not torch.equal(after, torch.get_rng_state()):
@@ -104,14 +104,12 @@ def _compare_loop(this: Case, step: Any, expected: Plain, plain: nn.Module, held
     for name, g in expected.gradient.items():
         before = held[name]
         theirs[name] = before if g is None else g if before is None else g + before
-    total, weights = 0.0, Counter()
     _compare("loop", this, this.net, plain, theirs, LOOP)
     norms = step.gradient_norms
     if norms is not None and not this.shared and not this.empty:
         ours = torch.tensor(expected.norms, dtype=norms.dtype)
         if (norms - ours).abs().max() > 1e-6 * ours.abs().max() + 1e-12:
             raise Wrong(f"loop: norms {norms.tolist()}, not {expected.norms}")
-    del total, weights
 
 
 def _one_pass(this: Case, net: nn.Module) -> str:
@@ -123,7 +121,8 @@ def _one_pass(this: Case, net: nn.Module) -> str:
     except NotImplementedError as refusal:
         if not watched.unchanged():
             raise Wrong(f"one pass: refused, and left changed: {refusal}") from refusal
-        return "refused: " + re.sub(r"the parameter [\w.]+|[\w.]+\.\d[\w.]*", "...", str(refusal).split("cannot do ")[-1].split(": use")[0])
+        reason = str(refusal).split("cannot do ")[-1].split(": use")[0]
+        return "refused: " + re.sub(r"the parameter [\w.]+|[\w.]+\.\d[\w.]*", "...", reason)
     if this.noisy:
         return "one pass: other random numbers"
     theirs = {name: p.grad for name, p in this.net.named_parameters() if p.requires_grad}
@@ -176,30 +175,29 @@ def faults(seed: int) -> list[str]:
     Raises:
         Wrong: with the number of the operation after which something is left changed.
     """
-    this, outcomes = case(seed), []
-    for way in ({}, {"shared": True}, {"vectorized": True}):
-        if this.examples % this.m and "vectorized" in way:
-            continue
-        count, number = None, 0
-        while count is None or number < count:
-            net = copy.deepcopy(this.net)
-            torch.manual_seed(this.seed + 1)
-            _held(this, net)
-            watched = Watched(net)
-            with suppress(Injected, NotImplementedError, ValueError), FaultAt(None if count is None else number) as fault:
-                msam.backward(
-                    this.loss_of(net), this.batch, net, micro_batches=this.m, **this.options, **way
-                )
-                if count is not None:
-                    fault.number = None
-            if count is None:
-                count = fault.count
-                continue
-            if fault.number is not None and not watched.unchanged():
-                raise Wrong(f"{way}: after a fault at operation {number} of {count}")
-            number += 1
+    this = case(seed)
+    outcomes: list[str] = []
+    ways: list[dict[str, bool]] = [{}, {"shared": True}, {"vectorized": True}]
+    for way in ways[: 2 if this.examples % this.m else 3]:
+        count = _fault(this, way, None)
+        for number in range(count):
+            _fault(this, way, number)
         outcomes += [f"fault {way or 'loop'}"] * count
     return outcomes
+
+
+def _fault(this: Case, way: dict[str, bool], number: int | None) -> int:
+    """A step with a fault at the operation of this number, if any; how many operations it had."""
+    net = copy.deepcopy(this.net)
+    torch.manual_seed(this.seed + 1)
+    _held(this, net)
+    watched = Watched(net)
+    with suppress(Injected, NotImplementedError, ValueError), FaultAt(number) as fault:
+        msam.backward(this.loss_of(net), this.batch, net, micro_batches=this.m, **this.options, **way)
+        number = None  # the step has caught the fault, or come to its end
+    if number is not None and not watched.unchanged():
+        raise Wrong(f"{way or 'loop'}: left changed by a fault at operation {number} of {fault.count}")
+    return fault.count
 
 
 def tried(seed: int, with_faults: bool) -> tuple[int, list[str], str]:
@@ -224,16 +222,20 @@ def _unpacked(given: tuple[int, bool]) -> tuple[int, list[str], str]:
     return tried(*given)
 
 
-def main() -> int:
-    """Run it; the status to end with."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=None, help="30000, or 60 with --faults")
+    parser.add_argument("--cases", type=int, default=None, help="30000, or 20 with --faults")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--faults", action="store_true", help="put a fault at every operation instead")
     parser.add_argument("--most", type=int, default=WRONG_AT_MOST, help="wrong cases after which it gives up")
-    given = parser.parse_args()
-    cases = given.cases or (60 if given.faults else 30_000)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run it; the status to end with."""
+    given = _arguments()
+    cases = given.cases or (20 if given.faults else 30_000)
     seeds, counts, wrong = range(given.seed, given.seed + cases), Counter(), 0
     started = shown = time.monotonic()
     for done, (seed, outcomes, what) in enumerate(_all(seeds, given.faults, min(given.jobs, cases)), start=1):

@@ -99,7 +99,7 @@ def case(seed: int) -> Case:
     return Case(
         seed=seed, net=net, batch=batch, examples=examples, m=m, loss_of=loss_of, options=options,
         shared=draw.random() < 0.12, held=draw.random() < 0.3, steps=draw.choice([1, 1, 1, 2]), noisy=noisy,
-        empty=empty, text=f"{net.names} B={examples} m={m} {options} {text}",
+        empty=empty, text=f"{net.names} B={examples} m={m} {list(options)} rho={options['rho']} {text}",
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ class Bag(nn.Module):
             return x + self.table(ids[:, 0])[:, None]
         if self.way == "rows":
             return x + self.table.weight[ids[..., 0]]
-        return x + self.table(ids[..., 0])
+        return x + self.table(ids[..., 0].mT.contiguous().mT if self.way == "turned" else ids[..., 0])
 
 
 def in_order(make: Callable[[], nn.Module]) -> Callable[[random.Random], nn.Module]:
@@ -133,7 +133,7 @@ LAYERS: dict[str, Callable[[random.Random], nn.Module]] = {
     "bilinear": lambda draw: Stage("", lambda s, x: s.layer(x, x), layer=nn.Bilinear(FEATURES, FEATURES, FEATURES)),
     "cell": lambda draw: Cell(),
     "attention": lambda draw: Attention(draw.choice(["permute", "unbind", "chunk", "fused"])),
-    "lookup": lambda draw: Bag(draw.choice(["bag", "rows", "table"])),
+    "lookup": lambda draw: Bag(draw.choice(["bag", "rows", "table", "turned"])),
     "weight norm": lambda draw: nn.utils.parametrizations.weight_norm(nn.Linear(FEATURES, FEATURES)),
     "spectral norm": lambda draw: nn.utils.parametrizations.spectral_norm(nn.Linear(FEATURES, FEATURES)),
     "twice": lambda draw: Stage("", lambda s, x: s.layer(torch.tanh(s.layer(x))), layer=nn.Linear(FEATURES, FEATURES)),

@@ -80,12 +80,12 @@ MOVES: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Any], Tensor]] = 
     "sorted and back": lambda f, x, s: sorted_and_back(f, x),
     "broadcast by a constant": lambda f, x, s: f(x * s.outer).sum(0),
     "broadcast, positions left": lambda f, x, s: f(x[:, 0] + s.outer[:, 0]).sum(0)[:, None] + x,
-    "constant first": lambda f, x, s: x
-    + f(F.linear(s.rows, x[:, 0]).unsqueeze(-1) * s.square[0]).mean(0)[:, None],
+    "constant first": lambda f, x, s: x + f(F.linear(s.rows, x[:, 0]).unsqueeze(-1) * s.square[0]).mean(0)[:, None],
     "constant inside": lambda f, x, s: x + f(torch.inner(s.rows, x[:, 0]).unsqueeze(-1) * s.square[0]).mean(0)[:, None],
     "picked from a constant": lambda f, x, s: x + f(s.table[:, ids_of(x)].unsqueeze(-1) * s.square[0]).mean(0)[:, None],
-    "selected from a constant": lambda f, x, s: x
-    + f(torch.index_select(s.table, 1, ids_of(x)).unsqueeze(-1) * s.square[0]).mean(0)[:, None],
+    "selected from a constant": lambda f, x, s: (
+        x + f(torch.index_select(s.table, 1, ids_of(x)).unsqueeze(-1) * s.square[0]).mean(0)[:, None]
+    ),
     "written into a constant": lambda f, x, s: f(written(x, s)),
     "one position": lambda f, x, s: x + f(x[:, :1]),
     "squeezed": lambda f, x, s: x + f(x[:, :1].squeeze(1)).unsqueeze(1),

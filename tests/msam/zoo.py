@@ -109,7 +109,9 @@ def check(name: str, m: int) -> str:
     return "equal"
 
 
-def compare(what: str, ours: nn.Module, theirs: nn.Module, gradient: dict[str, Tensor | None], tolerance: float) -> None:
+def compare(
+    what: str, ours: nn.Module, theirs: nn.Module, gradient: dict[str, Tensor | None], tolerance: float
+) -> None:
     """Compare the gradient, which parameters have none, the weights and the buffers.
 
     Raises:

@@ -172,6 +172,7 @@ TIMM: dict[str, Entry] = {
     ),
 }  # fmt: skip
 
+
 def segmentation(name: str, num_classes: int) -> nn.Module:
     """A head of torchvision on a small body."""
     body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))

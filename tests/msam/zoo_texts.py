@@ -53,10 +53,15 @@ def sounds(examples: int) -> dict[str, Tensor]:
 
 
 def spectrograms(examples: int) -> dict[str, Tensor]:
-    return {"input_features": random(examples, 8, 16), "labels": torch.arange(12 * examples).view(examples, -1)[:, :5] % 50}
+    return {
+        "input_features": random(examples, 8, 16),
+        "labels": torch.arange(12 * examples).view(examples, -1)[:, :5] % 50,
+    }
 
 
-def of(kind: str, task: str = "ForSequenceClassification", batch: Callable[[int], Any] = words, **options: Any) -> Entry:
+def of(
+    kind: str, task: str = "ForSequenceClassification", batch: Callable[[int], Any] = words, **options: Any
+) -> Entry:
     """A model by the names of its configuration and its class."""
     usual = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
