@@ -169,8 +169,8 @@ def _rounding(this: Case, net: nn.Module) -> float:
     return max(error(results[1], results[0]), error(results[2], results[0]))
 
 
-def faults(seed: int) -> list[str]:
-    """A fault at every operation of a step, in each way that the case can be done.
+def faults(seed: int, every: int = 1) -> list[str]:
+    """A fault at every operation of a step, or at one of so many, in each way that the case can be done.
 
     Raises:
         Wrong: with the number of the operation after which something is left changed.
@@ -180,9 +180,9 @@ def faults(seed: int) -> list[str]:
     ways: list[dict[str, bool]] = [{}, {"shared": True}, {"vectorized": True}]
     for way in ways[: 2 if this.examples % this.m else 3]:
         count = _fault(this, way, None)
-        for number in range(count):
+        for number in range(seed % every, count, every):
             _fault(this, way, number)
-        outcomes += [f"fault {way or 'loop'}"] * count
+        outcomes += [f"fault {way or 'loop'}"] * (count // every)
     return outcomes
 
 
