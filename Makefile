@@ -1,4 +1,4 @@
-# The map of this repository: run `make` to read it.
+# The commands of this repository: run `make` to list them.
 
 PROFILE ?= cpu
 SEEDS ?=
@@ -11,7 +11,7 @@ pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 3 --dist worksteal
 which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")
 how = $(which) $(if $(JOBS),--jobs "$(JOBS)")
 
-# The table is written although a run failed, but then make fails too; Ctrl-C ends both.
+# If a run fails, the table is still written, but make fails. Ctrl-C ends both.
 define train_and_tabulate
 trap 'exit 130' INT; status=0; \
 $(python) -m experiments run $(1) $(how) || status=$$?; \
@@ -22,7 +22,7 @@ endef
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast bench soak fuzz lint format lock clean
 
-help: ## Show this map
+help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@ / { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 } \
@@ -32,66 +32,66 @@ help: ## Show this map
 reproduce-table1: setup ## Train the missing runs of Table 1, then write and print the table
 	@$(call train_and_tabulate,table1)
 
-tune-table1: setup ## Train the missing runs of the grid that chose Table 1's hyper-parameters, likewise
+tune-table1: setup ## The same for the grid that chose Table 1's hyper-parameters
 	@$(call train_and_tabulate,table1-tuning)
 
 reproduce-table2: setup ## Train the missing runs of Table 2 (texts), then write and print the table
 	@$(call train_and_tabulate,table2)
 
-tune-table2: setup ## Train the missing runs of the grid that chose Table 2's hyper-parameters, likewise
+tune-table2: setup ## The same for the grid that chose Table 2's hyper-parameters
 	@$(call train_and_tabulate,table2-tuning)
 
-reproduce-table3: setup ## Measure how flat the networks of Table 1 are (trains the missing ones), then its table and figures
+reproduce-table3: setup ## Measure the flatness of Table 1's networks (trains missing ones), then write the table and figures
 	@$(call train_and_tabulate,table3)
 
-reproduce-table4: setup ## Time the steps of every method beside each other, then write and print the table
+reproduce-table4: setup ## Time the steps of all methods, then write and print the table
 	@$(call train_and_tabulate,table4)
 
-#=      study-NAME         Likewise a side study: micro_batches, rho, batch_size, label_noise or trajectories
+#=      study-NAME         The same for a side study: micro_batches, rho, batch_size, label_noise or trajectories
 study-%: setup
 	@$(call train_and_tabulate,$*)
 
-reproduce-all: setup ## Show how long everything takes, then run whatever is missing of it
+reproduce-all: setup ## Show how long everything takes, then run everything that is missing
 	@$(python) -m experiments plan all $(how)
 	@$(call train_and_tabulate,all)
 
-theory: setup ## Simulate what linear stability predicts, then write and print predicted beside simulated, and the figure
+theory: setup ## Simulate linear stability, then write predictions and simulations as a table and a figure
 	@$(call train_and_tabulate,theory)
 
-tables: setup ## Draw the committed tables and figures again from the committed runs, without training
+tables: setup ## Rebuild the committed tables and figures from the committed runs, without training
 	$(python) -m analysis --from-committed --profile "$(PROFILE)" $(if $(RESULTS),--results "$(RESULTS)")
 
 figures: tables ## The same: each figure is drawn with its table
 
-report: tables ## The same: report.html is written with them
+report: tables ## The same: report.html is written with the tables
 
-check: setup ## Prove each distinct cell of every table at full size before it costs a GPU: PROFILE=paper (half an hour)
+check: setup ## Check each distinct cell of every table at full size, before it costs GPU time: PROFILE=paper (half an hour)
 	@$(python) -m experiments check all --profile "$(PROFILE)"
 
-plan: setup ## List the runs of Table 1: which are done, which would train
+plan: setup ## List the runs of Table 1 that are done and those that would be trained
 	$(python) -m experiments plan table1 $(how)
 
-submit: setup ## Hand the missing runs of Table 1 to Slurm (python -m slurm has the rest)
+submit: setup ## Submit the missing runs of Table 1 to Slurm (for more, see python -m slurm)
 	$(python) -m slurm submit table1 $(which)
 
 status: setup ## Count the runs of Table 1: done, running, failed, missing
 	$(python) -m experiments status table1 $(which)
 
 ##@ Work on the code
-setup: ## Build .venv from requirements.lock, once; every other target does it when needed
+setup: ## Build .venv from requirements.lock, once; other targets do this when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run all tests, three at a time on a core each (some wait for a cluster); a warning is an error
+test: setup ## Run all tests, three at a time with a core each (some wait for a cluster); warnings are errors
 	$(pytest)
 
-test-fast: setup ## Run the tests but for those marked slow
+test-fast: setup ## Run all tests except those marked slow
 	$(pytest) -m "not slow"
 
-bench: setup ## Time msam.backward beside its peers and beside the passes alone, in one run (half an hour)
+bench: setup ## Time msam.backward against other implementations and against the bare passes (half an hour)
 	$(python) -m benchmarks.backward
 	$(python) -m benchmarks.loop
 
-soak: setup ## Kill trainings, pools and analyses at random instants, feed readers anything; prints figures (half an hour)
+soak: setup ## Kill training runs, pools and analyses at random times, damage records, print the outcomes (half an hour)
 	$(python) -m tests.faults.soak
 
 fuzz: setup ## Try msam.backward on 30,000 random cases, with faults, and on models of other libraries (40 minutes)
@@ -99,31 +99,31 @@ fuzz: setup ## Try msam.backward on 30,000 random cases, with faults, and on mod
 	OMP_NUM_THREADS=1 $(python) -m tests.msam.fuzz --faults
 	OMP_NUM_THREADS=1 $(python) -m tests.msam.zoo
 
-lint: setup ## Check the style, the format, the types, and who imports whom
+lint: setup ## Check style, format, types and imports
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	.venv/bin/lint-imports
 
-format: setup ## Mend the style and the format
+format: setup ## Fix style and format
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
-lock: ## Pin again what pyproject.toml asks for (needs uv; LOCK=--upgrade for the newest versions)
-	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv puts it on the PATH." >&2; exit 1; }
+lock: ## Pin the dependencies in pyproject.toml again (needs uv; LOCK=--upgrade takes the newest versions)
+	@command -v uv >/dev/null || { echo "make lock needs uv: install it with pip install uv." >&2; exit 1; }
 	@sed -n '/^#/!q; p' requirements.lock >requirements.lock.new
 	uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --annotation-style line \
 	  --no-header --quiet $(LOCK) --output-file requirements.lock
 	@cat requirements.lock >>requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
-clean: ## Remove caches and build products, never results or .venv
+clean: ## Remove caches and build products, but not results or .venv
 	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Variables
 #= PROFILE=smoke|cpu|paper   the size of the runs: seconds, minutes (the default), GPUs
-#= SEEDS=n                   seeds of each cell; the profile's own number unless given
-#= JOBS=n                    runs at a time; one a core unless given
-#= RESULTS=folder            where runs and tables go; ./results unless given
-#= PYTHON=python3.12         the interpreter to build .venv with; the first of 3.11 to 3.14 unless given
+#= SEEDS=n                   seeds of each cell (default: the profile's number)
+#= JOBS=n                    runs at a time (default: one per core)
+#= RESULTS=folder            where runs and tables go (default: ./results)
+#= PYTHON=python3.12         the interpreter for .venv (default: the first of 3.11 to 3.14)

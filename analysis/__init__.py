@@ -1,1 +1,1 @@
-"""Run records -> tables. Never imports torch."""
+"""Turn run records into tables, figures and a report. Never imports torch."""

@@ -1,4 +1,4 @@
-"""python -m analysis: the tables of the runs that are there, and the committed ones."""
+"""python -m analysis: write the tables of the finished runs, or redraw the committed ones."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,37 +26,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Write and print the tables of the runs in a results folder, beside what is committed and published.
+    """Write and print the tables of the runs in a results folder, next to the committed and the published numbers.
 
     The files go to RESULTS/local/PROFILE/; with --publish to RESULTS/PROFILE/, which is committed.
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
-    """Tables, experiments, or their grids (table1-tuning), each with a number of seeds if wanted (table1:8); all: every
-    table. Left out: table1, and what else has runs of its own."""
+    """Tables, experiments or their grids (table1-tuning), optionally with a number of seeds (table1:8). all: every
+    table. Default: table1, and every other table or grid with a finished run that no earlier one shares."""
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
     """Size of the runs: smoke, cpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
-    """Look at the seeds 0, ..., N - 1 of each cell. Left out: the profile's own number."""
+    """Use the seeds 0, ..., N - 1 of each cell. Default: the profile's number of seeds."""
     results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT
     """The results root."""
     gpus: Annotated[int, arg(metavar="N")] = 1
-    """Runs that python -m slurm submit --gpus N made: data-parallel where N divides their micro-batches."""
+    """Use the runs of python -m slurm submit --gpus N: data-parallel where N divides their micro-batches."""
     publish: bool = False
-    """Write the committed files; refused if a run is missing or of an unclean tree, or if several versions of the
-    training code trained a model's runs."""
+    """Write the committed files. Rejected if a run is missing or comes from a tree with uncommitted changes, or if the
+    runs of one model come from several versions of the training code."""
     from_committed: bool = False
-    """Draw the committed tables again from the committed runs, and do nothing else."""
+    """Redraw the committed tables from the committed runs, and do nothing else."""
 
 
 def run(arguments: Arguments) -> str:
-    """Do what the command line says.
+    """Run the command.
 
     Returns:
-        What there is to print.
+        The text to print.
 
     Raises:
-        SpecError, RecordError, Refused: for a mistake in the command line or the folders.
+        SpecError, RecordError, Refused: for a mistake in the command line or in the results folder.
     """
     if arguments.profile not in PROFILES:
         raise SpecError(f"Unknown profile {arguments.profile!r}; the profiles are {', '.join(PROFILES)}.")
@@ -71,22 +71,22 @@ def run(arguments: Arguments) -> str:
 
     from analysis.collect import collect, finished_runs
     from analysis.frames import Results, write_files
-    from analysis.publish import documents, everything, publish
+    from analysis.publish import documents_of, output_files, publish
 
     targets = _targets(arguments, finished_runs(root))
-    found = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
-    results = Results.of(run for run in found.finished if run.spec.profile == arguments.profile)
+    collected = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
+    results = Results.of(run for run in collected.finished if run.spec.profile == arguments.profile)
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
         publish(folder, arguments.profile, targets, results)
         results = Results.read(folder)
-    told = documents(arguments.profile, targets, results, found.failures)
+    documents = documents_of(arguments.profile, targets, results, collected.failures)
     if not arguments.publish:
-        files = {**results.texts(), **everything(arguments.profile, targets, results, told)}
+        files = {**results.texts(), **output_files(arguments.profile, targets, results, documents)}
         write_files(folder, files)
-    parts = [document.terminal(committed.get(document.name)) for document in told]
-    printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, found), f"Written to {folder}"])
+    parts = [document.terminal(committed.get(document.name)) for document in documents]
+    printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, collected), f"Written to {folder}"])
     if stamp:
         remember(local, stamp, files, printed)
     return printed
@@ -94,7 +94,7 @@ def run(arguments: Arguments) -> str:
 
 def _from_committed(arguments: Arguments, root: Path) -> str:
     if arguments.publish or arguments.targets or arguments.seeds is not None:
-        raise SpecError("--from-committed draws all committed tables as they are: leave targets and flags out.")
+        raise SpecError("--from-committed redraws all committed tables: leave out targets, --seeds and --publish.")
 
     from analysis.publish import redraw
 
@@ -102,13 +102,15 @@ def _from_committed(arguments: Arguments, root: Path) -> str:
 
 
 def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
-    """What the command line names; without names, what has finished runs of its own among `done`."""
+    """The targets that the command line names; by default those with a run in `done` that no earlier target shares."""
     from analysis.exhibits import tables
     from analysis.publish import target
 
     where = (arguments.profile, arguments.results.absolute())
     if arguments.gpus > 1 and not (arguments.targets and not arguments.publish):
-        raise SpecError("--gpus takes the names of tables and no --publish, which is for the runs as they are listed.")
+        raise SpecError(
+            "--gpus needs the names of tables, and excludes --publish, which takes only the runs that experiments list."
+        )
     if arguments.targets:
         every = [name for name in tables() if catalogue.cells(name, arguments.profile)]
         names = dict.fromkeys(n for name in arguments.targets for n in (every if name == "all" else [name]))
@@ -116,20 +118,20 @@ def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
     known, chosen, shared = catalogue.targets(), [], set[Run]()
     for name in (name for table in tables() for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
-            found = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
-            own = set(found.runs) - shared
+            candidate = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
+            own = set(candidate.runs) - shared
             if name == "table1" or any(run.run_id in done for run in own):
-                chosen.append(found)
+                chosen.append(candidate)
             shared |= own
     return chosen
 
 
 def _with_seeds(name: str, seeds: int | None, where: tuple[str, Path]) -> tuple[str, str, Path, int | None]:
-    """A target as it was named, `table1:8` say, and where its runs are, for `target`."""
-    name, colon, own = name.partition(":")
-    if colon and not own.isdecimal():
-        raise SpecError(f"A target may be followed by a colon and a number of seeds, as in table1:8; not {own!r}.")
-    return name, *where, int(own) if colon else seeds
+    """Split a target such as `table1:8` into the arguments of `target`: name, profile, root, number of seeds."""
+    name, colon, count = name.partition(":")
+    if colon and not count.isdecimal():
+        raise SpecError(f"{count!r} is not a number of seeds: write a target with its seeds as table1:8.")
+    return name, *where, int(count) if colon else seeds
 
 
 def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
@@ -139,8 +141,8 @@ def _committed(folder: Path, name: str) -> "pd.DataFrame | None":
     path = folder / "tables" / f"{name}.csv"
     try:
         table = parse(path.read_text(encoding="utf-8")) if path.exists() else None
-        if table is not None and (lost := sorted(COMMITTED - set(table.columns))):
-            raise ValueError(f"it has no column {lost[0]!r}")
+        if table is not None and (absent := sorted(COMMITTED - set(table.columns))):
+            raise ValueError(f"it has no column {absent[0]!r}")
         return table
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} cannot be read ({error}): restore it with git.") from error
@@ -155,32 +157,32 @@ def _neighbours(targets: "list[Target]") -> list[str]:
     return ["Published elsewhere\n" + "\n".join(lines)] if lines else []
 
 
-def _gaps(targets: "list[Target]", results: "Results", found: "Collected") -> list[str]:
-    """What is missing, what failed and what could not be read."""
+def _gaps(targets: "list[Target]", results: "Results", collected: "Collected") -> list[str]:
+    """A line for each table with missing or further runs, and for each folder that could not be read."""
     from analysis.publish import missing, missing_line
 
     lines = []
     for target in targets:
         if gaps := missing(target, results):
             lines.append(missing_line(target, gaps))
-        if further := _further(target, results):
-            lines.append(f"{target.name} has {further} runs with higher seeds, left out here: name --seeds.")
-    lines += [f"Left alone: {problem}" for problem in found.problems]
+        if further := _with_higher_seeds(target, results):
+            lines.append(f"{target.name} leaves out {further} runs with higher seeds: add them with --seeds.")
+    lines += [f"Warning: {problem}" for problem in collected.problems]
     return ["\n".join(lines)] if lines else []
 
 
-def _further(target: "Target", results: "Results") -> int:
-    """How many finished runs of the table's cells have seeds that it does not look at."""
+def _with_higher_seeds(target: "Target", results: "Results") -> int:
+    """The number of finished runs of the table's cells whose seeds are higher than those the table uses."""
     highest = max(results.runs["seed"], default=0)
     ids = {run.run_id for run in with_seeds(target.cells, 1 + highest)} - {run.run_id for run in target.runs}
     return int(results.runs["run_id"].isin(ids).sum())
 
 
 def main() -> None:
-    """Run the command line; a mistake in it ends with a sentence and exit status 2."""
+    """Run the command line; a mistake in it prints one sentence and exits with status 2."""
     arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
 
-    end_with(lambda: print(run(arguments)), stopped="Stopped: the files are as they were, or whole.")
+    end_with(lambda: print(run(arguments)), stopped="Stopped: each file is either unchanged or complete.")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""How the arms of a comparison are called and drawn, everywhere the same: what `runs/methods.py` declares."""
+"""Names, colours and markers of the arms, as `runs/methods.py` declares them, for all tables and figures."""
 
 from experiments.harness.runs.methods import ARMS, BASE_OPTIMIZERS, arm_of
 from experiments.harness.runs.spec import Run
 
 METHODS = tuple(ARMS)
-"""In the order of the tables' rows."""
+"""In the order of the rows of the tables."""
 
 COLOURS = {name: arm.colour for name, arm in ARMS.items()}
 LINES = {name: arm.line for name, arm in ARMS.items()}
-"""Of the arms, where lines have no marks."""
+"""The line style of each arm, for lines without markers."""
 MARKS = {name: arm.mark for name, arm in ARMS.items()}
 METHOD_WORDS = {name: arm.legend for name, arm in ARMS.items()}
-"""Of arms whose m differs from point to point."""
+"""The name of each arm in a legend whose points differ in m."""
 
 
 def base_name(cell: Run) -> str:
-    """What a cell's base optimizer is called."""
+    """The name of a cell's base optimizer."""
     return BASE_OPTIMIZERS[cell.base_optimizer]
 
 
 def method_name(cell: Run) -> str:
-    """What a cell's arm is called, with its base optimizer or its m."""
+    """The name of a cell's arm, with its base optimizer or its m."""
     return arm_of(cell).called(cell)

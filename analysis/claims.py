@@ -1,7 +1,8 @@
-"""Which claims of the paper's abstract hold in the runs that are there, each with the runs that say so.
+"""The claims of the paper's abstract, each with the comparisons for and against it and their runs.
 
-A comparison supports a claim if its paired 95 % t interval leaves out zero on the claim's side, contradicts it if on
-the other side, and else does not separate the two. Nothing is averaged over networks, data sets or profiles.
+A comparison supports a claim if its difference is significant (its paired 95 % t interval excludes zero) with the sign
+that the claim states, and contradicts it if significant with the opposite sign. Nothing is averaged over networks, data
+sets or profiles.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from analysis.document import Document, significant
+from analysis.document import Document, three_digits
 from analysis.evidence import VERDICTS
 from analysis.exhibit import Comparison, Shown
 from analysis.exhibits import declared
@@ -20,42 +21,43 @@ from analysis.frames import Results
 from analysis.statistics import Interval
 
 NOTES = (
-    "Supported: the paired 95 % t interval leaves out zero on the claim's side; contradicted: on the other side; one "
-    "comparison at a time. Accuracies in percentage points, flatness as the largest Hessian eigenvalue on training "
-    "data, which is one measure of several: Table 3 has others, and they do not all agree with it. The bootstrap "
-    "interval is that of the mean over the same seeds, and too narrow for a handful of them. Claims marked (ours) are "
-    "not the abstract's: they tell mSAM's part from that of BatchNorm over micro-batches, and the method as it is used "
-    "from the one that theory covers.",
-    "Theory: largest stable sharpness in simulations with all data in each step; differences below "
-    f"{PREDICTED_WITHIN:.0%} are taken for none, and settings of one simulation are no independent evidence "
-    "(docs/theory.md). Cost: the claim is read as at most "
-    f"{COST_WITHIN:g} percent more time than SAM's on as many workers, a number of ours; times are compared within "
-    "each round, and the median over rounds is taken.",
+    "Supported: the difference is significant (its paired 95 % t interval excludes zero) with the sign that the claim "
+    "states; contradicted: significant with the opposite sign. Nothing is adjusted for the number of comparisons. "
+    "Accuracies are in percentage points. Flatness is the largest Hessian eigenvalue on training data, one of several "
+    "measures: Table 3 has others, and they do not all agree with it. The bootstrap interval is for the mean over the "
+    "same seeds; with so few seeds it is too narrow. Claims marked (ours) are not in the abstract: they distinguish "
+    "the effect of mSAM from that of BatchNorm over micro-batches, and the method as used from the one that the theory "
+    "covers.",
+    "Theory: largest stable sharpness in simulations with all data in each step. Differences below "
+    f"{PREDICTED_WITHIN:.0%} count as not significant, and settings of one simulation are not independent evidence "
+    "(docs/theory.md). Cost: we read the claim as at most "
+    f"{COST_WITHIN:g} percent more time than SAM on the same number of workers, so its intervals are compared with "
+    f"{COST_WITHIN:g} percent instead of zero. Times are ratios within a round; the median over rounds is used.",
 )
 
 
 class Claims(Document):
-    """The summary; its comparisons are too many for a terminal."""
+    """The summary of the claims. The terminal shows only the sentences: there are too many comparisons."""
 
     def terminal(self, committed: pd.DataFrame | None = None) -> str:
-        """What is said of each claim; `committed` is not looked at."""
-        return "\n".join([self.title, self.origin, *self.claims, "Each comparison is in tables/claims.md."])
+        """The sentence on each claim; `committed` is ignored."""
+        return "\n".join([self.title, self.origin, *self.claims, "All comparisons are in tables/claims.md."])
 
 
 def claims() -> list[str]:
-    """All claims that an exhibit bears on, in their order."""
-    found = [
+    """The claims of all exhibits, in order."""
+    placed = [
         (exhibit.place if claim.place is None else claim.place, claim.text)
         for exhibit in declared().values()
         for claim in exhibit.claims
     ]
-    return list(dict.fromkeys(text for _, text in sorted(found, key=lambda one: one[0])))
+    return list(dict.fromkeys(text for _, text in sorted(placed, key=lambda pair: pair[0])))
 
 
 def comparisons(results: Results, shown: Shown) -> list[Comparison]:
-    """All comparisons that bear on a claim, claim by claim."""
+    """The evidence of all shown tables, claim by claim."""
     runs = results.runs.set_index("run_id")
-    found = [
+    evidence = [
         replace(one, claim=claim.text, table=exhibit.name)
         for exhibit in declared().values()
         if exhibit.name in shown
@@ -63,46 +65,48 @@ def comparisons(results: Results, shown: Shown) -> list[Comparison]:
         for one in claim.evidence(shown[exhibit.name], runs, shown)
     ]
     order = claims()
-    return sorted(found, key=lambda one: order.index(one.claim))
+    return sorted(evidence, key=lambda one: order.index(one.claim))
 
 
 def document_claims(profile: str, results: Results, shown: Shown) -> Document:
     """The summary of the claims, ready to be written."""
-    found = comparisons(results, shown)
-    known = [exhibit.name for exhibit in declared().values() if exhibit.claims and exhibit.name in shown]
-    others = [name for name in shown if name not in known]
-    beside = (
-        f" The comparisons of {', '.join(others)} stand in their own tables and count in no claim." if others else ""
+    evidence = comparisons(results, shown)
+    claiming = [exhibit.name for exhibit in declared().values() if exhibit.claims and exhibit.name in shown]
+    unclaimed = [name for name in shown if name not in claiming]
+    remark = (
+        f" The comparisons of {', '.join(unclaimed)} are in their own tables and count for no claim."
+        if unclaimed
+        else ""
     )
-    numbers = _numbers(found)
+    numbers = _numbers(evidence)
     text = pd.DataFrame(
         {
-            "claim": [c.claim for c in found],
-            "table": [c.table for c in found],
-            "where": [c.where for c in found],
-            "difference": [c.what for c in found],
+            "claim": [c.claim for c in evidence],
+            "table": [c.table for c in evidence],
+            "where": [c.where for c in evidence],
+            "difference": [c.what for c in evidence],
             "mean ± 95 % t (n)": [
-                significant(Interval(row.difference, row.half_width, int(row.n)), signed=True)
+                three_digits(Interval(row.difference, row.half_width, int(row.n)), signed=True)
                 for row in numbers.itertuples()  # rounded once, as in the tables
             ],
-            "95 % bootstrap": [_ends(c.bootstrap) for c in found],
-            "verdict": [c.verdict for c in found],
+            "95 % bootstrap": [_ends(c.bootstrap) for c in evidence],
+            "verdict": [c.verdict for c in evidence],
         }
     )
     return Claims(
         name="claims",
         title=f"Which claims of the abstract hold (profile {profile})",
-        origin=f"From the runs of {', '.join(known) or 'no table'} alone; none of another profile.{beside}",
+        origin=f"From the runs of {', '.join(claiming) or 'no table'} in this profile only.{remark}",
         cells=text,
-        claims=_told(found),
+        claims=_sentences(evidence),
         notes=NOTES,
         numbers=numbers,
     )
 
 
-def _numbers(found: Sequence[Comparison]) -> pd.DataFrame:
-    """A row a comparison."""
-    order = claims()
+def _numbers(evidence: Sequence[Comparison]) -> pd.DataFrame:
+    """One row for each comparison. Claims without any do not count in the blocks' numbers."""
+    order = list(dict.fromkeys(c.claim for c in evidence))
     numbers = pd.DataFrame(
         [
             {
@@ -119,7 +123,7 @@ def _numbers(found: Sequence[Comparison]) -> pd.DataFrame:
                 "verdict": c.verdict,
                 "run_ids": c.run_ids,
             }
-            for c in found
+            for c in evidence
         ],
         columns=[
             *("block", "claim", "table", "where", "what", "difference", "half_width", "n"),
@@ -131,26 +135,26 @@ def _numbers(found: Sequence[Comparison]) -> pd.DataFrame:
     return numbers
 
 
-def _told(found: Sequence[Comparison]) -> tuple[str, ...]:
-    """A sentence on each claim that the tables bear on, and one on the others."""
-    known = {claim: [c for c in found if c.claim == claim] for claim in claims()}
-    lines = [_in_all(claim, evidence) for claim, evidence in known.items() if evidence]
-    further = {claim.text for exhibit in declared().values() for claim in exhibit.claims if claim.further}
-    lacking = [claim for claim, evidence in known.items() if not evidence and claim not in further]
-    return (*lines, *([f"Not run, their tables are not among these: {'; '.join(lacking)}."] if lacking else []))
+def _sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """A sentence on each claim with comparisons, and one that lists the claims without."""
+    by_claim = {claim: [c for c in comparisons if c.claim == claim] for claim in claims()}
+    lines = [_sentence(claim, evidence) for claim, evidence in by_claim.items() if evidence]
+    optional = {claim.text for exhibit in declared().values() for claim in exhibit.claims if claim.further}
+    lacking = [claim for claim, evidence in by_claim.items() if not evidence and claim not in optional]
+    return (*lines, *([f"Not run, because their tables are not included: {'; '.join(lacking)}."] if lacking else []))
 
 
-def _in_all(claim: str, found: Sequence[Comparison]) -> str:
-    """One sentence on a claim."""
-    ran = [c for c in found if c.verdict in VERDICTS]
+def _sentence(claim: str, evidence: Sequence[Comparison]) -> str:
+    """The verdicts on a claim in one sentence."""
+    ran = [c for c in evidence if c.verdict in VERDICTS]
     if not ran:
-        return f"{claim}: {'one seed, no interval' if any(c.difference.n for c in found) else 'not run'}."
+        return f"{claim}: {'one seed, no interval' if any(c.difference.n for c in evidence) else 'not run'}."
     counts = {verdict: sum(c.verdict == verdict for c in ran) for verdict in VERDICTS}
     for verdict, count in counts.items():
         if count == len(ran):
             return f"{claim}: {verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
-    told = ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
-    return f"{claim}: mixed, {told} of {len(ran)} comparisons."
+    parts = ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
+    return f"{claim}: mixed, {parts} of {len(ran)} comparisons."
 
 
 def _ends(ends: tuple[float, float]) -> str:

@@ -1,4 +1,4 @@
-"""Run folders -> runs in memory; a folder that cannot be read becomes a sentence and is left unchanged."""
+"""Read run folders into memory. A folder that cannot be read is reported and left unchanged."""
 
 import json
 import re
@@ -16,23 +16,23 @@ from experiments.harness.runs.spec import Run
 
 
 class Lines:
-    """The lines of a metrics.jsonl by column, numbers as arrays: dicts of as many lines would fill the memory."""
+    """The lines of a metrics.jsonl by column, with numbers as arrays: one dict for each line would fill the memory."""
 
     def __init__(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Take the lines; a column that some of them lack has None there."""
+        """Store the lines by column; a line that lacks a column has None there."""
         lines = [plain_keys(line) for line in lines]
         self.count = len(lines)
         names = dict.fromkeys(name for line in lines for name in line)
         self.columns = {name: packed([line.get(name) for line in lines]) for name in names}
 
     def column(self, name: str) -> np.ndarray | list[Any]:
-        """Its values; None for each line if there is no such column."""
+        """The values of a column; None for each line if there is no such column."""
         return self.columns.get(name, [None] * self.count)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """One finished run, read."""
+    """A finished run."""
 
     spec: Run
     summary: dict[str, Any]
@@ -42,21 +42,21 @@ class Finished:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """A run that was begun and has no summary."""
+    """A run that was started and has no summary."""
 
     spec: Run
     failure: str | None
-    """Why its last attempt failed; None if it is at work or was interrupted."""
+    """Why its last attempt failed; None if it is running or was interrupted."""
 
 
 @dataclass(frozen=True)
 class Collected:
-    """All that a results root holds."""
+    """All runs of a results root."""
 
     finished: tuple[Finished, ...]
     unfinished: tuple[Unfinished, ...]
     problems: tuple[str, ...]
-    """A sentence for each folder that could not be read; nothing was done to it."""
+    """A sentence for each folder that could not be read; the folder is left unchanged."""
 
     @property
     def failures(self) -> dict[str, str]:
@@ -65,23 +65,23 @@ class Collected:
 
 
 def finished_runs(root: Path) -> set[str]:
-    """The names of the folders of `root/runs` that have a summary; nothing in them is read.
+    """The names of the folders of `root/runs` that have a summary; the files are not opened.
 
     Raises:
-        RecordError: if `root` is not a folder that can be listed.
+        RecordError: if `root` is not a folder, or cannot be listed.
     """
     return {folder.name for folder in _folders(root) if (folder / "summary.json").exists()}
 
 
 def collect(root: Path, curves_of: Collection[str] | None = None) -> Collected:
-    """Read every folder of `root/runs`; what cannot be read becomes a sentence and is left alone.
+    """Read every folder of `root/runs`. A folder that cannot be read is reported and left unchanged.
 
     Args:
         root: The results root.
-        curves_of: The runs whose metrics are wanted, most of what there is to read; None for all.
+        curves_of: The runs whose metrics to read, which take most of the time; None for all.
 
     Raises:
-        RecordError: if `root` is not a folder that can be listed.
+        RecordError: if `root` is not a folder, or cannot be listed.
     """
     finished, unfinished, problems = [], [], []
     for folder in _folders(root):
@@ -101,23 +101,23 @@ def collect(root: Path, curves_of: Collection[str] | None = None) -> Collected:
 
 
 def plain(text: str) -> str:
-    """The text on one line, without control characters and without halves of surrogate pairs."""
+    """The text on one line, without control characters and lone surrogates."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
-        raise RecordError(f"There is no results folder {root}: name the one that holds runs/ with --results.")
+        raise RecordError(f"The results folder {root} does not exist: give the folder that holds runs/ with --results.")
     try:
         return sorted(p for p in (root / "runs").iterdir() if not p.name.startswith(".") and not _empty(p))
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RecordError(f"{root / 'runs'} cannot be read ({error.strerror}).") from error
+        raise RecordError(f"{root / 'runs'} cannot be read ({error.strerror}): check its permissions.") from error
 
 
 def _empty(folder: Path) -> bool:
-    """Whether the folder holds nothing but a lock: a run that is about to begin, or was removed."""
+    """Whether the folder holds nothing except a lock: a run that is about to start, or was removed."""
     try:
         return folder.is_dir() and all(path.name == "lock" for path in folder.iterdir())
     except OSError:
@@ -126,7 +126,7 @@ def _empty(folder: Path) -> bool:
 
 def _read(record: Record, with_curves: bool) -> Finished | Unfinished:
     if not record.folder.is_dir():
-        raise RecordError(f"{record.folder} is not a run's folder: move it out of the results.")
+        raise RecordError(f"{record.folder} is not a run folder: move it out of runs/.")
     spec = record.spec()
     if not record.done:
         failure = record.failure()
@@ -139,7 +139,7 @@ def _read(record: Record, with_curves: bool) -> Finished | Unfinished:
 
 
 def plain_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, each fit for one cell of a table, under names without control characters."""
+    """The values, each as a scalar for one cell of a table, under names without control characters."""
     return {_name(key): value if type(value) in _NUMBERS else _scalar(value) for key, value in values.items()}
 
 
@@ -148,12 +148,12 @@ _NUMBERS = (float, int, bool, type(None))
 
 @lru_cache(maxsize=10_000)
 def _name(key: str) -> str:
-    """A column's name; the same few keys are on every line."""
+    """A column's name, cached because every line has the same few keys."""
     return plain(str(key))
 
 
 def _scalar(value: Any) -> Any:
-    """A value for one cell; the record writes numbers that are not finite as their names."""
+    """A value for one cell; records write non-finite numbers as strings."""
     if isinstance(value, str):
         return float(value) if value in ("nan", "inf", "-inf") else plain(value)
     if isinstance(value, Mapping | list):
@@ -162,7 +162,7 @@ def _scalar(value: Any) -> Any:
 
 
 def packed(values: list[Any]) -> np.ndarray | list[Any]:
-    """Floats, or whole numbers, as an array; anything else as it is."""
+    """Floats or integers as an array; anything else unchanged."""
     kinds = set(map(type, values))
     if kinds == {float}:
         return np.array(values)

@@ -1,4 +1,4 @@
-"""Tables as CSV and back without loss: each column has the type of its field, or the narrowest that its texts fit."""
+"""Tables to CSV and back without loss. A column has the type of its field, or the narrowest type that fits its text."""
 
 import io
 import math
@@ -19,7 +19,7 @@ _DTYPES = {str: "string", int: "Int64", float: "Float64", bool: "boolean"}
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """The table as CSV: floats with all the digits that they need, nothing for what is missing."""
+    """The table as CSV: floats with all the digits they need, an empty cell for a missing value."""
     return table.to_csv(index=False, lineterminator="\n")
 
 
@@ -31,12 +31,12 @@ def parse(text: str) -> pd.DataFrame:
 
 
 def _texts(text: str) -> pd.DataFrame:
-    """A CSV's cells as texts, nothing where they are empty; a line of nothing is a row too."""
+    """A CSV's cells as text, missing where empty; an empty line is a row too."""
     return pd.read_csv(io.StringIO(text), dtype="string", keep_default_na=False, na_values=[""], skip_blank_lines=False)
 
 
 def column_of(values: list[Any], dtype: str | None) -> pd.api.extensions.ExtensionArray | pd.Series:
-    """A column as its text would be read back: numbers at once, anything else through its text."""
+    """A column as it would be read back from CSV: numbers directly, anything else through its text."""
     kinds = {type(value) for value in values} - {type(None)}
     if kinds == {bool} and dtype in (None, "boolean"):
         return pd.array(values, dtype="boolean")
@@ -52,7 +52,7 @@ def column_of(values: list[Any], dtype: str | None) -> pd.api.extensions.Extensi
 def joined_column(
     parts: Sequence[np.ndarray | list[Any]], dtype: str | None
 ) -> pd.api.extensions.ExtensionArray | pd.Series:
-    """A column from those of all runs."""
+    """Concatenate the columns of all runs."""
     arrays = [part for part in parts if isinstance(part, np.ndarray)]
     others = [part for part in parts if not isinstance(part, np.ndarray)]
     if not arrays or dtype or any(value is not None for part in others for value in part):
@@ -69,7 +69,7 @@ def joined_column(
 
 
 def _typed(texts: pd.Series, dtype: str | None) -> pd.Series:
-    """A column as its type; if that is not known, as the narrowest one that all of its texts fit."""
+    """Convert a column to its type or, if that is unknown, to the narrowest type that fits all of its text."""
     for name in [dtype] if dtype else ["Int64", "Float64", "boolean"]:
         try:
             return pd.Series([pd.NA if pd.isna(t) else _PYTHON[name](t) for t in texts], dtype=name)
@@ -81,7 +81,7 @@ def _typed(texts: pd.Series, dtype: str | None) -> pd.Series:
 
 def _number(text: str) -> int:
     if not re.fullmatch(r"-?\d{1,18}", text):
-        raise ValueError(f"{text!r} is not a whole number")
+        raise ValueError(f"{text!r} is not an integer")
     return int(text)
 
 
@@ -95,7 +95,7 @@ _PYTHON: dict[str, Callable[[Any], Any]] = {"string": str, "Int64": _number, "Fl
 
 
 def known_dtypes() -> dict[str, str]:
-    """The types of the columns that every table of runs has, by name."""
+    """The types of the columns that every table of runs has, by column name."""
     dtypes = {name: _dtype(hint) for name, hint in ({**names(), "kind": str}).items()}
     texts = ("run_id", "method", *PROVENANCE)
     return dtypes | dict.fromkeys(texts, "string") | {"dirty": "boolean"}

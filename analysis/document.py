@@ -1,6 +1,6 @@
-"""A table's numbers as people read them: Markdown, LaTeX and plain text from one value.
+"""A table's numbers as Markdown, LaTeX and plain text, all from one value.
 
-Text from run records is data: every form escapes all of its cells and lines.
+Text from run records is data: every format escapes all cells and lines.
 """
 
 import math
@@ -19,11 +19,14 @@ from analysis.statistics import Interval
 from experiments.harness.runs.spec import Run
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
+SIGNIFICANCE_NOTE = (
+    "Significant: the 95 % interval of a difference excludes zero, without adjustment for the number of comparisons."
+)
 
 _CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho", "batch_size", "label_noise")
 
 COMMITTED = frozenset({*_CELL, "mean", "half_width", "n"})
-"""The columns that a committed table needs to be shown beside ours."""
+"""The columns that a committed table needs to be shown next to ours."""
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -57,8 +60,8 @@ class Document:
             f"{self.name}.tex": self.latex(),
         }
 
-    def behind(self) -> list[dict[str, str]]:
-        """Of each row the runs behind it, by the column whose text they made; under `runs` if they made all."""
+    def run_ids(self) -> list[dict[str, str]]:
+        """For each row, the run ids by the column that uses them; under `runs` if all columns use them."""
         return [{"runs": ids} for ids in self.numbers["run_ids"]]
 
     def markdown(self) -> str:
@@ -79,7 +82,7 @@ class Document:
         return body + "".join(f"\\par\\noindent {latex_text(line)}\n" for line in lines)
 
     def terminal(self, committed: pd.DataFrame | None = None) -> str:
-        """Plain text, a small table for each data set and model, with the committed numbers beside ours."""
+        """Plain text: a small table for each data set and model, with the committed numbers next to ours."""
         cells = self.cells
         if committed is not None:
             cells = cells.assign(committed=_committed(self.numbers, committed))
@@ -92,113 +95,123 @@ class Document:
 
 
 def table_files(documents: Iterable[Document]) -> dict[str, str]:
-    """The files of all tables by their path below a results folder, and the published rows beside them."""
+    """The files of all tables, and of the rows published elsewhere, by their path below a results folder."""
     documents = list(documents)
-    found = {f"tables/{name}": text for document in documents for name, text in document.files().items()}
+    files = {f"tables/{name}": text for document in documents for name, text in document.files().items()}
     numbers = [d.numbers for d in documents if not d.name.endswith("-tuning") and "model" in d.numbers]
     models, datasets = ([v for n in numbers for v in n[key]] for key in ("model", "dataset"))
     rows = published.neighbours(models, datasets)
-    return found | ({"tables/published.md": published.markdown(rows)} if rows else {})
+    return files | ({"tables/published.md": published.markdown(rows)} if rows else {})
 
 
 def markdown_text(text: str) -> str:
-    """The text with everything escaped that Markdown or HTML would read as markup."""
+    """The text with all Markdown and HTML markup escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text.replace("&", "&amp;"))
 
 
 def latex_text(text: str) -> str:
-    """The text with everything escaped that LaTeX would read as a command."""
+    """The text with all LaTeX commands escaped."""
     return "".join(_LATEX.get(c, c) for c in text)
 
 
 def plain_table(cells: pd.DataFrame) -> str:
-    """The cells as plain text, in aligned columns."""
+    """The cells as plain text in aligned columns."""
     return tabulate(cells, headers=list(cells.columns), showindex=False, disable_numparse=True)
 
 
-def spread(found: Interval) -> str:
-    """`mean ± half-width (n)`, or what is known of it; `not run` without values."""
-    if not found.n:
+def spread(interval: Interval) -> str:
+    """`mean ± half-width (n)`; `mean (1)` for one value, and `not run` for none."""
+    if not interval.n:
         return "not run"
-    return f"{found.mean:.2f} (1)" if found.n == 1 else f"{found.mean:.2f} ± {found.half_width:.2f} ({found.n})"
+    return (
+        f"{interval.mean:.2f} (1)"
+        if interval.n == 1
+        else f"{interval.mean:.2f} ± {interval.half_width:.2f} ({interval.n})"
+    )
 
 
-def significant(found: Interval, *, signed: bool = False) -> str:
-    """As `spread`, with three significant digits of the mean, and the interval to its last one."""
-    if not found.n:
+def three_digits(interval: Interval, *, signed: bool = False) -> str:
+    """As `spread`, with three significant digits of the larger of mean and half-width."""
+    if not interval.n:
         return "" if signed else "not run"
     sign = "+" if signed else ""
-    size = max(abs(found.mean), found.half_width if found.n > 1 else 0.0)
-    size = size if size > 1e-12 else 1.0  # a difference of nothing at all
+    size = max(abs(interval.mean), interval.half_width if interval.n > 1 else 0.0)
+    size = size if size > 1e-12 else 1.0  # a difference of exactly zero
     digits = max(0, 2 - math.floor(math.log10(size)))
-    if found.n == 1:
-        return f"{found.mean:{sign}.{digits}f} (1)"
-    return f"{found.mean:{sign}.{digits}f} ± {found.half_width:.{digits}f} ({found.n})"
+    if interval.n == 1:
+        return f"{interval.mean:{sign}.{digits}f} (1)"
+    return f"{interval.mean:{sign}.{digits}f} ± {interval.half_width:.{digits}f} ({interval.n})"
 
 
 def score_text(row: Any) -> str:
-    """The score of a table's row, as `spread` writes it."""
+    """The score of a table's row in the format of `spread`."""
     return spread(Interval(row.mean, row.half_width, int(row.n)))
 
 
-def signed(found: Interval) -> str:
-    """A difference as `spread` writes it, with its sign; nothing without values."""
-    if not found.n:
+def signed(difference: Interval) -> str:
+    """A difference in the format of `spread`, with its sign; empty without values."""
+    if not difference.n:
         return ""
-    return f"{found.mean:+.2f} (1)" if found.n == 1 else f"{found.mean:+.2f} ± {found.half_width:.2f} ({found.n})"
+    return (
+        f"{difference.mean:+.2f} (1)"
+        if difference.n == 1
+        else f"{difference.mean:+.2f} ± {difference.half_width:.2f} ({difference.n})"
+    )
 
 
 def formatted(value: float, form: str) -> str:
-    """The number in that format; nothing if it is missing."""
+    """The number in this format; empty if it is missing."""
     return "" if pd.isna(value) else format(value, form)
 
 
 def studied_columns(numbers: pd.DataFrame) -> dict[str, list[str]]:
-    """Columns of what a study varies from block to block, and of the learning rate, which changes with it."""
+    """The columns of the fields that a study varies from block to block, and of the learning rate."""
     varied = {block_words(name): name for name in studied(numbers)}
-    if varied and "edge" not in numbers:  # a grid has the column anyway
+    if varied and "edge" not in numbers:  # a grid always has this column
         varied["learning rate"] = "learning_rate"
     return {words: [short(value) for value in numbers[name]] for words, name in varied.items()}
 
 
 def eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of a table whose score is an eigenvalue: it, and what it is over the base optimizer's and SAM's."""
+    """The columns of a table whose score is an eigenvalue: the score and its differences to base optimizer and SAM."""
     rows = list(numbers.itertuples())
     return {
         "lambda 1": [
-            significant(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
+            three_digits(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
         ],
-        "over base": [significant(interval(row, "over_base"), signed=True) for row in rows],
-        "over SAM": [significant(interval(row, "over_sam"), signed=True) for row in rows],
+        "over base": [three_digits(interval(row, "over_base"), signed=True) for row in rows],
+        "over SAM": [three_digits(interval(row, "over_sam"), signed=True) for row in rows],
     }
 
 
 def measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[str]:
-    """A column of means with its intervals, without the count that its row gives already."""
+    """A column of means with their intervals, without the count that the score already shows."""
     if column not in numbers:
         return [""] * len(numbers)
-    return uncounted(numbers, [significant(found) for found in _intervals(numbers, column, factor)])
+    return uncounted(numbers, [three_digits(one) for one in _intervals(numbers, column, factor)])
 
 
 def percent(numbers: pd.DataFrame, column: str) -> list[str]:
-    """As `measure`, with the digits of a score."""
-    return uncounted(numbers, [spread(found) for found in _intervals(numbers, column)])
+    """As `measure`, with two decimals as in a score."""
+    return uncounted(numbers, [spread(one) for one in _intervals(numbers, column)])
 
 
 def _intervals(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[Interval]:
     counts = numbers.get(f"{column}_n", numbers["n"])
-    found = zip(numbers[column], numbers[f"{column}_half_width"], counts, strict=True)
-    return [Interval(factor * a, factor * b, 0 if pd.isna(a) else int(n)) for a, b, n in found]
+    parts = zip(numbers[column], numbers[f"{column}_half_width"], counts, strict=True)
+    return [
+        Interval(factor * mean, factor * half_width, 0 if pd.isna(mean) else int(n)) for mean, half_width, n in parts
+    ]
 
 
 def uncounted(numbers: pd.DataFrame, texts: Iterable[str]) -> list[str]:
-    """The texts without the count that their row gives already, and nothing for what was not run."""
+    """The texts without the count that the score already shows; `not run` becomes empty."""
     counts = zip(texts, numbers["n"], strict=True)
     return [text.removesuffix(f" ({n})").removesuffix("not run") for text, n in counts]
 
 
 def row_notes(numbers: pd.DataFrame, failures: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """For each row a mark like ` [1]` or nothing, and the notes that the marks stand for."""
+    """For each row a footnote mark such as ` [1]` or an empty string, and the footnotes."""
     texts = [_missing(row, failures) for row in numbers.itertuples()]
     distinct = list(dict.fromkeys(filter(None, texts)))
     marks = [f" [{distinct.index(text) + 1}]" if text else "" for text in texts]
@@ -206,18 +219,18 @@ def row_notes(numbers: pd.DataFrame, failures: Mapping[str, str]) -> tuple[list[
 
 
 def _missing(row: Any, failures: Mapping[str, str]) -> str:
-    """Which of a cell's runs are missing and why; nothing if all are there, or if none was begun."""
+    """Which of a cell's runs are missing and why; empty if none is missing or none was started."""
     gaps = list(zip(row.missing_seeds.split(), row.missing_run_ids.split(), strict=True))
-    told = [f"seed {seed}" + (f" failed: {failures[i]}" if i in failures else "") for seed, i in gaps]
+    gap_words = [f"seed {seed}" + (f" failed: {failures[i]}" if i in failures else "") for seed, i in gaps]
     if not gaps or (not row.n and not any(i in failures for _, i in gaps)):
         return ""
-    return f"{len(gaps)} of {row.expected} runs missing ({'; '.join(told)})."
+    return f"{len(gaps)} of {row.expected} runs missing ({'; '.join(gap_words)})."
 
 
 def origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Run], seeds: int) -> str:
-    """Where a table's numbers are from: the profile, the machines and the commits of its runs."""
+    """The profile, seeds, machines and commits of a table's runs."""
     rows = used(frame, numbers)
-    begin = f"Profile {cells[0].profile}, {seeds} seed{'s' if seeds > 1 else ''} a cell"
+    begin = f"Profile {cells[0].profile}, {seeds} seed{'s' if seeds > 1 else ''} per cell"
     if rows.empty:
         return f"{begin}; nothing has run yet."
     where = "; ".join(machines(rows)) or "an unknown machine"
@@ -226,6 +239,6 @@ def origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Run], see
 
 
 def _committed(numbers: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
-    """For each row of ours, what is committed for the same cell."""
+    """The committed score of each row's cell; empty if none is committed."""
     known = {tuple(getattr(row, key) for key in _CELL): score_text(row) for row in committed.itertuples()}
     return [known.get(tuple(getattr(row, key) for key in _CELL), "") for row in numbers.itertuples()]

@@ -1,57 +1,61 @@
-"""How a paired difference bears on a claim, for the claims of all exhibits."""
+"""The verdict of a paired difference on a claim, for the claims of all exhibits."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-from analysis.arms import method_name
 from analysis.cells import references, run_ids, scores
 from analysis.exhibit import Comparison, Shown, Target
 from analysis.statistics import Interval, bootstrap_interval, mean_interval, paired
 from experiments.harness.runs.spec import Run
 
-VERDICTS = ("supported", "not separated", "contradicted")
-"""Beside `one seed`, which has no interval, and `not run`."""
+VERDICTS = ("supported", "not significant", "contradicted")
+"""The verdicts with an interval; the others are `one seed` and `not run`."""
 
 
 def of_scores(method: str, over: str, expected: int) -> Callable[[Target, pd.DataFrame, Shown], list[Comparison]]:
-    """The evidence of the scores of one method against those of another.
+    """A claim's evidence: the scores of one method compared with those of another.
 
     Args:
-        method: whose cells are compared.
-        over: with what, as `cells.references` names it.
-        expected: the sign that the claim gives the differences.
+        method: the method whose cells are compared.
+        over: the column of `cells.references` with the cells that they are compared with.
+        expected: the sign of the differences that the claim states.
     """
 
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
-        found = []
-        for cell, others in references(target.cells, target.varies).items():
-            other = others.get(over)
-            if cell.method == method and other is not None:
-                both = paired(*(scores(c, runs, target.seeds) for c in (cell, other)))
-                where, what = f"{cell.model}, {cell.dataset}", f"{method_name(cell)} over {method_name(other)}"
-                said = verdict(mean_interval(both), expected)
-                found.append(comparison(where, what, both, said, ids_of((cell, other), runs, target.seeds)))
-        return found
+        comparisons = []
+        for cell, by_name in references(target.cells, target.varies).items():
+            arm, reference = target.arms[cell], by_name.get(over)
+            if arm.name == method and reference is not None:
+                differences = paired(*(scores(c, runs, target.seeds) for c in (cell, reference)))
+                where, what = (
+                    f"{cell.model}, {cell.dataset}",
+                    f"{arm.called(cell)} over {target.arms[reference].called(reference)}",
+                )
+                result = verdict(mean_interval(differences), expected)
+                comparisons.append(
+                    comparison(where, what, differences, result, ids_of((cell, reference), runs, target.seeds))
+                )
+        return comparisons
 
     return compare
 
 
-def comparison(where: str, what: str, differences: np.ndarray, said: str, run_ids: str) -> Comparison:
-    """A comparison by the differences of its seeds, with both of their intervals."""
-    return Comparison(where, what, mean_interval(differences), bootstrap_interval(differences), said, run_ids)
+def comparison(where: str, what: str, differences: np.ndarray, verdict: str, run_ids: str) -> Comparison:
+    """A comparison from the differences of each seed, with the t and the bootstrap interval."""
+    return Comparison(where, what, mean_interval(differences), bootstrap_interval(differences), verdict, run_ids)
 
 
 def verdict(difference: Interval, expected: int) -> str:
-    """What a difference says of a claim that gives it this sign."""
+    """The verdict on a claim that states this sign for the difference."""
     if difference.n < 2:
         return "one seed" if difference.n else "not run"
-    if not difference.separated:
-        return "not separated"
+    if not difference.significant:
+        return "not significant"
     return "supported" if difference.mean * expected > 0 else "contradicted"
 
 
 def ids_of(cells: Sequence[Run], runs: pd.DataFrame, seeds: int) -> str:
-    """The finished runs of some cells."""
+    """The ids of the finished runs of some cells, as one string."""
     return " ".join(run_id for cell in cells for run_id in run_ids(cell, runs, seeds))

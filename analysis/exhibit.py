@@ -1,4 +1,4 @@
-"""What an exhibit is: a table of the paper or a study as one value, with its numbers, words, figures and claims."""
+"""An exhibit: a table of the paper or a study as one value, with its numbers, text, figures and claims."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,30 +9,36 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.cells import trained_anew, warnings
+from analysis.cells import retrained, warnings
 from analysis.document import Document, origin, row_notes
 from analysis.statistics import Interval
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.methods import Arm, arms_of
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Run, SpecError
 
 LAST = 1000
-"""The place of an exhibit that names none."""
+"""The default place of an exhibit."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one table is made of: a table, an experiment that fills a part of one, or the grid of either."""
+    """The runs of one table, of an experiment that fills a part of a table, or of the grid of either."""
 
     name: str
     cells: tuple[Run, ...]
     seeds: int
     used: tuple[Run, ...] = ()
-    """Of a grid: the cells of the table that it was run for."""
+    """For a grid: the cells of the table that it chooses for."""
     root: Path = DEFAULT_ROOT
     """The results root that the runs belong to."""
     varies: tuple[str, ...] = ()
     """The fields that its experiments declare to vary."""
+
+    @cached_property
+    def arms(self) -> dict[Run, Arm]:
+        """The arm of each cell."""
+        return arms_of(self.cells, self.varies)
 
     @property
     def tuning(self) -> bool:
@@ -46,24 +52,24 @@ class Target:
 
 
 Shown = Mapping[str, Target]
-"""The tables that are shown together, by name."""
+"""The tables shown together, by name."""
 
 
 @dataclass(frozen=True)
 class View:
-    """A target's numbers, from which an exhibit writes its text."""
+    """The numbers of a target, from which an exhibit writes its text."""
 
     target: Target
     frame: pd.DataFrame
-    """One row a finished run."""
+    """One row for each finished run."""
     numbers: pd.DataFrame
-    """One row a row of the table."""
+    """One row for each row of the table."""
     marks: tuple[str, ...] = ()
-    """Of each row: what stands behind its score, a footnote's mark or nothing."""
+    """For each row, the footnote mark after its score, or an empty string."""
 
     @property
     def rows(self) -> list[Any]:
-        """The rows of the numbers, as tuples with names."""
+        """The rows of the numbers as named tuples."""
         return list(self.numbers.itertuples())
 
 
@@ -83,15 +89,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper's abstract, or of ours, that an exhibit bears on; several may bear on the same one."""
+    """A claim of the paper's abstract, or of ours, that an exhibit tests. Several exhibits may test the same claim."""
 
     text: str
     evidence: Callable[[Target, pd.DataFrame, Shown], list[Comparison]]
-    """From the exhibit's own target, the runs by id, and all tables that are shown."""
+    """Takes the exhibit's target, the runs by id, and all shown tables."""
     place: int | None = None
-    """Where it stands among the claims; left out, where the exhibit stands."""
+    """Its place among the claims; by default that of the exhibit."""
     further: bool = False
-    """Whether it is about an arm that the paper does not have: it is mentioned only where there are runs of it."""
+    """Whether it is about an arm that the paper does not have: such a claim is mentioned only if it has runs."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,15 @@ class Picture:
     name: str
     caption: str
     draw: Callable[..., Figure]
-    """From the results and the exhibit's target; or one target for each name in `tables`, without cells if that table
+    """Takes the results and the exhibit's target; or one target for each name in `tables`, without cells if that table
     is not shown."""
     tables: tuple[str, ...] = ()
-    """The tables whose cells it draws, if not the exhibit's alone; one of them is enough to draw it."""
+    """The tables whose cells it draws, if not only the exhibit's; it is drawn if at least one is shown."""
     place: int | None = None
-    """Where it stands among the figures; left out, where the exhibit stands."""
+    """Its place among the figures; by default that of the exhibit."""
 
 
-def _nothing(view: View) -> Iterable[str]:
+def _none(view: View) -> Iterable[str]:
     return ()
 
 
@@ -118,42 +124,42 @@ class Exhibit:
     """A table of the paper or a study. Its functions get frames of runs and return numbers, text and figures."""
 
     name: str
-    """That of the table: what an experiment's TABLE says."""
+    """The name of the table, as in an experiment's TABLE."""
     title: str
     part: str = "{name}"
-    """The title of the part that one experiment fills."""
+    """The title when only one experiment of the table is shown."""
     shows: Callable[[Run], bool]
-    """Whether a cell is one that this exhibit can show."""
+    """Whether this exhibit can show a cell."""
     numbers: Callable[[pd.DataFrame, Sequence[Run], int, Sequence[str]], pd.DataFrame]
-    """From one row a finished run, the cells at seed 0, the number of seeds, and the fields that are declared to vary:
-    one row a row of the table."""
+    """Takes the frame of finished runs, the cells at seed 0, the number of seeds, and the fields declared to vary;
+    returns one row for each row of the table."""
     text: Callable[[View], pd.DataFrame]
-    """The table's columns as people read them."""
-    sentences: Callable[[View], Iterable[str]] = _nothing
-    """What the numbers say, a sentence each."""
-    notes: Callable[[View], Iterable[str]] = _nothing
+    """The columns of the table as text."""
+    sentences: Callable[[View], Iterable[str]] = _none
+    """The findings, one sentence each."""
+    notes: Callable[[View], Iterable[str]] = _none
     """How to read the numbers."""
     claims: tuple[Claim, ...] = ()
     figures: tuple[Picture, ...] = ()
     place: int = LAST
-    """Where it stands among the exhibits; at the same place they are in the order of their names."""
+    """Its place among the exhibits; at equal places they are sorted by name."""
     form: type[Document] = Document
 
     def document(self, target: Target, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> Document:
-        """The table of these cells, ready to be written.
+        """The table of the target's cells, ready to be written.
 
         Args:
             target: The cells.
-            frame: One row a finished run.
+            frame: One row for each finished run.
             failures: Why runs failed, by run_id.
 
         Raises:
-            SpecError: if one of the cells is not for this exhibit.
+            SpecError: if this exhibit cannot show one of the cells.
         """
-        if strange := next((cell for cell in target.cells if not self.shows(cell)), None):
+        if unshown := next((cell for cell in target.cells if not self.shows(cell)), None):
             raise SpecError(
-                f"{target.name} lists {strange.title!r}, a {strange.kind} run, which the table of {self.name} does not "
-                f"show: give it a TABLE that does, or an exhibit in analysis/exhibits/."
+                f"{target.name} lists {unshown.title!r}, a {unshown.kind} run, which the table of {self.name} cannot "
+                f"show: use another TABLE, or add an exhibit to analysis/exhibits/."
             )
         numbers = self.numbers(frame, target.cells, target.seeds, target.varies)
         marks, missing = row_notes(numbers, failures or {})
@@ -167,7 +173,7 @@ class Exhibit:
             notes=(
                 *warnings(frame, numbers),
                 *missing,
-                *trained_anew(frame, target.cells, target.seeds),
+                *retrained(frame, target.cells, target.seeds),
                 *self.notes(view),
             ),
             numbers=numbers,

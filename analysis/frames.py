@@ -1,8 +1,8 @@
-"""Runs -> data frames -> the files of `results/`, and back without loss.
+"""Runs to data frames to the files of `results/`, and back without loss.
 
-runs.csv           one row a run: what it was, what came out, and the code and machine behind it
-curves.csv         one row an epoch of a run
-provenance.jsonl   one line a run: every session that worked on it
+runs.csv           one row for each run: its spec, its results, its code and its machine
+curves.csv         one row for each epoch of a run
+provenance.jsonl   one line for each run: all its sessions
 """
 
 import json
@@ -51,10 +51,10 @@ SUMMARY = (
 )
 
 UNKNOWN = "unknown"
-"""Stands for a commit or code hash that no session noted."""
+"""Replaces a commit or code hash that no session recorded."""
 
 _PRIVATE = ("host", "hostname", "node", "user", "cwd", "path", "paths", "executable", "argv")
-"""Keys of a session that name a machine or a person, and stay out of files that are committed."""
+"""Keys of a session that name a machine or a person. Committed files leave them out."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Results:
 
     @classmethod
     def of(cls, runs: Iterable[Finished]) -> "Results":
-        """The files' contents for these runs."""
+        """The contents of the three files for these runs."""
         runs = list(runs)
         sessions = {run.spec.run_id: [_public(s) for s in run.sessions] for run in runs}
         return cls(frame(runs), curves(runs), sessions)
@@ -83,8 +83,8 @@ class Results:
             lines = [json.loads(line) for line in _text(folder / "provenance.jsonl").splitlines()]
             provenance = {line["run_id"]: line["sessions"] for line in lines}
             runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
-            if lost := sorted(set(FIRST) - set(runs.columns)):
-                raise ValueError(f"runs.csv has no column {lost[0]!r}")
+            if absent := sorted(set(FIRST) - set(runs.columns)):
+                raise ValueError(f"runs.csv has no column {absent[0]!r}")
             return cls(_as_before(runs, provenance), curves, provenance)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(
@@ -92,7 +92,7 @@ class Results:
             ) from error
 
     def only(self, run_ids: Collection[str]) -> "Results":
-        """The part that belongs to these runs."""
+        """The rows of these runs."""
         return Results(
             self.runs[self.runs["run_id"].isin(run_ids)],
             self.curves[self.curves["run_id"].isin(run_ids)],
@@ -100,7 +100,7 @@ class Results:
         )
 
     def joined(self, other: "Results") -> "Results":
-        """Both together; the runs must differ."""
+        """The rows of both; no run may be in both."""
         return Results(
             _runs([*rows_of(self.runs), *rows_of(other.runs)]),
             _curves([*_by_run(self.curves), *_by_run(other.curves)]),
@@ -108,7 +108,7 @@ class Results:
         )
 
     def texts(self) -> dict[str, str]:
-        """The three files' texts by name; equal contents give equal bytes."""
+        """The texts of the three files by name; equal contents give equal bytes."""
         lines = [
             json.dumps({"run_id": run_id, "sessions": self.provenance[run_id]}, sort_keys=True) + "\n"
             for run_id in sorted(self.provenance)
@@ -121,18 +121,18 @@ class Results:
 
 
 def frame(runs: Iterable[Finished]) -> pd.DataFrame:
-    """One row a run: the columns of `FIRST`, the other fields of the spec, the summary, `PROVENANCE`."""
+    """One row for each run: the columns of `FIRST`, the other fields of the spec, the summary, `PROVENANCE`."""
     return _runs([_row(run) for run in runs])
 
 
 def curves(runs: Iterable[Finished]) -> pd.DataFrame:
-    """One row for each line of a run's metrics: `run_id`, `epoch`, then whatever the line says."""
-    found = [(run.spec.run_id, run.metrics) for run in runs]
-    return _curves([(run_id, lines if isinstance(lines, Lines) else Lines(lines)) for run_id, lines in found])
+    """One row for each line of a run's metrics: `run_id`, `epoch`, then the other keys of the line."""
+    metrics = [(run.spec.run_id, run.metrics) for run in runs]
+    return _curves([(run_id, lines if isinstance(lines, Lines) else Lines(lines)) for run_id, lines in metrics])
 
 
 def write_files(folder: Path, texts: Mapping[str, str | bytes]) -> None:
-    """Write each text, or picture, to its place below `folder`, file by file: a reader sees the old or the new one.
+    """Write each text or image to its path below `folder`. Readers see either the old or the new file.
 
     Raises:
         RecordError: if the folder cannot be written.
@@ -145,20 +145,20 @@ def write_files(folder: Path, texts: Mapping[str, str | bytes]) -> None:
                 temporary.write_bytes(content)
     except OSError as error:
         raise RecordError(
-            f"{folder} cannot be written ({error.strerror}): make room, or choose another folder with --results."
+            f"{folder} cannot be written ({error.strerror}): free some space, or give another folder with --results."
         ) from error
 
 
 def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:
-    """The rows with the columns that there were none of when they were written.
+    """Add the columns that did not exist when the rows were written.
 
-    Fields of specs have their defaults, which mean "as before"; what the sessions say is taken from them.
+    Fields of specs get their defaults, which mean "as before"; provenance comes from the sessions.
     """
     known, rows = known_dtypes(), rows_of(runs)
     for name in PROVENANCE:
         if name not in runs:
-            said = [_provenance(provenance.get(row["run_id"]) or [{}])[name] for row in rows]
-            runs = runs.assign(**{name: column_of(said, known.get(name))})
+            column = [_provenance(provenance.get(row["run_id"]) or [{}])[name] for row in rows]
+            runs = runs.assign(**{name: column_of(column, known.get(name))})
     new = {
         name: default
         for name, default in defaults().items()
@@ -170,8 +170,8 @@ def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str
 def _runs(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     rows = sorted(rows, key=_order)
     known = [*FIRST, *(name for name in in_order() if name not in FIRST)]
-    told = {key for row in rows for key in row} - set(known) - set(PROVENANCE)
-    summary = [*(k for k in SUMMARY if k in told), *sorted(told - set(SUMMARY))]
+    others = {key for row in rows for key in row} - set(known) - set(PROVENANCE)
+    summary = [*(k for k in SUMMARY if k in others), *sorted(others - set(SUMMARY))]
     return _table(rows, [*known, *summary, *PROVENANCE])
 
 
@@ -205,7 +205,7 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
-    """Rows as a frame that has been through CSV: it is what reading the written file gives."""
+    """The rows as a frame, equal to what reading it back from CSV gives."""
     known = known_dtypes()
     return pd.DataFrame({name: column_of([row.get(name) for row in rows], known.get(name)) for name in columns})
 
@@ -214,11 +214,11 @@ def _provenance(sessions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The columns of `PROVENANCE`."""
     within = {"torch": "packages", "cpu_capability": "torch_flags"}
     parts = {key: [_mapping(session.get(name)) for session in sessions] for key, name in within.items()}
-    told = {key: _together(parts.get(key, sessions), key) for key in PROVENANCE}
-    told |= {key: told[key] or UNKNOWN for key in ("commit", "code")}
-    # Of a measured network's training too: what it was trained by decides what is found.
+    joined = {key: _together(parts.get(key, sessions), key) for key in PROVENANCE}
+    joined |= {key: joined[key] or UNKNOWN for key in ("commit", "code")}
+    # A measurement depends on the code that trained its network too.
     networks = [session["network_dirty"] for session in sessions if "network_dirty" in session]
-    return told | {"dirty": _any([*(session.get("dirty") for session in sessions), *networks])}
+    return joined | {"dirty": _any([*(session.get("dirty") for session in sessions), *networks])}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -226,22 +226,22 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _together(sessions: Sequence[Mapping[str, Any]], key: str) -> str | None:
-    """What the sessions say, each different thing once; None if none of them says anything."""
-    said = [s.get(key) for s in sessions]
-    if all(value is None for value in said):
+    """The distinct values of the sessions, joined with +; None if no session has one."""
+    values = [s.get(key) for s in sessions]
+    if all(value is None for value in values):
         return None
-    return "+".join(dict.fromkeys(UNKNOWN if v is None else _unpath(plain(str(v))) for v in said))
+    return "+".join(dict.fromkeys(UNKNOWN if v is None else _unpath(plain(str(v))) for v in values))
 
 
 def _any(flags: Sequence[Any]) -> bool | None:
-    """True if one is, None if one is not known."""
+    """True if any flag is true, else None if any is unknown."""
     if any(flag is True for flag in flags):
         return True
     return False if all(flag is False for flag in flags) else None
 
 
 def _public(value: Any) -> Any:
-    """A session's entry without names of machines and people, and with paths cut to their last part."""
+    """A session's entry without names of machines and people, with paths cut to their last part."""
     if isinstance(value, Mapping):
         return {str(k): _public(v) for k, v in value.items() if str(k).lower() not in _PRIVATE}
     if isinstance(value, list):
@@ -256,15 +256,15 @@ def _unpath(text: str) -> str:
     return re.sub(r"(?:file://|(?<![\w.:/)\]}]))/(?:[^\s/'\"=,;:]+/)*([^\s/'\"=,;:]*)/?", r"\1", text)
 
 
-def _curves(found: Iterable[tuple[str, Lines]]) -> pd.DataFrame:
-    """The lines of all runs, a run behind the other in the order of their names."""
-    found = sorted(found, key=lambda one: one[0])
-    told = sorted({name for _, lines in found for name in lines.columns} - {"run_id", "epoch"})
-    names = np.repeat(np.array([run_id for run_id, _ in found], dtype=object), [lines.count for _, lines in found])
+def _curves(by_run: Iterable[tuple[str, Lines]]) -> pd.DataFrame:
+    """The lines of all runs, sorted by run id."""
+    by_run = sorted(by_run, key=lambda pair: pair[0])
+    others = sorted({name for _, lines in by_run for name in lines.columns} - {"run_id", "epoch"})
+    names = np.repeat(np.array([run_id for run_id, _ in by_run], dtype=object), [lines.count for _, lines in by_run])
     columns = {"run_id": pd.array(names, dtype="string")}
     known = known_dtypes()
-    for name in ("epoch", *told):
-        columns[name] = joined_column([lines.column(name) for _, lines in found], known.get(name))
+    for name in ("epoch", *others):
+        columns[name] = joined_column([lines.column(name) for _, lines in by_run], known.get(name))
     return pd.DataFrame(columns)
 
 
@@ -277,7 +277,7 @@ def _by_run(curves: pd.DataFrame) -> list[tuple[str, Lines]]:
 
 
 def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as dicts, without what is missing."""
+    """The rows as dicts without missing values."""
     return [{k: v for k, v in row.items() if not pd.isna(v)} for row in table.astype(object).to_dict("records")]
 
 

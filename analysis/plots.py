@@ -1,4 +1,4 @@
-"""What the figures share: their style, their files, and lines, bands and points drawn from cells."""
+"""Shared by the figures: style, files, and lines, bands and points drawn from cells."""
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.arms import COLOURS, LINES, MARKS, method_name
 from analysis.cells import ids, scores, values
 from analysis.statistics import Interval, mean_interval, paired_difference
+from experiments.harness.runs.methods import Arm
 from experiments.harness.runs.spec import Run
 
 STYLE: dict[Any, Any] = {
@@ -27,102 +27,105 @@ STYLE: dict[Any, Any] = {
 
 
 def files(name: str, figure: Figure) -> dict[str, bytes]:
-    """The page as PDF and PNG, by file name."""
-    found = {}
+    """The figure as PDF and PNG, by file name."""
+    images = {}
     for form, metadata in (("pdf", {"CreationDate": None}), ("png", {"Software": None})):
         buffer = io.BytesIO()
         with mpl.rc_context(STYLE):
             figure.savefig(buffer, format=form, dpi=120, metadata=metadata)
-        found[f"{name}.{form}"] = buffer.getvalue()
-    return found
+        images[f"{name}.{form}"] = buffer.getvalue()
+    return images
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of cells against a field of their specs."""
+    """One line or set of points: a value of cells against a field of their specs."""
 
     field: str
     label: str
     style: str = "-"
-    """Of the line that joins them; without one they are open marks."""
+    """Style of the joining line; empty for open markers without a line."""
     column: str | None = None
-    """What is drawn; the test score if left out."""
+    """The column to draw; by default the test score."""
     factor: float = 100
-    """That it is multiplied by."""
+    """Factor applied to the column."""
     shift: float = 1
-    """That the field is multiplied by, so that points at one place stand side by side."""
+    """Factor applied to the field, so that points at the same value are drawn next to each other."""
 
 
-def draw_points(axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: int, series: Series) -> None:
-    """Means with their intervals, in the last cell's method's colour."""
+def draw_points(
+    axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: int, series: Series, arms: Mapping[Run, Arm]
+) -> None:
+    """Draw means with their intervals, in the colour of the last cell's arm."""
     field, shift = series.field, series.shift
-    found = [
+    points = [
         (
             cell.flat[field],
             mean_interval(series.factor * values(frame, cell, seeds, series.column or cell.score)),
         )
         for cell in sorted(cells, key=lambda cell: cell.flat[field])
     ]
-    found = [(x, interval) for x, interval in found if interval.n]
-    if not found:
+    points = [(x, interval) for x, interval in points if interval.n]
+    if not points:
         return
-    method = cells[-1].method
+    arm = arms[cells[-1]]
     axes.errorbar(
-        [shift * x for x, _ in found],
-        [interval.mean for _, interval in found],
-        [interval.half_width if interval.n > 1 else 0 for _, interval in found],
-        fmt=f"{MARKS[method]}{series.style}",
+        [shift * x for x, _ in points],
+        [interval.mean for _, interval in points],
+        [interval.half_width if interval.n > 1 else 0 for _, interval in points],
+        fmt=f"{arm.mark}{series.style}",
         ms=4,
         lw=1,
         capsize=2,
-        color=COLOURS[method],
-        mfc=COLOURS[method] if series.style else "none",
+        color=arm.colour,
+        mfc=arm.colour if series.style else "none",
         label=series.label,
     )
-    # m = 1 of a line is the base optimizer or SAM, which keeps its colour and mark
-    others = {cell.flat[field]: cell for cell in cells if cell.method != method}
-    for x, interval in found:
+    # at m = 1 a line starts at the base optimizer or SAM, which keeps its colour and marker
+    others = {cell.flat[field]: cell for cell in cells if arms[cell] is not arm}
+    for x, interval in points:
         if x in others:
-            other, name = others[x].method, method_name(others[x])
-            axes.plot([shift * x], [interval.mean], MARKS[other], ms=5, color=COLOURS[other], label=name, zorder=3)
+            other = arms[others[x]]
+            style: dict[str, Any] = {"ms": 5, "color": other.colour, "label": other.called(others[x])}
+            axes.plot([shift * x], [interval.mean], other.mark, **style, zorder=3)
 
 
-def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str) -> Interval:
-    """The mean over seeds by epoch as a line in its 95 % band, of which nothing below a tenth of the mean is drawn.
+def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str, arm: Arm) -> Interval:
+    """Draw the mean over seeds by epoch with its 95 % band, cut off below a tenth of the mean.
 
     Returns:
-        The last one.
+        The interval at the last epoch.
     """
-    nothing = mean_interval([])
+    empty = mean_interval([])
     if column not in curves:
-        return nothing
+        return empty
     rows = curves[curves["run_id"].isin(ids(cell, seeds)) & curves[column].notna()]
-    found = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
-    if not found:
-        return nothing
-    colour = COLOURS[cell.method]
-    means, halves = (np.array([getattr(f, name) for f in found.values()]) for name in ("mean", "half_width"))
-    mark = MARKS[cell.method] if len(found) < 20 else ""
-    look: dict[str, Any] = {"marker": mark, "ls": LINES[cell.method], "ms": 3, "lw": 1, "color": colour}
-    axes.plot(list(found), means, **look, label=method_name(cell))
+    by_epoch = {int(epoch): mean_interval(group[column]) for epoch, group in rows.groupby("epoch", sort=True)}
+    if not by_epoch:
+        return empty
+    means, halves = (
+        np.array([getattr(interval, name) for interval in by_epoch.values()]) for name in ("mean", "half_width")
+    )
+    mark = arm.mark if len(by_epoch) < 20 else ""
+    style: dict[str, Any] = {"marker": mark, "ls": arm.line, "ms": 3, "lw": 1, "color": arm.colour}
+    axes.plot(list(by_epoch), means, **style, label=arm.called(cell))
     low, high = means - np.nan_to_num(halves), means + np.nan_to_num(halves)
-    axes.fill_between(list(found), np.maximum(low, means / 10), high, color=colour, alpha=0.2, lw=0)
-    return found[max(found)]
+    axes.fill_between(list(by_epoch), np.maximum(low, means / 10), high, color=arm.colour, alpha=0.2, lw=0)
+    return by_epoch[max(by_epoch)]
 
 
-def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int) -> None:
-    """A cell's mean as a line across, with its interval as a band."""
-    found = mean_interval(100 * values(frame, cell, seeds, cell.score))
-    if found.n:
-        style = {"base": "-", "control": ":"}[cell.method]
-        axes.axhline(found.mean, ls=style, lw=1, color=COLOURS[cell.method], label=method_name(cell))
-        if found.n > 1:
-            low, high = found.mean - found.half_width, found.mean + found.half_width
-            axes.axhspan(low, high, color=COLOURS[cell.method], alpha=0.15, lw=0)
+def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int, arm: Arm) -> None:
+    """Draw a cell's mean as a horizontal line, with its interval as a band."""
+    interval = mean_interval(100 * values(frame, cell, seeds, cell.score))
+    if interval.n:
+        axes.axhline(interval.mean, ls=arm.line, lw=1, color=arm.colour, label=arm.called(cell))
+        if interval.n > 1:
+            low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
+            axes.axhspan(low, high, color=arm.colour, alpha=0.15, lw=0)
 
 
 def ends_of(last: Mapping[str, Interval]) -> str:
-    """For a title: between what means the lines end, and how many seeds are behind them."""
+    """For a title: the lowest and the highest last mean of the lines, and the numbers of seeds."""
     known = {name: interval for name, interval in last.items() if interval.n}
     if not known:
         return ""
@@ -132,34 +135,33 @@ def ends_of(last: Mapping[str, Interval]) -> str:
 
 
 def gain_of_msam(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, field: str) -> str:
-    """For a title: mSAM over SAM at both ends of the axis."""
-    told = []
+    """For a title: mSAM over SAM at both ends of the axis; empty if neither was run."""
+    gains = []
     for end in (min, max):
         at = end((cell.flat[field] for cell in cells), default=0)
         pair = [c for method in ("msam", "sam") for c in cells if (c.method, c.flat[field]) == (method, at)]
-        both = [scores(cell, frame, seeds) for cell in pair]
-        found = paired_difference(*both) if len(both) == 2 else mean_interval([])
-        if found.n:
-            half = f" ± {found.half_width:.1f}" if found.n > 1 else ""
-            told.append(f"{found.mean:+.1f}{half} (n = {found.n}) at {at:g}")
-    return f"\nmSAM over SAM:\n{', '.join(dict.fromkeys(told))}" if told else ""
+        samples = [scores(cell, frame, seeds) for cell in pair]
+        gain = paired_difference(*samples) if len(samples) == 2 else mean_interval([])
+        if gain.n:
+            half = f" ± {gain.half_width:.1f}" if gain.n > 1 else ""
+            gains.append(f"{gain.mean:+.1f}{half} (n = {gain.n}) at {at:g}")
+    return f"\nmSAM over SAM:\n{', '.join(dict.fromkeys(gains))}" if gains else ""
 
 
-def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int) -> str:
-    """For a title: where the highest mean is."""
-    found = {cell: mean_interval(100 * values(frame, cell, seeds, cell.score)) for cell in cells}
-    found = {cell: interval for cell, interval in found.items() if interval.n}
-    if not found:
+def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, arms: Mapping[Run, Arm]) -> str:
+    """For a title: the highest mean and its cell."""
+    means = {cell: mean_interval(100 * values(frame, cell, seeds, cell.score)) for cell in cells}
+    means = {cell: interval for cell, interval in means.items() if interval.n}
+    if not means:
         return ""
-    best = max(found, key=lambda cell: found[cell].mean)
+    best = max(means, key=lambda cell: means[cell].mean)
     rho = f", rho {best.rho:g}" if best.rho else ""
-    half = f" ± {found[best].half_width:.1f}" if found[best].n > 1 else ""
-    name = method_name(best)
-    return f"\nhighest mean {found[best].mean:.1f}{half} %:\n{name}{rho} (n = {found[best].n})"
+    half = f" ± {means[best].half_width:.1f}" if means[best].n > 1 else ""
+    return f"\nhighest mean {means[best].mean:.1f}{half} %:\n{arms[best].called(best)}{rho} (n = {means[best].n})"
 
 
 def set_logarithmic(axes: Axes) -> None:
-    """A logarithmic axis down to half of the least mean: bands that reach below 0 would fill it else."""
+    """Make the y axis logarithmic, down to half the lowest mean: bands that reach below 0 would stretch it."""
     means = [y for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float)]
     if means:
         axes.set_yscale("log")
@@ -167,7 +169,7 @@ def set_logarithmic(axes: Axes) -> None:
 
 
 def set_ticks(axes: Axes, tried: Iterable[float]) -> None:
-    """A logarithmic axis across that names the values that were tried, and no others."""
+    """Make the x axis logarithmic, with ticks only at the values that were tried."""
     values = sorted(set(tried))
     axes.set_xscale("log")
     axes.set_xticks(values, [f"{value:g}" for value in values])
@@ -175,33 +177,33 @@ def set_ticks(axes: Axes, tried: Iterable[float]) -> None:
 
 
 def add_legend(axes: Axes, **options: Any) -> None:
-    """A legend, if anything is drawn."""
+    """Add a legend if anything is drawn."""
     if axes.has_data():
         axes.legend(**options)
 
 
 def six_digits(values: np.ndarray) -> np.ndarray:
-    """To six significant digits: the last bits of exponentials differ from processor to processor."""
+    """Round to six significant digits: the last bits of exponentials differ between processors."""
     return np.array([float(f"{value:.6g}") for value in values])
 
 
 def panels_of(cells: Iterable[Run]) -> dict[str, list[Run]]:
     """The cells by model and data set."""
-    found: dict[str, list[Run]] = {}
+    panels: dict[str, list[Run]] = {}
     for cell in cells:
-        found.setdefault(f"{cell.model}, {cell.dataset}", []).append(cell)
-    return found
+        panels.setdefault(f"{cell.model}, {cell.dataset}", []).append(cell)
+    return panels
 
 
 def row_of_panels(count: int, width: float = 4.4, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels side by side, each of this size in inches."""
+    """A figure with `count` panels in a row, each of this size in inches."""
     figure = Figure(figsize=(width * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def line_of(curves: pd.DataFrame, cell: Run, measure: str) -> Any:
-    """The measurement's line of a cell's run at seed 0 on training data, if it is there."""
+    """The line of a measurement on training data, in a cell's run at seed 0; None if missing."""
     if "measure" not in curves:
         return None
-    found = curves[(curves["run_id"] == cell.run_id) & (curves["measure"] == measure) & (curves["part"] == "train")]
-    return None if found.empty else found.iloc[0]
+    rows = curves[(curves["run_id"] == cell.run_id) & (curves["measure"] == measure) & (curves["part"] == "train")]
+    return None if rows.empty else rows.iloc[0]

@@ -1,4 +1,4 @@
-"""The committed results: what may be published, and the tables that follow from what was."""
+"""The committed results: which runs may be published, and the tables drawn from them."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -21,14 +21,14 @@ from experiments.harness.runs.spec import Run
 
 
 class Refused(Mistake):
-    """A table that may not be published. The message has a sentence for each reason, with its mend."""
+    """A table that cannot be published. The message has a sentence for each reason and how to fix it."""
 
 
 def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None = None, ranks: int = 1) -> Target:
-    """A table, an experiment or one of their grids, looked up in the catalogue.
+    """Look up a table, an experiment or the grid of either in the catalogue.
 
     Raises:
-        SpecError: for an unknown name, or one that has no cells in this profile.
+        SpecError: for an unknown name, or one without cells in this profile.
     """
     runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
@@ -37,7 +37,7 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
 
 
 def publishable(profile: str) -> list[Target]:
-    """The tables and grids that have cells in this profile, with the profile's own number of seeds."""
+    """The tables and grids with cells in this profile, at the profile's number of seeds."""
     names = [name + end for name in tables() for end in ("", "-tuning") if name + end in catalogue.targets()]
     return [target(name, profile) for name in names if catalogue.cells(name, profile)]
 
@@ -45,9 +45,9 @@ def publishable(profile: str) -> list[Target]:
 def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Results) -> list[Path]:
     """Write the chosen tables and their runs into the committed folder of a profile, all or nothing.
 
-    Rows of other tables that are committed already stay, and so do those of the chosen ones that are not among the
-    results: a block of a table can be trained anew alone. Other rows of the chosen tables go. Every committed table is
-    then drawn again from the committed files, as `redraw` does.
+    Committed rows of other tables stay. So do committed rows of the chosen tables whose runs are not among the results,
+    so that one block of a table can be retrained alone. Other rows of the chosen tables are removed. Every committed
+    table is then redrawn from the committed files, as by `redraw`.
 
     Args:
         folder: `results/<profile>`.
@@ -59,8 +59,8 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         The files written.
 
     Raises:
-        Refused: if a run is missing, or the runs of a model come from several versions of the training code, of torch
-            or of the data, or any from an unknown commit or (a grid's may) an unclean tree.
+        Refused: if a run is missing; if the runs of a model come from several versions of the training code, of torch
+            or of the data; or if a run comes from an unknown commit or, except for grids, an unclean tree.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
@@ -76,50 +76,50 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
             reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
     if reasons:
         raise Refused("\n".join(reasons))
-    files = {**after.texts(), **everything(profile, tables_now, after)}
+    files = {**after.texts(), **output_files(profile, tables_now, after)}
     write_files(folder, files)
     return [folder / name for name in files]
 
 
 def redraw(folder: Path, profile: str) -> list[Path]:
-    """Write the committed tables again, from the committed runs alone.
+    """Write the committed tables again, from the committed runs only.
 
     Returns:
         The files written.
 
     Raises:
-        RecordError: if nothing is committed, or it is damaged.
+        RecordError: if the committed files are missing or damaged.
     """
     if not (folder / "runs.csv").exists():
         raise RecordError(
-            f"There is no {folder / 'runs.csv'} yet: `python -m analysis --profile {profile} --publish` writes it."
+            f"{folder / 'runs.csv'} does not exist: `python -m analysis --profile {profile} --publish` writes it."
         )
     results = Results.read(folder)
-    found = drawn(folder, profile, results)
-    files = everything(profile, found, results)
+    targets = drawn(folder, profile, results)
+    files = output_files(profile, targets, results)
     write_files(folder, files)
     return [folder / name for name in files]
 
 
-def documents(
+def documents_of(
     profile: str, targets: Sequence[Target], results: Results, failures: Mapping[str, str] | None = None
 ) -> list[Document]:
-    """The tables, and behind them what they say of the abstract's claims, if one of them says anything."""
-    found = [exhibit_of(t.name).document(t, results.runs, failures) for t in targets]
+    """The tables, followed by the summary of the claims if they have any evidence."""
+    documents = [exhibit_of(t.name).document(t, results.runs, failures) for t in targets]
     claims = document_claims(profile, results, _shown(targets))
-    return [*found, claims] if len(claims.numbers) else found
+    return [*documents, claims] if len(claims.numbers) else documents
 
 
-def everything(
-    profile: str, targets: Sequence[Target], results: Results, told: Sequence[Document] | None = None
+def output_files(
+    profile: str, targets: Sequence[Target], results: Results, documents: Sequence[Document] | None = None
 ) -> dict[str, str | bytes]:
-    """Tables, claims, figures and the report, by their path below a results folder; `told` if `documents` is known."""
-    told = documents(profile, targets, results) if told is None else told
+    """Tables, claims, figures and the report, by path below a results folder; the documents are made if not given."""
+    documents = documents_of(profile, targets, results) if documents is None else documents
     pictures = pages(results, _shown(targets))
     shown = results.only({run.run_id for t in targets for run in t.runs})
-    page = report(profile, told, pictures, [cell for t in targets for cell in t.cells], shown)
-    drawings = {path: picture for one in pictures for path, picture in one.files.items()}
-    return {**table_files(told), **drawings, "report.html": page}
+    page = report(profile, documents, pictures, [cell for t in targets for cell in t.cells], shown)
+    image_files = {path: picture for one in pictures for path, picture in one.files.items()}
+    return {**table_files(documents), **image_files, "report.html": page}
 
 
 def _shown(targets: Sequence[Target]) -> Shown:
@@ -127,55 +127,55 @@ def _shown(targets: Sequence[Target]) -> Shown:
 
 
 def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
-    """The tables of a committed folder: those it has files of, and those whose every cell has a run.
+    """The tables of a committed folder: those that have files, and those with a run for every cell.
 
-    A table's number of seeds is that of its cell with the fewest, for cells may be shared with larger tables.
+    A table has as many seeds as its cell with the fewest, because cells may be shared with larger tables.
     """
     ids = set(results.runs["run_id"])
-    found = []
+    targets = []
     for t in publishable(profile):
         counts = [_seeds(cell, ids) for cell in t.cells]
         if any(counts) and (all(counts) or (folder / "tables" / f"{t.name}.csv").exists()):
-            found.append(replace(t, seeds=min(filter(None, counts))))
-    return found
+            targets.append(replace(t, seeds=min(filter(None, counts))))
+    return targets
 
 
 def mixed(t: Target, results: Results) -> list[str]:
-    """Why a table's runs may not stand together in one committed table."""
+    """The reasons why a table's runs may not be published together."""
     rows = results.runs[results.runs["run_id"].isin({run.run_id for run in t.runs})]
-    # What is compared are the runs of a model, and what must be one is the code that trained them, known by a hash of
-    # its content: a study that shares Table 1's baselines is added later, at a commit that differs in a list of runs. A
-    # grid's second stage needs the outcome of its first to be written down, so its tree may be unclean.
-    redo = f"commit your changes and train them again with `{_command(t)} --redo`"
+    # The runs of a model are compared, so they must come from the same training code. It is identified by a hash, not
+    # by the commit: a study that shares Table 1's baselines is added by a later commit that only changes a list of
+    # runs. The tree of a grid may be unclean, because its second stage needs the result of its first in the source.
+    remedy = f"commit your changes and retrain them with `{_command(t)} --redo`"
     reasons = []
-    # The times of Table 4 are compared across models too.
-    whole = any(cell.kind == "cost" for cell in t.cells)
-    for model, block in [("all", rows)] if whole else rows.groupby("model"):
+    # Table 4 also compares times between models.
+    one_block = any(cell.kind == "cost" for cell in t.cells)
+    for model, block in [("all", rows)] if one_block else rows.groupby("model"):
         several = [("training code", "code", block), ("torch", "torch", block)]
         several += [(f"{dataset}'s data", "data_checksum", part) for dataset, part in block.groupby("dataset")]
         for word, column, part in several:
-            said = sorted({one for cell in part[column].dropna() for one in cell.split("+")} - {UNKNOWN})
-            if len(said) > 1:
-                told = ", ".join(one[:12] for one in said)
-                reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({told}): {redo}.")
+            versions = sorted({one for cell in part[column].dropna() for one in cell.split("+")} - {UNKNOWN})
+            if len(versions) > 1:
+                shown = ", ".join(one[:12] for one in versions)
+                reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({shown}): {remedy}.")
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
-        reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {redo}.")
+        reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {remedy}.")
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):
-        reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {redo}.")
+        reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {remedy}.")
     return reasons
 
 
 def missing(t: Target, results: Results) -> list[Run]:
-    """The runs that a table expects and has no score of."""
+    """The expected runs of a table that have no score."""
     rows = results.runs.set_index("run_id")
     known = {run_id for cell in t.cells for run_id in run_ids(cell, rows, t.seeds)}
     return [run for run in t.runs if run.run_id not in known]
 
 
 def missing_line(t: Target, gaps: Sequence[Run]) -> str:
-    """A sentence that counts the missing runs and says how to make them."""
+    """A sentence with the number of missing runs and the command that makes them."""
     count = f"{len(gaps)} of its {len(t.runs)} runs"
-    return f"{t.name} lacks {count}, first {gaps[0].title}: `{_command(t)}` makes them."
+    return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{_command(t)}`."
 
 
 def _missing(t: Target, results: Results) -> list[str]:
@@ -186,11 +186,13 @@ def _missing(t: Target, results: Results) -> list[str]:
 def _not_a_table(t: Target) -> list[str]:
     if t.name.removesuffix("-tuning") in tables():
         return []
-    return [f"{t.name} is an experiment, a part of a table: publish the table itself ({', '.join(tables())})."]
+    return [
+        f"{t.name} is an experiment, which fills only a part of a table: publish the table ({', '.join(tables())})."
+    ]
 
 
 def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target]) -> set[str]:
-    """The committed runs of committed tables that are not published now."""
+    """The committed runs of the tables that are not being published."""
     names = {t.name for t in chosen}
     others = [t.cells for t in drawn(folder, profile, before) if t.name not in names]
     fresh = {run.run_id for t in chosen for run in t.runs}
@@ -199,7 +201,7 @@ def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target])
 
 
 def _seeds(cell: Run, ids: set[str]) -> int:
-    """How many of seeds 0, 1, ... a cell has runs of, up to the first gap."""
+    """The number of seeds 0, 1, ... of a cell that have runs, up to the first gap."""
     seeds = 0
     while replace(cell, seed=seeds).run_id in ids:
         seeds += 1

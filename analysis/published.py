@@ -1,10 +1,10 @@
-"""Published results that stand nearest to the paper's, each with its source and how it was read.
+"""Published results close to the paper's settings, each with its source and a grade.
 
-The mSAM paper's own tables could not be obtained, so no row here is the mSAM paper's. Foret et al.'s "SAM"
-is already m-SAM: each of 8 devices perturbs for its own 32 of the batch's 256 examples.
+The mSAM paper's tables were not available, so no row comes from them. The "SAM" of Foret et al. is already m-SAM: each
+of 8 devices computes a perturbation from its 32 of the batch's 256 examples.
 
-Grades: A, read in the source's own text, table or run log (or an excerpt of it); B, read in a third party's
-note of it. Spreads are those of the source (its own kind of interval), not ours.
+Grade A: read in the text, a table or a run log of the source, or in an excerpt of it. Grade B: read in a third party's
+note on the source. Spreads are printed as in the source, with the source's kind of interval.
 """
 
 from collections.abc import Iterable
@@ -12,35 +12,36 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 DISCLAIMER = (
-    "The mSAM paper's own tables could not be obtained: none of these numbers is the mSAM paper's. The "
-    "settings differ from ours; spreads are as the sources print them."
+    "The mSAM paper's tables were not available to us: none of these numbers come from them. The "
+    "settings differ from ours; spreads are as printed in the sources."
 )
 FORET_NOTE = (
-    "Foret et al.'s SAM is already m-SAM: 8 devices, each perturbing for its own 32 of the batch's 256 examples."
+    "The SAM of Foret et al. is already m-SAM: each of 8 devices computes a perturbation from its 32 of the batch's "
+    "256 examples."
 )
-ERROR_NOTE = "printed as an error, shown as 100 minus it"
+ERROR_NOTE = "printed as an error; shown as 100 minus the error"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """One row of somebody else's table: accuracies in percent, with the spread as printed."""
+    """One row of another paper's table: accuracies in percent, with spreads as printed."""
 
     family: str
-    """Of the model: ResNet, WRN, ViT or encoder."""
+    """Model family: ResNet, WRN, ViT or encoder."""
     dataset: str
     setting: str
     base: str = ""
     sam: str = ""
     other: str = ""
-    """Accuracies of further methods, with their names."""
+    """Accuracies of other methods, with their names."""
     source: str
     grade: str
     from_error: bool = False
-    """Whether the source prints errors, which are shown here as 100 minus them."""
+    """Whether the source prints errors, which are shown as 100 minus the error."""
 
 
 def accuracy(error: str) -> str:
-    """An error as printed, `3.5±0.1` say, as an accuracy with the same spread: `96.5±0.1`."""
+    """Convert a printed error such as `3.5±0.1` to an accuracy with the same spread: `96.5±0.1`."""
     value, mark, spread = error.partition("±")
     return f"{100 - Decimal(value)}{mark}{spread}"
 
@@ -57,7 +58,7 @@ DATASETS = {
     "qnli": "QNLI",
     "rte": "RTE",
 }
-"""Our names of data sets, and those of the sources."""
+"""Our names of data sets, and the names in the sources."""
 
 
 def _foret(setting: str, cifar10: tuple[str, str], cifar100: tuple[str, str]) -> tuple[Neighbour, ...]:
@@ -209,23 +210,23 @@ FAMILIES = {
     "roberta": "encoder",
     "minilm": "encoder",
 }
-"""Of our models, by how their names begin; encoders of text are all taken for one family."""
+"""Families by the prefix of our model names. All text encoders are one family."""
 
 
 def family(model: str) -> str | None:
-    """The family that a model of ours belongs to, or None."""
+    """The family of one of our models, or None."""
     return next((name for begin, name in FAMILIES.items() if model.startswith(begin)), None)
 
 
 def neighbours(models: Iterable[str], datasets: Iterable[str]) -> list[Neighbour]:
-    """The published rows of the same families of models on the same data sets."""
+    """The published rows of the same model families on the same data sets."""
     families = {family(model) for model in models}
     names = {DATASETS.get(dataset) for dataset in datasets}
     return [n for n in NEIGHBOURS if n.family in families and n.dataset in names]
 
 
 def lines(rows: Iterable[Neighbour]) -> list[str]:
-    """The rows as text, one line each, after the two sentences that they need."""
+    """The rows as text, one line each, after the remarks on them."""
     rows = list(rows)
     if not rows:
         return []
@@ -233,7 +234,7 @@ def lines(rows: Iterable[Neighbour]) -> list[str]:
 
 
 def markdown(rows: Iterable[Neighbour]) -> str:
-    """The rows as a Markdown table under their own heading."""
+    """The rows as a Markdown table with a heading."""
     from tabulate import tabulate
 
     rows = list(rows)
@@ -253,5 +254,5 @@ def _setting(row: Neighbour) -> str:
 
 def _line(row: Neighbour) -> str:
     numbers = [f"base {row.base}" if row.base else "", f"SAM {row.sam}" if row.sam else "", row.other]
-    told = ", ".join(filter(None, numbers))
-    return f"{row.dataset}, {_setting(row)}: {told}. {row.source} (grade {row.grade})."
+    scores = ", ".join(filter(None, numbers))
+    return f"{row.dataset}, {_setting(row)}: {scores}. {row.source} (grade {row.grade})."

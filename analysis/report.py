@@ -1,4 +1,4 @@
-"""One self-contained page of everything: claims, tables, figures, hyper-parameters, and every run behind a number."""
+"""One self-contained page: claims, tables, figures, hyper-parameters, and the runs behind every number."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ from experiments.harness.runs.spec import Run
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: its text, and the runs that it comes from."""
+    """A cell of a table: its text and the ids of its runs."""
 
     text: str
     runs: tuple[str, ...] = ()
@@ -43,13 +43,13 @@ class Section:
 def report(
     profile: str, documents: Sequence[Document], figures: Sequence[Page], cells: Sequence[Run], results: Results
 ) -> str:
-    """The page as HTML; the same contents give the same bytes.
+    """The page as HTML; equal contents give equal bytes.
 
     Args:
-        profile: whose results these are.
-        documents: the tables, and the claims.
-        figures: the figures, shown in PNG.
-        cells: the specs behind the tables, for the hyper-parameters.
+        profile: the profile of the results.
+        documents: the tables and the claims.
+        figures: the figures, shown as PNG.
+        cells: the specs of the tables, for the hyper-parameters.
         results: the runs, with their provenance.
     """
     environment = Environment(
@@ -75,14 +75,14 @@ def report(
 
 
 def section(document: Document, runs: pd.DataFrame) -> Section:
-    """A document's table, with the finished runs behind each of its rows or scores."""
-    known, behind = set(runs["run_id"]), document.behind()
-    more = [name for name in dict.fromkeys(name for row in behind for name in row) if name not in document.cells]
+    """A document's table, with the finished runs behind each row or score."""
+    finished, used = set(runs["run_id"]), document.run_ids()
+    extra = [name for name in dict.fromkeys(name for row in used for name in row) if name not in document.cells]
     rows = []
-    for row, ids in zip(document.cells.to_dict("records"), behind, strict=True):
-        line = [Cell(str(text), _known(ids.get(str(name)), known)) for name, text in row.items()]
-        rows.append((*line, *(Cell("", _known(ids.get(name), known)) for name in more)))
-    columns = (*document.cells.columns, *more)
+    for row, ids in zip(document.cells.to_dict("records"), used, strict=True):
+        line = [Cell(str(text), _known(ids.get(str(name)), finished)) for name, text in row.items()]
+        rows.append((*line, *(Cell("", _known(ids.get(name), finished)) for name in extra)))
+    columns = (*document.cells.columns, *extra)
     about = (document.name, document.title, document.origin)
     return Section(*about, tuple(map(str, columns)), tuple(rows), document.claims, document.notes)
 
@@ -92,7 +92,7 @@ def _known(ids: Any, known: set[str]) -> tuple[str, ...]:
 
 
 def _hyper_parameters(cells: Sequence[Run]) -> Section:
-    """A row for each distinct training of the tables, in their order."""
+    """A row for each distinct training run of the tables, in their order."""
     trained = [
         c
         for c in dict.fromkeys(cells)
@@ -108,8 +108,10 @@ def _hyper_parameters(cells: Sequence[Run]) -> Section:
         )
         for cell in trained
     )
-    columns = ("method", *(name.replace("_", " ") for name in varied), "listed, with sources, in")
-    origin = "The fields in which the trainings of these tables differ; all others are in each run below."
+    columns = ("method", *(name.replace("_", " ") for name in varied), "listed with its sources in")
+    origin = (
+        "The fields in which the training runs of these tables differ. The other fields are listed with each run below."
+    )
     return Section("hyper-parameters", "Hyper-parameters", origin, columns, rows, (), ())
 
 
@@ -122,19 +124,25 @@ def _plain(value: Any) -> str:
 
 
 def _runs(results: Results) -> list[dict[str, Any]]:
-    """Every run: what it is, its numbers and its sessions."""
-    found = []
+    """Every run: its fields, its numbers and its sessions."""
+    runs = []
     later = {name: default for name, default in defaults().items() if name not in ORDER}  # "as before"
     for row in results.runs.to_dict("records"):
         shown = {str(k): v for k, v in row.items() if not pd.isna(v) and k not in ("run_id", "seed")}
-        told = {k: _plain(v) for k, v in shown.items() if k not in later or v != later[k]}
+        fields = {k: _plain(v) for k, v in shown.items() if k not in later or v != later[k]}
         title = f"{row['model']} {row['dataset']} {row['method']} m={row['micro_batches']} rho={_plain(row['rho'])}"
         title += f" batch {row['batch_size']}"
         if row["label_noise"]:
             title += f" wrong labels {_plain(row['label_noise'])}"
         what = "" if row["kind"] == "train" else f"{row['kind']}: "
         sessions = json.dumps(results.provenance.get(row["run_id"], []), indent=1, sort_keys=True)
-        found.append(
-            {"id": row["run_id"], "title": f"{what}{title}", "seed": row["seed"], "told": told, "sessions": sessions}
+        runs.append(
+            {
+                "id": row["run_id"],
+                "title": f"{what}{title}",
+                "seed": row["seed"],
+                "fields": fields,
+                "sessions": sessions,
+            }
         )
-    return found
+    return runs

@@ -1,4 +1,4 @@
-"""Tables of test scores: what Table 1, Table 2 and the studies have in common."""
+"""Tables of test scores, shared by Table 1, Table 2 and the studies."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,16 @@ from analysis.cells import (
     unmatched,
     values,
 )
-from analysis.document import SCORE_NOTE, formatted, measure, percent, score_text, signed, studied_columns
+from analysis.document import (
+    SCORE_NOTE,
+    SIGNIFICANCE_NOTE,
+    formatted,
+    measure,
+    percent,
+    score_text,
+    signed,
+    studied_columns,
+)
 from analysis.evidence import of_scores
 from analysis.exhibit import Claim, View
 from analysis.statistics import mean_interval
@@ -27,34 +36,34 @@ from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
 Cells = Sequence[Run | None]
-"""One for each row of a table; None where the row has none."""
+"""One cell for each row of a table; None for a row without one."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table of scores, behind the score and its differences."""
+    """A further column of a table of scores, after the score and its differences."""
 
     title: str
     numbers: Callable[[pd.DataFrame, Cells, int], Mapping[str, Sequence[Any]]]
-    """From the runs by id, the cell of each row, and the number of seeds: columns of the table's numbers."""
+    """Takes the runs by id, the cell of each row and the number of seeds; returns columns of the table's numbers."""
     text: Callable[[pd.DataFrame], Sequence[str]]
-    """From the table's numbers: the cells of the column."""
+    """Takes the table's numbers; returns the text of the column."""
     measured: bool = False
-    """Whether it is of the curvature runs of the rows' networks; it is shown if there are some."""
+    """Whether it comes from the curvature runs of the rows' networks; it is shown only if there are some."""
 
 
 def mean_column(
     title: str, name: str, source: str = "", *, factor: float = 1, measured: bool = False, digits: str = "significant"
 ) -> Column:
-    """The mean of a number of the runs' summaries, with its 95 % interval.
+    """A column with the mean of a number in the runs' summaries and its 95 % interval.
 
     Args:
-        title: Heading.
-        name: Of the column in the table's CSV.
-        source: Of the number in the summaries; left out, the same.
-        factor: That the numbers are multiplied by.
+        title: The heading.
+        name: The name of the column in the table's CSV.
+        source: The name of the number in the summaries; by default `name`.
+        factor: The factor applied to the numbers.
         measured: As in `Column`.
-        digits: `significant`, three of them, or `score`, two decimals.
+        digits: `significant` for three significant digits, or `score` for two decimals.
     """
 
     def numbers(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[Any]]:
@@ -65,19 +74,19 @@ def mean_column(
 
 
 def _train_accuracy(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[float]]:
-    found = averages(runs, cells, seeds, "train_accuracy", 100)
-    return {"train_accuracy": [one.mean for one in found if one]}
+    means = averages(runs, cells, seeds, "train_accuracy", 100)
+    return {"train_accuracy": [mean.mean for mean in means if mean]}
 
 
 def _times(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[float]]:
-    """Seconds of a run, and their ratio to those of the block's base optimizer."""
+    """Seconds of a run, and their ratio to the seconds of the block's base optimizer."""
     seconds, ratios = [], []
     for block in blocks([cell for cell in cells if cell]):
         base = next((cell for cell in block if cell.method == "base"), None)
-        usual = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
+        base_seconds = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
         for cell in block:
             seconds.append(mean_interval(values(runs, cell, seeds, "wall_seconds")).mean)
-            ratios.append(seconds[-1] / usual if usual else float("nan"))
+            ratios.append(seconds[-1] / base_seconds if base_seconds else float("nan"))
     return {"wall_seconds": seconds, "relative_time": ratios}
 
 
@@ -104,27 +113,27 @@ COLUMNS = (
     ),
     Column("time", _times, lambda table: [_time(row) for row in table.itertuples()]),
 )
-"""Of every table of scores."""
+"""The further columns of every table of scores."""
 
 LINEAR = "linear model (floor)"
 
 NOTES = (
-    f"{SCORE_NOTE}; differences are in percentage points and paired by seed. Intervals are for one "
-    "comparison at a time. Time is the mean for one run, other work of the machine included, and its ratio to the base "
-    "optimizer's: Table 4 is what to compare costs by.",
-    "The test accuracy is that of the last epoch, never of the best one.",
-    "Seeds differ in initial weights and the order of batches. The images of a subset are the same for all seeds, and "
-    "so are its wrong labels where there are some: intervals say nothing of other images.",
+    f"{SCORE_NOTE}; differences are in percentage points and paired by seed. {SIGNIFICANCE_NOTE} "
+    "Time is the mean time of a run, including other load on the machine, and its ratio to the base optimizer; use "
+    "Table 4 to compare costs.",
+    "Test accuracies are those of the last epoch, not of the best epoch.",
+    "Seeds differ in initial weights and batch order. All seeds use the same subset of images, and the same wrong "
+    "labels if there are any: the intervals do not cover the choice of images.",
 )
-NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho where there is one."
+NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho, if there is one."
 NOTE_MEASURED = (
     "Lambda 1 is the largest Hessian eigenvalue of the training loss, measured as in Table 3. Re-estimated: the test "
-    "accuracy once BatchNorm's statistics have been averaged over one more epoch of mini-batches at the final weights."
+    "accuracy after BatchNorm's statistics are averaged over one more epoch of mini-batches at the final weights."
 )
 
 
 def _claims_of_further_arms() -> Iterable[Claim]:
-    """Each comparison of an arm that the abstract says nothing of."""
+    """A claim for each comparison of an arm that the abstract does not mention."""
     for name, arm in ARMS.items():
         for other in arm.claimed if name not in ("control", "sam", "msam") else ():
             legends = (one.legend.format(base="plain training") for one in (arm, ARMS[other]))
@@ -145,7 +154,7 @@ CLAIMS = (
 
 
 def shows(cell: Run) -> bool:
-    """Whether a cell is a training, or a curvature run of a training's network."""
+    """Whether a cell is a training run, or a curvature run of a trained network."""
     return cell.kind == "train" or cell.network is not None
 
 
@@ -156,31 +165,31 @@ def numbers(
     varies: Sequence[str] = (),
     columns: Sequence[Column] = COLUMNS,
 ) -> pd.DataFrame:
-    """Test score of each cell, and its differences to the base optimizer and to SAM, paired by seed.
+    """The test score of each cell, and its differences to other arms, paired by seed.
 
     Args:
-        frame: one row a finished run, as `frames.frame` makes it.
-        cells: specs at seed 0; a row each, gathered in blocks that share all that does not define an arm. Curvature
-            runs among them add to the rows of the networks that they measure.
-        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        frame: one row for each finished run, as made by `frames.frame`.
+        cells: specs at seed 0, one for each row, grouped in blocks that differ only in the fields that define an arm.
+            Curvature runs among them add columns to the rows of the networks that they measure.
+        seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
-        columns: what else there is of each row.
+        columns: the further columns.
 
     Returns:
-        One row a cell, with its differences to the cells that `cells.references` gives.
+        One row for each cell, with its differences to the cells of `cells.references`.
     """
     networks, measured = _networks(cells, varies), _measured(cells, varies)
     table, runs = compared(frame, networks, seeds, varies), frame.set_index("run_id")
     for column in [c for c in columns if not c.measured] + [c for c in columns if c.measured and any(measured)]:
-        found = column.numbers(runs, measured if column.measured else networks, seeds)
-        table = table.join(rounded(pd.DataFrame(found)))
+        added = column.numbers(runs, measured if column.measured else networks, seeds)
+        table = table.join(rounded(pd.DataFrame(added)))
     more = [" ".join(run_ids(cell, runs, seeds)) if cell else "" for cell in measured]
     table["run_ids"] = [" ".join(filter(None, both)) for both in zip(table["run_ids"], more, strict=True)]
     return table
 
 
 def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
-    """The score of each row, its differences, and the columns; those of curvature runs only if there are some."""
+    """The score of each row, its differences, and the further columns; curvature columns only if measured."""
     table, rows = view.numbers, view.rows
     measured = any(_measured(view.target.cells))
     return pd.DataFrame(
@@ -199,14 +208,14 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
 
 
 def sentences(view: View, expected: int = 1) -> list[str]:
-    """What each block says of the arms, and which comparisons there are none of; `expected` is the claims' sign."""
+    """The differences of each block, and the missing comparisons; `expected` is the sign that the paper claims."""
     cells = view.target.cells
     trainings = [cell for cell in cells if not cell.network] or cells
     return [*block_sentences(view.numbers, expected), *unmatched(trainings, view.target.varies)]
 
 
 def notes(view: View) -> Iterable[str]:
-    """How to read a table of scores."""
+    """Explain how to read a table of scores."""
     sams = view.numbers[view.numbers["method"] == "sam"]
     yield from NOTES
     if sams.groupby("block")["rho"].nunique().gt(1).any():
@@ -216,11 +225,11 @@ def notes(view: View) -> Iterable[str]:
 
 
 def _networks(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run]:
-    """The trainings among the cells, in the order of the rows."""
+    """The training runs among the cells, in the order of the rows."""
     return cells_in_order([cell for cell in cells if not cell.network], varies)
 
 
 def _measured(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run | None]:
-    """The curvature run of each row's network, if it is among the cells."""
-    found: dict[Run, Run] = {cell.network: cell for cell in cells if cell.network}
-    return [found.get(cell) for cell in _networks(cells, varies)]
+    """The curvature run of each row's network; None if it is not among the cells."""
+    by_network: dict[Run, Run] = {cell.network: cell for cell in cells if cell.network}
+    return [by_network.get(cell) for cell in _networks(cells, varies)]

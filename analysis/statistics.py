@@ -14,14 +14,14 @@ class Interval(NamedTuple):
     """A mean, half the width of its 95 % interval, and the number of values behind it."""
 
     mean: float
-    """NaN if there is no value."""
+    """NaN without values."""
     half_width: float
-    """NaN if there are fewer than two values: one run says nothing about its spread."""
+    """NaN with fewer than two values: one run has no spread."""
     n: int
 
     @property
-    def separated(self) -> bool:
-        """Whether the interval leaves out zero; never with fewer than two values."""
+    def significant(self) -> bool:
+        """Whether the interval excludes zero; never with fewer than two values."""
         return bool(abs(self.mean) > self.half_width)
 
 
@@ -38,7 +38,8 @@ def mean_interval(values: Iterable[float]) -> Interval:
 def bootstrap_interval(values: Iterable[float]) -> tuple[float, float]:
     """The ends of the 95 % percentile bootstrap interval of the mean; NaN with fewer than two values.
 
-    The resamples are the same for the same values. With a handful of values it is too narrow: three have ten means.
+    Equal values give equal resamples. With few values the interval is too narrow: three values have only ten distinct
+    means.
     """
     array = np.asarray(list(values), dtype=float)
     if len(array) < 2:
@@ -54,12 +55,12 @@ def paired_difference(a: pd.Series, b: pd.Series) -> Interval:
 
     Args:
         a: values indexed by seed.
-        b: values indexed by seed; at one seed both runs began alike and saw the same batches.
+        b: values indexed by seed; at equal seeds both runs had the same initial weights and batches.
     """
     return mean_interval(paired(a, b))
 
 
 def paired(a: pd.Series, b: pd.Series) -> np.ndarray:
-    """a - b at the seeds that both have, in their order."""
+    """a - b at the seeds that both have, in the order of the seeds."""
     common = sorted(set(a.index) & set(b.index))
     return a.loc[common].to_numpy(dtype=float) - b.loc[common].to_numpy(dtype=float)

@@ -1,4 +1,4 @@
-"""Whether anything has changed since `python -m analysis` last wrote its files: no run is read twice for nothing."""
+"""Skip a repeated `python -m analysis` if no record, code or argument has changed since it last wrote its files."""
 
 import dataclasses
 import hashlib
@@ -12,17 +12,17 @@ from experiments.harness.runs.files import RecordError, read_json, write_json
 from experiments.harness.runs.provenance import ROOT, code_hash
 
 NAME = "unchanged.json"
-"""In the folder that was written: the fingerprint of all that went in, what came out, and what was printed."""
+"""A file in the output folder: the fingerprint of all inputs, the files written and the text printed."""
 
 
-def fingerprint(root: Path, asked: Any) -> str:
-    """A hash over what is asked, the code, the libraries, and the names, sizes and times of all records.
+def fingerprint(root: Path, arguments: Any) -> str:
+    """A hash of the arguments, the code, the libraries, and the names, sizes and times of all records.
 
     Args:
         root: The results root.
-        asked: The command's arguments, a dataclass.
+        arguments: The command's arguments, a dataclass.
     """
-    digest = hashlib.sha256(repr(dataclasses.asdict(asked)).encode())
+    digest = hashlib.sha256(repr(dataclasses.asdict(arguments)).encode())
     digest.update(code_hash(folders=("analysis", "experiments")).encode() + sys.version.encode())
     for path in (
         ROOT / "analysis" / "report.html.j2",
@@ -35,31 +35,31 @@ def fingerprint(root: Path, asked: Any) -> str:
         digest.update(f"\0{name}".encode("utf-8", "surrogateescape"))
         for entry in sorted(_entries(folder / name), key=lambda entry: entry.name):
             if entry.name.endswith((".json", ".jsonl")):
-                found = entry.stat()
-                digest.update(f"\0{entry.name} {found.st_size} {found.st_mtime_ns}".encode())
+                status = entry.stat()
+                digest.update(f"\0{entry.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
 def remembered(folder: Path, stamp: str) -> str | None:
-    """What was printed when `folder` was written, if its fingerprint is this one and its files are still there."""
+    """The text printed when `folder` was written; None if the fingerprint differs or a file is missing."""
     try:
-        found = read_json(folder / NAME)
+        content = read_json(folder / NAME)
     except RecordError:
         return None
-    files, printed = found.get("files"), found.get("printed")
-    if found.get("fingerprint") != stamp or not isinstance(files, list) or not isinstance(printed, str):
+    files, printed = content.get("files"), content.get("printed")
+    if content.get("fingerprint") != stamp or not isinstance(files, list) or not isinstance(printed, str):
         return None
     return printed if all((folder / str(name)).exists() for name in files) else None
 
 
 def remember(folder: Path, stamp: str, files: Iterable[str], printed: str) -> None:
-    """Keep it for the next call."""
+    """Save the fingerprint, file names and printed text for the next call."""
     write_json(folder / NAME, {"fingerprint": stamp, "files": sorted(files), "printed": printed})
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            return list(found)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except OSError:
         return []

@@ -1,10 +1,10 @@
-"""What `python -m analysis` takes over many run folders: seconds and memory, of a first call and of one more.
+"""Time and memory of `python -m analysis` with many run folders, for a first and a second call.
 
-    python -m benchmarks.analysis --save        # a few minutes, mostly for making the folders
+    python -m benchmarks.analysis --save        # a few minutes, mostly to create the folders
 
-The runs are Table 1's cells of the `cpu` profile at as many seeds as it takes, with invented numbers and 100 logged
-epochs each. Two tables are made of them: one of the usual seeds, which has to find its runs among all the others, and
-one of every run there is. Bars at 10,000 runs: 15 s and 1 GiB, and 2 s for a second call that finds nothing new.
+The runs are Table 1's cells of the `cpu` profile, with as many seeds as needed, invented numbers and 100 logged epochs
+each. Two tables are built from them: one with the usual number of seeds, which must find its runs among all the others,
+and one with all runs. Targets at 10,000 runs: 15 s and 1 GiB, and 2 s for a second call without new runs.
 """
 
 import argparse
@@ -28,7 +28,7 @@ print(time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN).
 
 
 def make(root: Path, count: int, lines: int) -> int:
-    """Write as many runs, those that are there excepted, and return the number of seeds that all cells have."""
+    """Write the missing ones of `count` runs and return the number of seeds that all cells have."""
     cells = catalogue.cells("table1", "cpu")
     for number in range(count):
         seed, place = divmod(number, len(cells))
@@ -39,7 +39,7 @@ def make(root: Path, count: int, lines: int) -> int:
 
 
 def timed(root: Path, target: str) -> tuple[float, float]:
-    """Seconds of one call in a process of its own, and its peak of memory in MiB."""
+    """Seconds of one call in a separate process, and its peak memory in MiB."""
     command = [sys.executable, "-m", "analysis", target, "--results", str(root)]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *command], cwd=ROOT, check=True, capture_output=True, text=True
@@ -65,8 +65,8 @@ def main() -> None:
             seeds = make(Path(folder), count, arguments.lines)
             for shown in (3, seeds):
                 first, again = (timed(Path(folder), f"table1:{shown}") for _ in range(2))
-                told = " | ".join(f"{seconds:.1f} s | {size:.0f} MiB" for seconds, size in (first, again))
-                lines.append(f"| {count} | {shown * len(catalogue.cells('table1', 'cpu'))} | {told} |")
+                columns = " | ".join(f"{seconds:.1f} s | {size:.0f} MiB" for seconds, size in (first, again))
+                lines.append(f"| {count} | {shown * len(catalogue.cells('table1', 'cpu'))} | {columns} |")
                 print(lines[-1], file=sys.stderr, flush=True)
     text = "\n".join(lines)
     print(text)

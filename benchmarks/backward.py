@@ -1,24 +1,24 @@
-"""What a training step with `msam.backward` costs, beside its peers and beside the passes alone.
+"""The cost of a training step with `msam.backward`, against other implementations and against the bare passes.
 
-    make bench                                                     # all of it, about half an hour on two cores
+    make bench                                                     # everything, about half an hour on two cores
     python -m benchmarks.backward --models bert --rounds 3         # a part
 
-Every contender takes whole training steps of SGD on the same model, batch and micro-batches, in one process with pinned
-threads. A round runs each of them once, in a new order. Printed is the median over the rounds of the ratio of two
-contenders' times within a round, with the 95 % interval of that median, and beside it the ratio of their least times,
-which load from outside disturbs least. Bars are held against the median; where its interval holds the bar, the rounds
-do not tell. The allocator keeps its memory, as it does where the suite trains, or the system's zeroing of fresh pages
-would decide: it takes more time than any contender's bookkeeping. The contenders:
+Every contender takes full training steps of SGD on the same model, batch and micro-batches, in one process with a fixed
+number of threads. Each round runs every contender once, in a new order. The table shows the median over the rounds of
+the ratio of two contenders' times within a round, with its 95 % interval, and the ratio of their shortest times, which
+other load affects least. The targets ("bars") are for the median; if its interval contains the bar, the result is
+undecided. The allocator keeps its memory, as in the suite's training. Otherwise the system's zeroing of fresh pages
+would dominate: it takes more time than any contender's bookkeeping. The contenders:
 
-    floor m   the forward and backward passes of mSAM with m micro-batches, and no perturbation at all
+    floor m   the forward and backward passes of mSAM with m micro-batches, without any perturbation
     msam m    msam.backward
     vectorized m  the same with vectorized=True
-    two-step  SAM as an optimizer of two steps, after the loop of davda54/sam, written for this benchmark
-    pytorch_optimizer  its SAM (from PyPI)
+    two-step  SAM as a two-step optimizer, after the loop of davda54/sam, written for this benchmark
+    pytorch_optimizer  the SAM of this PyPI package
     ... m     a loop over m micro-batches around either
 
-Memory is the peak of what torch allocates in a step that begins without gradients, in copies of the parameters. The
-last table is torch's profile of the passes alone: where m micro-batches take longer.
+Memory is torch's peak allocation in a step that starts without gradients, in copies of the parameters. The last table
+is torch's profile of the bare passes: the operators that take longer with m micro-batches.
 """
 
 import argparse
@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Workload:
-    """A model, a batch, and the loss of a part of it."""
+    """A model, a batch, and a loss function for parts of the batch."""
 
     model: nn.Module
     batch: Any
@@ -76,7 +76,7 @@ def vit(batch: int) -> Workload:
 
 
 def bert(batch: int) -> Workload:
-    """BERT of 6 layers and width 384 over 64 tokens, 22.7 million parameters, half of them the words' table."""
+    """BERT of 6 layers and width 384 over 64 tokens, 22.7 million parameters, half of them word embeddings."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
@@ -91,11 +91,11 @@ WORKLOADS: dict[str, tuple[Callable[[int], Workload], int, Sequence[int]]] = {
     "bert": (bert, 32, (4, 16)),
     "resnet18-128": (resnet18, 128, (16,)),
 }
-"""Builder, batch size, and the numbers of micro-batches that are measured beside 1."""
+"""Builder, batch size, and the numbers of micro-batches to measure in addition to 1."""
 
 
 class TwoStepSAM:
-    """SAM as an optimizer of two steps: per-tensor norms, a copy of each weight, the weight's data replaced."""
+    """SAM as a two-step optimizer: per-tensor norms, a copy of each weight, replacement of the weight's data."""
 
     def __init__(self, params: list[Tensor], base: torch.optim.Optimizer) -> None:
         self.params, self.base, self.old = params, base, {}
@@ -117,7 +117,7 @@ class TwoStepSAM:
 
 
 class PackagedSAM:
-    """pytorch_optimizer's SAM, restored as its second step does it, without the base optimizer's step."""
+    """pytorch_optimizer's SAM; weights are restored as in its second step, without the base optimizer's step."""
 
     def __init__(self, params: list[Tensor], base: torch.optim.Optimizer) -> None:
         from pytorch_optimizer import SAM
@@ -144,7 +144,7 @@ def plain(work: Workload, optimizer: torch.optim.Optimizer) -> None:
 
 
 def floor(work: Workload, optimizer: torch.optim.Optimizer, m: int) -> None:
-    """The passes of mSAM: for each micro-batch a gradient that is thrown away, and one that is added up."""
+    """The passes of mSAM: for each micro-batch, one gradient that is discarded and one that is accumulated."""
     optimizer.zero_grad()
     params = list(work.model.parameters())
     for part in msam.split(work.batch, m):
@@ -161,7 +161,7 @@ def ours(work: Workload, optimizer: torch.optim.Optimizer, m: int, vectorized: b
 
 
 def peer_sam(work: Workload, peer: TwoStepSAM | PackagedSAM) -> None:
-    """A peer's SAM as its README has it: two backward passes and two steps."""
+    """A peer's SAM as in its README: two backward passes and two steps."""
     work.loss_fn(work.batch).backward()
     peer.first_step()
     peer.base.zero_grad()
@@ -191,65 +191,65 @@ def peer_loop(work: Workload, peer: TwoStepSAM | PackagedSAM, m: int) -> None:
 
 
 def contenders(work: Workload, sizes: Sequence[int]) -> dict[str, Callable[[], None]]:
-    """Every step that is measured, by its name."""
+    """The steps to measure, by name."""
     params = list(work.model.parameters())
     optimizer = torch.optim.SGD(params, lr=LEARNING_RATE)
     peers = {
         "two-step": TwoStepSAM(params, optimizer),
         "pytorch_optimizer": PackagedSAM(params, optimizer),
     }
-    found = {"plain": lambda: plain(work, optimizer)}
+    steps = {"plain": lambda: plain(work, optimizer)}
     for m in (1, *sizes):
-        found[f"floor m={m}"] = lambda m=m: floor(work, optimizer, m)
-        found[f"msam m={m}"] = lambda m=m: ours(work, optimizer, m)
+        steps[f"floor m={m}"] = lambda m=m: floor(work, optimizer, m)
+        steps[f"msam m={m}"] = lambda m=m: ours(work, optimizer, m)
         if m > 1:
-            found[f"vectorized m={m}"] = lambda m=m: ours(work, optimizer, m, vectorized=True)
+            steps[f"vectorized m={m}"] = lambda m=m: ours(work, optimizer, m, vectorized=True)
         for name, peer in peers.items():
             if m == 1:
-                found[f"{name} m=1"] = lambda peer=peer: peer_sam(work, peer)
+                steps[f"{name} m=1"] = lambda peer=peer: peer_sam(work, peer)
             else:
-                found[f"{name} m={m}"] = lambda peer=peer, m=m: peer_loop(work, peer, m)
-    return found
+                steps[f"{name} m={m}"] = lambda peer=peer, m=m: peer_loop(work, peer, m)
+    return steps
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, told: str) -> list[dict[str, float]]:
-    """Seconds of each step in each round, after one round that is thrown away."""
-    found = []
+def measure(steps: dict[str, Callable[[], None]], rounds: int, label: str) -> list[dict[str, float]]:
+    """Seconds of each step in each round, without the first round."""
+    times = []
     for number in range(rounds + 1):
         order = list(steps)
         random.Random(number).shuffle(order)
         seconds = {}
         for name in order:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             steps[name]()
-            seconds[name] = time.perf_counter() - begun
+            seconds[name] = time.perf_counter() - started
         if number:
-            found.append(seconds)
-        print(f"{told}: round {number} of {rounds} took {sum(seconds.values()):.0f} s", file=sys.stderr, flush=True)
-    return found
+            times.append(seconds)
+        print(f"{label}: round {number} of {rounds} took {sum(seconds.values()):.0f} s", file=sys.stderr, flush=True)
+    return times
 
 
 def ratio(rounds: list[dict[str, float]], above: str, below: str) -> dict[str, float]:
-    """The median of the ratios within a round, its interval, and the ratio of the least seconds over all rounds."""
-    found = median_interval("median", [seconds[above] / seconds[below] for seconds in rounds])
-    return {**found, "least": least(rounds, above) / least(rounds, below)}
+    """The median of the ratios within a round, its interval, and the ratio of the shortest times over all rounds."""
+    interval = median_interval("median", [seconds[above] / seconds[below] for seconds in rounds])
+    return {**interval, "least": least(rounds, above) / least(rounds, below)}
 
 
 def least(rounds: list[dict[str, float]], name: str) -> float:
-    """The least seconds of a contender over the rounds."""
+    """The shortest time of a contender over the rounds."""
     return min(seconds[name] for seconds in rounds)
 
 
 def fastest(rounds: list[dict[str, float]], m: int) -> str:
-    """The peer that takes less time than the other in most rounds."""
+    """The peer that is faster than the other in most rounds."""
     names = f"two-step m={m}", f"pytorch_optimizer m={m}"
     return names[ratio(rounds, *names)["median"] > 1]
 
 
 def rows(name: str, rounds: list[dict[str, float]], sizes: Sequence[int]) -> list[tuple[str, dict, float | None]]:
-    """What is told of a workload: a sentence, a ratio, and the bar set to it, if there is one."""
+    """The rows of a workload: a description, a ratio, and its bar, if it has one."""
     text, peer = name == "bert", fastest(rounds, 1)
-    found = [
+    table = [
         (f"m=1 over the fastest peer's SAM ({peer})", ratio(rounds, "msam m=1", peer), 1.0),
         ("the floor at m=1 over that SAM", ratio(rounds, "floor m=1", peer), None),
         ("m=1 over the floor", ratio(rounds, "msam m=1", "floor m=1"), 1.05),
@@ -259,41 +259,41 @@ def rows(name: str, rounds: list[dict[str, float]], sizes: Sequence[int]) -> lis
         peer, own = fastest(rounds, m), ratio(rounds, f"floor m={m}", "floor m=1")["median"]
         over_floor = {4: 1.08 if text else 1.03}.get(m)
         over_sam = {(name, 4): 1.03 * own, ("bert", 16): 1.40, ("resnet18-128", 16): 1.15}.get((name, m))
-        found += [(f"the floor at m={m} over that loop", ratio(rounds, f"floor m={m}", peer), None)]
+        table += [(f"the floor at m={m} over that loop", ratio(rounds, f"floor m={m}", peer), None)]
         for ours in ("msam", "vectorized"):
             mine = f"{ours} m={m}"
-            found += [
+            table += [
                 (f"{mine} over the fastest peer's loop ({peer})", ratio(rounds, mine, peer), 0.9 if text else 1.0),
                 (f"{mine} over the floor", ratio(rounds, mine, f"floor m={m}"), over_floor),
                 (f"{mine} over SAM (the floor's own: {own:.2f})", ratio(rounds, mine, "msam m=1"), over_sam),
             ]
-    return found
+    return table
 
 
 def profiled(step: Callable[[], None]) -> Counter[str]:
-    """Seconds that one step spends in each of torch's operators, without those that it calls."""
+    """Seconds that one step spends in each of torch's operators itself, excluding the operators that it calls."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     return Counter({event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()})
 
 
-def dearest(name: str, steps: dict[str, Callable[[], None]], m: int, count: int = 5) -> list[str]:
-    """Lines of all operators together, and of those that take the most longer in the floor at m than at 1."""
+def slowest_operators(name: str, steps: dict[str, Callable[[], None]], m: int, count: int = 5) -> list[str]:
+    """Lines for the total, and for the operators whose time grows most in the floor from m = 1 to this m."""
     one, many = profiled(steps["floor m=1"]), profiled(steps[f"floor m={m}"])
     longest = sorted(many, key=lambda key: one[key] - many[key])[:count]
-    told = [("all", one.total(), many.total()), *((key, one[key], many[key]) for key in longest)]
-    return [f"| {name} | {key} | {few:.2f} | m={m}: {more:.2f} |" for key, few, more in told]
+    times = [("all", one.total(), many.total()), *((key, one[key], many[key]) for key in longest)]
+    return [f"| {name} | {key} | {few:.2f} | m={m}: {more:.2f} |" for key, few, more in times]
 
 
-def _verdict(found: dict[str, float], bar: float) -> str:
-    """Whether a median meets its bar; whichever it seems, unless its interval holds the bar."""
-    told = "yes" if found["median"] <= bar else "no"
-    return f"{told}, within its interval" if found["median_low"] <= bar < found["median_high"] else told
+def _verdict(measured: dict[str, float], bar: float) -> str:
+    """Whether a median meets its bar, with a note if the bar is within its interval."""
+    met = "yes" if measured["median"] <= bar else "no"
+    return f"{met}, within its interval" if measured["median_low"] <= bar < measured["median_high"] else met
 
 
 def main() -> None:
-    if ALLOCATOR.items() - os.environ.items():  # read by the allocator as the process starts
+    if ALLOCATOR.items() - os.environ.items():  # the allocator reads them when the process starts
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.backward", *sys.argv[1:]], os.environ | ALLOCATOR)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
@@ -322,18 +322,18 @@ def main() -> None:
         work.model.train()
         steps = contenders(work, sizes)
         measured = measure(steps, arguments.rounds, name)
-        for told, found, bar in rows(name, measured, sizes):
-            verdict = "" if bar is None else _verdict(found, bar)
+        for words, value, bar in rows(name, measured, sizes):
+            verdict = "" if bar is None else _verdict(value, bar)
             shown = "" if bar is None else f"<= {bar:.2f}"
-            median = f"{found['median']:.3f} ({found['median_low']:.3f} to {found['median_high']:.3f})"
-            lines.append(f"| {name} | {told} | {median} | {found['least']:.3f} | {shown} | {verdict} |")
-        told = ", ".join(f"{step} {least(measured, step):.2f}" for step in steps)
-        seconds.append(f"| {name} | {told} |")
+            median = f"{value['median']:.3f} ({value['median_low']:.3f} to {value['median_high']:.3f})"
+            lines.append(f"| {name} | {words} | {median} | {value['least']:.3f} | {shown} | {verdict} |")
+        shortest = ", ".join(f"{step} {least(measured, step):.2f}" for step in steps)
+        seconds.append(f"| {name} | {shortest} |")
         copies = sum(p.numel() * p.element_size() for p in work.model.parameters())
         for m in sizes:
-            operators += dearest(name, steps, m)
+            operators += slowest_operators(name, steps, m)
         for step in ("plain", *(step for step in steps if step.startswith(("msam", "vectorized")))):
-            work.model.zero_grad()  # so that no step seems to take less by freeing what another left
+            work.model.zero_grad()  # otherwise a step frees gradients of the step before it and seems to need less
             peaks[step] = peak_bytes(steps[step]) / copies
             memory.append(f"| {name} | {step} | {peaks[step]:.2f} | {peaks[step] - peaks['plain']:+.2f} |")
     text = "\n".join([*lines, *memory, *seconds, *operators])

@@ -1,8 +1,8 @@
-"""Top-5 Hessian eigenvalues beside the bare Lanczos iteration, in one run: python -m benchmarks.curvature.
+"""The cost of the top 5 Hessian eigenvalues against bare Lanczos iteration: python -m benchmarks.curvature.
 
-The peer is Lanczos with full reorthogonalisation and no restarts, stopped at the first step at which all five Ritz
-residuals are below the tolerance: nobody needs fewer products from one starting vector. Its time counts its products
-alone. One thread; a network of Table 1 that `make reproduce-table1` has left in results/.
+The peer is Lanczos with full reorthogonalisation and no restarts. It stops at the first step at which all five Ritz
+residuals are below the tolerance, so no method needs fewer products from one starting vector. Its time counts only its
+products. One thread; the networks are those of Table 1, which `make reproduce-table1` trains.
 """
 
 import sys
@@ -22,13 +22,13 @@ EXAMPLES = 256
 
 
 def bare(H: hessian.Hessian) -> tuple[int, float]:
-    """(products, their seconds) of the peer."""
+    """The peer's number of products and their seconds."""
     v = np.random.default_rng(0).standard_normal(H.shape[0])
     basis, alphas, betas, seconds = [v / np.linalg.norm(v)], [], [], 0.0
     while True:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         w = (H @ torch.from_numpy(basis[-1]).float()).double().numpy()
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - started
         alphas.append(w @ basis[-1])
         Q = np.array(basis)
         for _ in range(2):
@@ -48,24 +48,24 @@ def main() -> None:
     for spec in resnet_cifar.RUNS["cpu"]:
         record = record_of(spec, DEFAULT_ROOT)
         if not record.done or not record.checkpoint.exists():
-            sys.exit(f"{spec.title} is not trained: make reproduce-table1 does it.")
+            sys.exit(f"{spec.title} is not trained: run make reproduce-table1.")
         task = build_task(spec)
         task.model.load_state_dict(torch.load(record.checkpoint, weights_only=True)["model"])
-        with hessian.evaluating(task.model):
+        with hessian.eval_mode(task.model):
             parts = split(task.sample("train", EXAMPLES), EXAMPLES // CHUNK)
             H = hessian.Hessian(
                 lambda batch, task=task: task.loss_fn(task.model, batch),
                 sharpness.trained(task.model),
                 [(part, CHUNK) for part in parts],
             )
-            H @ torch.zeros(H.shape[0])  # the graphs are both sides' alike
+            H @ torch.zeros(H.shape[0])  # builds the graphs, which both sides use
             products, seconds = bare(H)
-            before, begun = H.products, time.perf_counter()
-            found = hessian.largest_eigenvalues(H, EIGENVALUES, tolerance=TOLERANCE)
-            ours = time.perf_counter() - begun
+            before, started = H.products, time.perf_counter()
+            spectrum = hessian.largest_eigenvalues(H, EIGENVALUES, tolerance=TOLERANCE)
+            ours = time.perf_counter() - started
         print(
             f"{spec.title}: {H.products - before} products in {ours:.1f} s; bare Lanczos "
-            f"{products} in {seconds:.1f} s; ratio {ours / seconds:.3f} (lambda 1 {found.values[0]:.1f})",
+            f"{products} in {seconds:.1f} s; ratio {ours / seconds:.3f} (lambda 1 {spectrum.values[0]:.1f})",
             flush=True,
         )
 

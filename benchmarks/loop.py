@@ -1,10 +1,11 @@
-"""What the training loop of the suite adds to a step: loader, tokens, records and progress, beside a bare loop.
+"""The overhead of the suite's training loop (loader, tokens, records, progress) over a bare loop, per step.
 
     python -m benchmarks.loop --rounds 5
 
-Both train the same model on the same batches in the same order, one thread each, in turn within a round. The bare loop
-has its batches padded beforehand and does nothing but zero_grad, msam.backward, clip, step. Printed is the median over
-the rounds of the ratio of a step's seconds, with the least and the greatest; the bar is 1.03.
+Both train the same model on the same batches in the same order with one thread, one after the other in each round. The
+bare loop has its batches prepared in advance and does only zero_grad, msam.backward, clipping and the optimizer step.
+The table shows the median over the rounds of the ratio of their times per step, with the smallest and the largest
+ratio. The bar is 1.03.
 """
 
 import argparse
@@ -35,14 +36,14 @@ METHODS = {"base": {}, "mSAM, m=4": {"rho": 0.01, "micro_batches": 4}}
 
 
 def suite(spec: Training) -> float:
-    """Seconds of a step, as the suite's own record has them."""
+    """Seconds of a step, from the suite's record."""
     with tempfile.TemporaryDirectory() as folder:
         train(spec, Session(Path(folder)))
         return record_of(spec, Path(folder)).summary()["step_seconds"]
 
 
 def bare(spec: Training) -> float:
-    """Seconds of a step of the loop that one would write by hand."""
+    """Seconds of a step in a hand-written loop."""
     torch.set_num_threads(spec.threads)
     torch.manual_seed(spec.seed)
     task = build_task(spec)
@@ -51,7 +52,7 @@ def bare(spec: Training) -> float:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(spec, task.steps_per_epoch))
     loss_fn = partial(task.loss_fn, task.model)
     task.model.train()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for batch in batches:
         optimizer.zero_grad()
         msam.backward(loss_fn, batch, task.model, rho=spec.rho, micro_batches=spec.micro_batches)
@@ -59,11 +60,11 @@ def bare(spec: Training) -> float:
             torch.nn.utils.clip_grad_norm_(task.model.parameters(), spec.clip_norm)
         optimizer.step()
         scheduler.step()
-    return (time.perf_counter() - begun) / len(batches)
+    return (time.perf_counter() - started) / len(batches)
 
 
 def ratio(spec: Training, first: Callable[[Training], float]) -> float:
-    """A round: each once, now one first and now the other, so that the machine's drift favours neither."""
+    """One round with both loops; rounds alternate which is first, so that drift of the machine favours neither."""
     second = bare if first is suite else suite
     seconds = {first: first(spec), second: second(spec)}
     return seconds[suite] / seconds[bare]
@@ -78,11 +79,11 @@ def main() -> None:
     for name, spec in RUNS.items():
         for method, changes in METHODS.items():
             run = replace(spec, **changes)
-            suite(run), bare(run)  # files and kernels are warm then
+            suite(run), bare(run)  # warm up files and kernels
             ratios = sorted(ratio(run, first=(suite, bare)[number % 2]) for number in range(rounds))
-            middle = statistics.median(ratios)
-            told = f"{middle:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-            print(f"| {name}, {method} | {told} | <= 1.03 | {'yes' if middle <= 1.03 else 'no'} |", flush=True)
+            median = statistics.median(ratios)
+            shown = f"{median:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            print(f"| {name}, {method} | {shown} | <= 1.03 | {'yes' if median <= 1.03 else 'no'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What is left of a perturbation when products round the weights to fewer bits, as GPUs do to be faster.
+"""How much of a perturbation is left when products round the weights to fewer bits, as GPUs do for speed.
 
     python -m benchmarks.precision [--save]
 
-Autocast to bfloat16 rounds each weight to 8 significant bits before it is multiplied, TensorFloat-32 to 11 (so does
-float16). Perturbed and unperturbed weights are rounded alike, and a perturbation of length rho over millions of weights
-is much smaller than their last bit: most weights do not move, some move by a whole bit. Emulated on the CPU, of the
-weights alone: matrices and kernels are rounded, everything else is float32. Seconds a model; the batch is small.
+Before a product, autocast to bfloat16 rounds each weight to 8 significant bits; TensorFloat-32 and float16 round to 11.
+Perturbed and unperturbed weights are both rounded, and a perturbation of length rho over millions of weights is much
+smaller than their last bit. So most weights do not move, and some move by a whole bit. The rounding is emulated on the
+CPU, only for weights: matrices and kernels are rounded, everything else is float32. It takes seconds per model; the
+batch is small.
 """
 
 import argparse
@@ -39,7 +40,7 @@ KEPT_BITS = {"bfloat16": 8, "TF32, float16": 11, "float32": 24}
 
 
 def main() -> None:
-    """Print the table, and save it beside the other benchmarks' if asked to."""
+    """Print the table and, with --save, write it to benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--save", action="store_true", help="also write benchmarks/results/precision.md")
     arguments = parser.parse_args()
@@ -61,33 +62,33 @@ def main() -> None:
 
 
 def left_of(name: str, spec: Training, rho: float) -> list[tuple[str | float, ...]]:
-    """For each format: what the rounded perturbation's length, direction and rise in loss are to the wanted ones."""
+    """For each format, length, direction and loss rise of the rounded perturbation, relative to the exact one."""
     torch.manual_seed(0)
     task = build_task(spec)
-    task.model.eval() if name.startswith("MiniLM") else task.model.train()  # without dropout's noise; BatchNorm's own
+    task.model.eval() if name.startswith("MiniLM") else task.model.train()  # no dropout; BatchNorm in train mode
     batch, parameters = task.sample("train", spec.batch_size), list(task.model.parameters())
     loss = task.loss_fn(task.model, batch)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
     length = torch.nn.utils.get_total_norm(gradients)
     weights = [p.detach().clone() for p in parameters]
-    wanted = [rho * g / length for g in gradients]
+    perturbation = [rho * g / length for g in gradients]
 
     def rise(to: Callable[[Tensor], Tensor]) -> float:
-        at = [
-            _loss(task, batch, parameters, [to(w + s * e) for w, e in zip(weights, wanted, strict=True)])
+        losses = [
+            _loss(task, batch, parameters, [to(w + s * e) for w, e in zip(weights, perturbation, strict=True)])
             for s in (0, 1)
         ]
-        return at[1] - at[0]
+        return losses[1] - losses[0]
 
     rows, exact = [], rise(lambda weight: weight)
     for words, bits in KEPT_BITS.items():
         to = partial(rounded, bits=bits)
-        found = [to(w + e) - to(w) for w, e in zip(weights, wanted, strict=True)]
-        norm = torch.nn.utils.get_total_norm(found).item()
-        cosine = sum((a * b).sum().item() for a, b in zip(found, wanted, strict=True)) / norm / rho
-        matrices = [f for f in found if f.ndim > 1]
-        moved = sum(f.count_nonzero().item() for f in matrices) / sum(f.numel() for f in matrices)
+        left = [to(w + e) - to(w) for w, e in zip(weights, perturbation, strict=True)]
+        norm = torch.nn.utils.get_total_norm(left).item()
+        cosine = sum((a * b).sum().item() for a, b in zip(left, perturbation, strict=True)) / norm / rho
+        matrices = [e for e in left if e.ndim > 1]
+        moved = sum(e.count_nonzero().item() for e in matrices) / sum(e.numel() for e in matrices)
         rows.append((name, rho, words, norm / rho, cosine, moved, rise(to) / exact))
     return rows
 
@@ -100,7 +101,7 @@ def _loss(task: object, batch: object, parameters: list[Tensor], values: list[Te
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """A float32 matrix or kernel to so many significant bits, half up; vectors are left alone."""
+    """Round a float32 matrix or kernel to `bits` significant bits, half up; vectors are unchanged."""
     if weight.ndim < 2 or bits == 24:
         return weight
     dropped = 24 - bits

@@ -1,10 +1,10 @@
-"""What `python -m slurm` costs: a thousand runs submitted and looked at, and a run's way to its first epoch.
+"""The cost of `python -m slurm`: submit and status of a thousand runs, and the time to a run's first epoch.
 
     python -m benchmarks.slurm --rounds 3
 
-On the loopback Slurm of the tests (as root, with slurm-wlm and munge installed). The way to the first epoch is timed
-from the command to the first line of metrics.jsonl, beside a bare `srun` of the same training, in turn; the bars are
-10 s, 3 s, and 3 s more than srun.
+This uses the loopback Slurm of the tests (as root, with slurm-wlm and munge installed). The time to the first epoch is
+measured from the command to the first line of metrics.jsonl, and compared with a bare `srun` of the same training. The
+bars are 10 s for submit and cancel, 3 s for status, and 3 s more than srun.
 """
 
 import argparse
@@ -30,11 +30,11 @@ BARE = (
 
 
 def timed(cluster: Loopback, *command: str) -> float:
-    """Seconds of a command beside the cluster."""
-    begun = time.perf_counter()
+    """Seconds of a command that uses the cluster."""
+    started = time.perf_counter()
     environment = {**os.environ, **cluster.environment}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def to_first_epoch(cluster: Loopback, bare: bool) -> float:
@@ -45,7 +45,7 @@ def to_first_epoch(cluster: Loopback, bare: bool) -> float:
         record = record_of(spec, results)
         srun = ("srun", "-n1", sys.executable, "-c", BARE, folder)
         submit = (sys.executable, "-m", "slurm", "submit", *ONE, "--results", folder)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         process = subprocess.Popen(
             srun if bare else submit,
             cwd=ROOT,
@@ -54,7 +54,7 @@ def to_first_epoch(cluster: Loopback, bare: bool) -> float:
         )
         while not record.metrics():
             time.sleep(0.01)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         process.wait()
         while not record.done or cluster("squeue", "-h").strip():
             time.sleep(0.2)
@@ -77,12 +77,12 @@ def main() -> None:
                 seconds = timed(cluster, *slurm, name, *TABLE, "--results", folder)
                 print(f"| {name} of 1,001 runs | {seconds:.2f} | {bar} | {'yes' if seconds < bar else 'no'} |")
         cluster("scontrol", "update", "nodename=n[1-2]", "state=resume")
-        to_first_epoch(cluster, bare=True)  # files are in memory then
+        to_first_epoch(cluster, bare=True)  # warm up the file cache
         pairs = [(to_first_epoch(cluster, bare=False), to_first_epoch(cluster, bare=True)) for _ in range(rounds)]
         more = sorted(ours - bare for ours, bare in pairs)
-        told = ", ".join(f"{ours:.2f} - {bare:.2f}" for ours, bare in pairs)
-        middle = more[len(more) // 2]
-        print(f"| to the first epoch, over srun: {told} | {middle:.2f} | 3 | {'yes' if middle < 3 else 'no'} |")
+        shown = ", ".join(f"{ours:.2f} - {bare:.2f}" for ours, bare in pairs)
+        median = more[len(more) // 2]
+        print(f"| to the first epoch, over srun: {shown} | {median:.2f} | 3 | {'yes' if median < 3 else 'no'} |")
     finally:
         cluster.stop()
 

@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify: what trains."""
+"""python -m experiments list | plan | check | fetch | run | status | show | verify: train runs and inspect them."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import end_with
-from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, measured
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, load_estimate
 from experiments.harness.runs.files import printable
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import cores
@@ -46,20 +46,20 @@ def plan(
     runs: OmitArgPrefixes[Runs],
     jobs: int | None = None,
 ) -> int:
-    """Print the runs of a target, which are done, and the time still needed.
+    """List the runs of a target, say which are done, and estimate the time left.
 
     Args:
-        jobs: Workers at a time, so GPUs where these are needed; left out: one for each core, or a single GPU.
+        jobs: Number of workers (or GPUs) to plan for; default: one per core, or one GPU.
     """
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
-    estimate, left, alone, unknown = measured(results), 0.0, 0.0, 0
+    estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
         seconds = estimate.seconds(spec)
         if not done:
             unknown += seconds is None
-            if isinstance(spec, Timing):  # these run one at a time
+            if isinstance(spec, Timing):  # timing runs go one at a time
                 alone += seconds or 0
             else:
                 left += seconds or 0
@@ -72,31 +72,31 @@ def plan(
         words = (
             f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
         )
-        more = f"; {unknown} of them have no measured step time yet" if unknown else ""
-        print(f"{words}{more}.")
+        unmeasured = f"; {unknown} of them have no measured step time yet" if unknown else ""
+        print(f"{words}{unmeasured}.")
     if any(spec.device == "cuda" for spec in waiting):
         _print_gpu_plan(runs, waiting, estimate, jobs or 1)
     return 0
 
 
 def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: int) -> None:
-    """GPU-hours of each table and in all, nights and disk."""
-    print("\nGPU-hours by measured times where there are any, else guessed for an A100-class GPU:")
+    """GPU-hours of each table and in total, nights and disk space."""
+    print("\nGPU-hours, from measured times where available, otherwise guessed for an A100-class GPU:")
     tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
     tables += [f"{name}-tuning" for name in tables if f"{name}-tuning" in catalogue.targets()]
     for name in tables if runs.target == "all" else [runs.target]:
         with contextlib.suppress(SpecError):  # a table without runs in this profile
             specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
             left = {spec for spec in specs if not record_of(spec, runs.root).done}
-            alone = " (not among all: its choices are made before)" if left - set(waiting) else ""
-            print(f"  {name:<21} {len(left):>5} runs {sum(gpu_hours(s, estimate) for s in left):>8.0f} h{alone}")
+            note = " (a grid, not part of the target all)" if left - set(waiting) else ""
+            print(f"  {name:<21} {len(left):>5} runs {sum(gpu_hours(s, estimate) for s in left):>8.0f} h{note}")
     hours = sum(gpu_hours(spec, estimate) for spec in waiting)
-    print(f"  {'in all':<21} {len(waiting):>5} runs {hours:>8.0f} h, shared ones once")
+    print(f"  {'in total':<21} {len(waiting):>5} runs {hours:>8.0f} h, each shared run counted once")
     nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))
     print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
     kept = sum(disk_bytes(spec)[0] for spec in waiting)
     working = sorted((disk_bytes(spec)[1] for spec in waiting), reverse=True)[:gpus]
-    print(f"Disk: {kept / 1e9:.0f} GB for final weights, and {sum(working) / 1e9:.1f} GB more for {gpus} at a time.")
+    print(f"Disk: {kept / 1e9:.0f} GB for final weights, plus {sum(working) / 1e9:.1f} GB for {gpus} at a time.")
 
 
 def run(
@@ -105,24 +105,24 @@ def run(
     data_root: Path | None = None,
     redo: bool = False,
 ) -> int:
-    """Train the runs of a target that are not done. Ctrl-C stops cleanly; the same command goes on.
+    """Train the runs of a target that are not done. Ctrl-C stops cleanly; the same command resumes.
 
     Args:
-        jobs: Workers at a time; left out: one for each core, or one for each GPU.
-        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
-        redo: Train the target's runs again, finished ones too; each keeps its result until its own turn comes.
+        jobs: Number of workers; default: one per core, or one per GPU.
+        data_root: A folder with the data sets, searched first (or set MSAM_DATA).
+        redo: Retrain all runs of the target, including finished ones; each keeps its old result until it restarts.
     """
     from experiments.harness.runs.provenance import command_line, environment
 
     _check_jobs(jobs)
     specs, results = runs.specs, runs.root
     for record in (record_of(spec, results) for spec in specs):
-        if record.done:  # and not damaged, foreign, or a newer version's
+        if record.done:  # raises if the record is damaged, of another run, or of a newer version
             record.spec(), record.summary()
-            record.previous_checkpoint.unlink(missing_ok=True)  # it was ended right after its summary
+            record.previous_checkpoint.unlink(missing_ok=True)  # left if it was killed right after its summary
     waiting = [spec for spec in specs if redo or not record_of(spec, results).done]
     if not waiting:
-        print(f"All {len(specs)} runs of {runs} are done; nothing to train.")
+        print(f"All {len(specs)} runs of {runs} are done; there is nothing to train.")
         return 0
     provenance = environment(command_line())
 
@@ -132,7 +132,7 @@ def run(
     done = len(specs) - len(waiting)
     waiting = _with_data(waiting, data_root, needed=not done)
     if not waiting:
-        print(f"The other {done} runs of {runs} are done; nothing to train.")
+        print(f"The other {done} runs of {runs} are done; there is nothing to train.")
         return 0
     for spec in waiting:
         record_of(spec, results).create(spec)
@@ -141,7 +141,7 @@ def run(
         waiting,
         Session(results, data_root, provenance),
         jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
-        estimate=measured(results),
+        estimate=load_estimate(results),
         redo=redo,
     )
     for spec, failure in outcome.failed.items():
@@ -149,21 +149,21 @@ def run(
     if outcome.failed:
         print(f"\n{len(outcome.failed)} of {len(waiting)} runs failed.", file=sys.stderr)
     if outcome.interrupted:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print("Stopped. The same command resumes from the checkpoints.", file=sys.stderr)
         return 130
     return 1 if outcome.failed else 0
 
 
 def fetch(runs: OmitArgPrefixes[Runs], data_root: Path | None = None) -> int:
-    """Fetch and verify the data sets and encoders of a target, for machines whose jobs have no network.
+    """Fetch and verify the data sets and encoders of a target, for clusters whose jobs have no network.
 
     Args:
-        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
+        data_root: A folder with the data sets, searched first (or set MSAM_DATA).
     """
     specs = runs.specs
-    found = _with_data(specs, data_root, needed=True)
-    print(f"The data of {len(found)} of {len(specs)} runs of {runs} are here.")
-    return 0 if len(found) == len(specs) else 1
+    ready = _with_data(specs, data_root, needed=True)
+    print(f"The data of {len(ready)} of {len(specs)} runs of {runs} are on this machine.")
+    return 0 if len(ready) == len(specs) else 1
 
 
 def check(
@@ -171,13 +171,13 @@ def check(
     jobs: int = 1,
     gpu: str = "a100",
 ) -> int:
-    """Prove every distinct cell of a target at full size: built, two steps on a small batch, resumed, scored.
+    """Check every distinct cell of a target at full size: build it, take two small steps, resume it, score it.
 
-    Inputs are made up. Figures of a GPU are estimated from counted FLOP, not measured.
+    Inputs are random. GPU times and memory are estimated from counted FLOP, not measured.
 
     Args:
         jobs: Cells at a time; each needs memory for a whole model and its optimizer, three to six times its weights.
-        gpu: Whose peak the times are estimated from: a100 or h100.
+        gpu: The GPU whose peak FLOP/s the times are estimated from: a100 or h100.
     """
     from experiments.harness.machine import proof
 
@@ -185,48 +185,49 @@ def check(
     cells = proof.distinct(catalogue.runs(runs.target, runs.profile, 1, runs.set))
     low, high = proof.UTILISATION
     print(
-        f"{len(cells)} distinct cells of {runs}. Of a GPU: {low:.0%} to {high:.0%} of an {gpu}'s peak, not measured.",
+        f"{len(cells)} distinct cells of {runs}. GPU times assume {low:.0%} to {high:.0%} of an {gpu}'s peak; they are "
+        "not measured.",
         flush=True,
     )
-    failed, begun = 0, time.monotonic()
-    for number, (cell, report) in enumerate(proof.prove(cells, jobs, gpu), start=1):
-        spent = time.monotonic() - begun
+    failed, started = 0, time.monotonic()
+    for number, (cell, report) in enumerate(proof.check_cells(cells, jobs, gpu), start=1):
+        spent = time.monotonic() - started
         left = duration(spent * (len(cells) - number) / number)
-        print(f"[{number}/{len(cells)}] {_checked(cell.spec, report)}; {left} left", flush=True)
+        print(f"[{number}/{len(cells)}] {_report_line(cell.spec, report)}; {left} left", flush=True)
         failed += report.failure is not None
-    print(f"{len(cells) - failed} of {len(cells)} passed in {duration(time.monotonic() - begun)}.")
+    print(f"{len(cells) - failed} of {len(cells)} passed in {duration(time.monotonic() - started)}.")
     return 1 if failed else 0
 
 
-def _checked(spec: Run, report: "Report") -> str:
-    what = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
+def _report_line(spec: Run, report: "Report") -> str:
+    cell = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
     if report.failure:
-        return f"{what}: FAILED: {report.failure}"
-    least, most = (duration(seconds) for seconds in report.run_seconds)
+        return f"{cell}: FAILED: {report.failure}"
+    shortest, longest = (duration(seconds) for seconds in report.run_seconds)
     low, high = (bytes_ / 1e9 for bytes_ in report.gpu_memory)
     return (
-        f"{what}: {report.parameters / 1e6:.1f} M parameters, passed in {report.seconds:.0f} s with "
-        f"{report.memory / 1e9:.1f} GB here; {report.step_flops / 1e12:.3g} TFLOP a step of {spec.batch_size}, a run "
-        f"{least} to {most}, {low:.1f} to {high:.1f} GB"
+        f"{cell}: {report.parameters / 1e6:.1f} M parameters, passed in {report.seconds:.0f} s with "
+        f"{report.memory / 1e9:.1f} GB here; on the GPU {report.step_flops / 1e12:.3g} TFLOP per step of "
+        f"{spec.batch_size}, {shortest} to {longest} per run, {low:.1f} to {high:.1f} GB"
     )
 
 
 def status(runs: OmitArgPrefixes[Runs]) -> int:
-    """Say of each run of a target whether it is done, running, begun, failed or not begun."""
+    """Show for each run of a target whether it is done, running, started, failed or not started."""
     counts: Counter[str] = Counter()
     for spec in runs.specs:
         state, words = state_of(spec, runs.root)
         counts[state] += 1
-        print(f"{spec.run_id}  {state:<9} {spec.title}{words}")
+        print(f"{spec.run_id}  {state:<11} {spec.title}{words}")
     print("\n" + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())) + ".")
     return 0
 
 
 def show(run: Positional[Annotated[str, arg(metavar="RUN")]], results: Path = DEFAULT_ROOT) -> int:
-    """Print all that is known of one run: its spec, every session that worked on it, and what it found.
+    """Print everything known about one run: its spec, every session that worked on it, and its summary.
 
     Args:
-        run: The name of its folder, or the beginning of it.
+        run: The run id, or its first characters.
         results: The results root.
     """
     record = _record(run, results)
@@ -250,13 +251,13 @@ def verify(
     results: Path = DEFAULT_ROOT,
     data_root: Path | None = None,
 ) -> int:
-    """Make a finished run again, in a temporary folder, and say whether it is the same bit for bit, or what differs.
+    """Retrain a finished run in a temporary folder and report whether it matches bit for bit, or what differs.
 
     Args:
-        run: The name of its folder, or the beginning of it.
-        epochs: Train only so many and compare those; left out: the whole run, its scores and its final weights.
+        run: The run id, or its first characters.
+        epochs: Train and compare only the first epochs; default: the whole run, its scores and its final weights.
         results: The results root.
-        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
+        data_root: A folder with the data sets, searched first (or set MSAM_DATA).
     """
     from tqdm import tqdm
 
@@ -272,28 +273,30 @@ def verify(
             bar.update(step - bar.n)
 
         session = Session(record.root, data_root, environment(command_line()), report)
-        found = verification.verify(record, session, epochs)
+        differences = verification.verify(record, session, epochs)
     compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
-    if not found:
-        print(f"{record.run_id} is the same bit for bit: {compared}, times apart.")
+    if not differences:
+        print(f"{record.run_id} matches bit for bit: {compared}, except times.")
         return 0
-    print(f"{record.run_id} is not the same.", *found, sep="\n")
+    print(f"{record.run_id} does not match.", *differences, sep="\n")
     return 1
 
 
 def _record(run: str, results: Path) -> Record:
-    """The run whose folder's name begins so.
+    """The run whose id starts with `run`.
 
     Raises:
-        SpecError: if there is none, or there are several.
+        SpecError: if no run matches, or several do.
     """
     folder = results.absolute() / "runs"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    found = [name for name in names if name.startswith(run)]
-    if len(found) != 1:
-        several = f"{len(found)} runs, {printable(', '.join(found[:3]))}, ...: write more of its name"
-        raise SpecError(f"{run!r} is {several if found else f'no run in {folder}: status names the runs of a target'}.")
-    return Record(results.absolute(), found[0])
+    matches = [name for name in names if name.startswith(run)]
+    if not matches:
+        raise SpecError(f"{run!r} matches no run in {folder}: see `status` for the runs of a target.")
+    if len(matches) > 1:
+        listed = printable(", ".join(matches[:3]))
+        raise SpecError(f"{run!r} matches {len(matches)} runs, {listed}, ...: give more characters of the id.")
+    return Record(results.absolute(), matches[0])
 
 
 def _print_fields(fields: Mapping[str, Any]) -> None:
@@ -314,43 +317,43 @@ def _check_device(specs: list[Run]) -> None:
 
     if any(spec.processes > 1 for spec in specs):
         raise SpecError(
-            "These runs are data-parallel (ranks is above 1), and this command gives each run one process: submit them "
-            "with python -m slurm submit, or leave ranks out."
+            "These runs are data-parallel (ranks > 1), but this command starts one process per run: submit them with "
+            "python -m slurm submit, or leave ranks out."
         )
     if any(spec.device == "cuda" for spec in specs) and not default_jobs("cuda"):
         raise SpecError(
-            "These runs need a GPU and this machine has none that torch can use: take --profile cpu here, or run "
-            "the same command on a machine with a GPU."
+            "These runs need a GPU, and torch finds none on this machine: use --profile cpu, or run the same command "
+            "on a machine with a GPU."
         )
 
 
 def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[Run]:
-    """Fetch and verify each data set and encoder once, before any worker starts; leave out what no source has.
+    """The specs whose data set and encoder are available; each is fetched and verified once, before any worker starts.
 
     Raises:
-        DataUnavailable: if that leaves nothing although some is `needed`.
+        DataUnavailable: if no spec is left although some are `needed`.
     """
     from experiments.harness.tasks.storage import DataUnavailable
     from experiments.harness.work.execute import check
 
-    lacking: dict[str, DataUnavailable] = {}
+    unavailable: dict[str, DataUnavailable] = {}
     for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
         first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
         try:
-            if dataset not in lacking:
+            if dataset not in unavailable:
                 check(first, data_root)
         except DataUnavailable as error:
-            lacking[dataset] = error
-    found = [spec for spec in specs if spec.dataset not in lacking]
-    if needed and not found:
-        raise next(iter(lacking.values()))
-    for dataset, reason in lacking.items():
+            unavailable[dataset] = error
+    available = [spec for spec in specs if spec.dataset not in unavailable]
+    if needed and not available:
+        raise next(iter(unavailable.values()))
+    for dataset, reason in unavailable.items():
         print(f"Not run: {sum(s.dataset == dataset for s in specs)} runs on {dataset}. {reason}", file=sys.stderr)
-    return found
+    return available
 
 
 def main() -> None:
-    """Run the command line; a mistake in it ends with one sentence and exit status 2."""
+    """Run the command line. A mistake by the user prints one sentence and exits with status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     commands: dict[str, Callable[..., int]] = {
         "list": list_,
@@ -364,7 +367,7 @@ def main() -> None:
     }
     end_with(
         lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
-        stopped="Stopped. The same command goes on from the last checkpoints.",
+        stopped="Stopped. The same command resumes from the last checkpoints.",
     )
 
 

@@ -2,10 +2,10 @@
 
     python -m experiments run batch_size --profile cpu
 
-The ResNet of Table 1 on CIFAR-10, with smaller and larger batches (the table batch_size, drawn as a curve). A
-micro-batch has as many images in each, so m grows with the batch and BatchNorm sees no difference. The learning rate
-grows in proportion to the batch, as in Goyal et al. 2017 (arXiv 1706.02677); epochs and rho are those of Table 1, whose
-batch size they were tuned for, so that one is favoured.
+The ResNet of Table 1 on CIFAR-10, with smaller and larger batches (the table batch_size, drawn as a curve). All
+micro-batches have the same number of images, so m grows with the batch size and BatchNorm is not affected. The learning
+rate is proportional to the batch size, as in Goyal et al. 2017 (arXiv 1706.02677). Epochs and rho are those of Table 1;
+they were tuned for its batch size, which favours that batch size.
 """
 
 from dataclasses import replace
@@ -17,11 +17,11 @@ TABLE = "batch_size"
 VARIES = ("batch_size",)
 
 TIMES = {"smoke": (0.5, 1), "cpu": (0.25, 0.5, 1, 2), "paper": (0.25, 0.5, 1, 2, 4)}
-"""How many times as large as in Table 1."""
+"""Batch sizes as multiples of Table 1's."""
 
 
 def scaled(cell: Training, times: float) -> Training:
-    """The cell at another batch size, with micro-batches of as many images."""
+    """The cell at another batch size, with micro-batches of the same size."""
     micro_batches = cell.micro_batches if cell.micro_batches == 1 else round(cell.micro_batches * times)
     return replace(
         cell,

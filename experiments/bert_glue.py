@@ -3,12 +3,12 @@
     python -m experiments run bert_glue --profile cpu --data-root FOLDER
     python -m experiments run bert_glue-tuning --profile cpu     # the grid that chose learning rate and rho
 
-cpu: MiniLM (a BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows are its own) on 640
-sentences of SST-2, where FOLDER holds GLUE, and on 400 movie snippets, which come from PyPI.
-Rows whose data cannot be had stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
+cpu: MiniLM on 640 sentences of SST-2, if FOLDER has GLUE, and on 400 movie snippets, which come from PyPI. MiniLM is a
+BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows do not compare with BERT-base's. Rows
+whose data is unavailable stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
 
-Learning rates and rho of the cpu profile come from its grid: SAM's best is the least rho tried, where it does what
-AdamW does; 0.1 ruins both.
+Learning rates and rho of the cpu profile come from its grid: SAM does best at the smallest rho, where it matches AdamW;
+at 0.1 both SAM and mSAM fail.
 
 Expected (n=3, +- 95 %): snippets 76.4 +- 0.6 by AdamW, 75.7 +- 4.2 (control), 76.4 +- 0.6 (SAM), 77.1 +- 5.3 (mSAM);
 SST-2 79.5 +- 0.9, 79.3 +- 0.2, 79.5 +- 1.2, 79.2 +- 1.6; majority 50 and 51. One to two minutes a run on one core of an
@@ -48,7 +48,7 @@ SETS = {
 }
 
 # Devlin et al. 2019 (BERT, section 4.1): batch 32, 3 epochs, learning rate 2e-5 to 5e-5 chosen on the development set;
-# warm-up over the first tenth and weight decay 0.01 are those of its pre-training (appendix A.2).
+# warm-up over the first tenth and weight decay 0.01 are from its pre-training (appendix A.2).
 PAPER = replace(
     SMOKE,
     profile="paper",
@@ -63,8 +63,8 @@ PAPER = replace(
     **ON_GPU,
 )
 
-# SAM's rho for encoders that AdamW tunes lies between 1e-4 and 1e-2 in LOG-postech/Sassha@75e2de4 (SqueezeBERT). mSAM's
-# own m and rho are not known to us. Until a GPU has run the grid below, both stand at 1e-2 and mSAM at m=8.
+# For encoders fine-tuned with AdamW, SAM's rho is between 1e-4 and 1e-2 in LOG-postech/Sassha@75e2de4 (SqueezeBERT). We
+# do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, both use rho 1e-2 and mSAM m=8.
 RUNS = {
     "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.01, msam_rho=0.01),
     "cpu": [

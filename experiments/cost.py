@@ -2,9 +2,9 @@
 
     python -m experiments run cost --profile cpu        # one run at a time, whatever --jobs says
 
-Each run times the base optimizer, its control, SAM and mSAM in turn, see `harness/work/timing.py`; seeds repeat it.
-The networks are those of Table 1 at their batch size, and a deeper one (ResNet-20) for the scaling with size; ResNet-8
-also at half and twice the batch. On CPUs two data-parallel workers, a core each, follow; on GPUs one worker is timed.
+Each run times steps of the base optimizer, the control, SAM and mSAM, interleaved (see `harness/work/timing.py`); seeds
+are repetitions. The networks are those of Table 1 at their batch size, ResNet-8 also at half and twice its batch size,
+and the deeper ResNet-20. On CPUs, two data-parallel workers with a core each are timed as well; on GPUs only one.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ ROUNDS = {"smoke": 3, "cpu": 20, "paper": 50}
 
 
 def timed(cell: Training) -> Timing:
-    """The timing of all methods on a cell's network."""
+    """The timing run of all methods on a cell's network."""
     m, rounds = LARGEST_M[cell.profile], ROUNDS[cell.profile]
     return timing_of(cell, rho=0.05, micro_batches=m, rounds=rounds, workers=2 if cell.device == "cpu" else 1)
 

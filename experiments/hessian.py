@@ -1,15 +1,15 @@
 """How flat the minima are: Hessian spectra and sharpness of the networks of Tables 1 and 2 (Table 3).
 
-    python -m experiments run hessian --profile cpu       # trains first what is missing
+    python -m experiments run hessian --profile cpu       # first trains the missing networks
 
-Each network that a cell of `resnet_cifar`, `wrn_cifar`, `vit_cifar` and, on GPUs, `bert_glue` and `roberta_glue` ends
-with is measured on its first 256 (smoke: 16, paper: 512) training and test examples; nothing is trained anew that is
-there. Encoders, of 22 million weights and more, are for GPUs: the smaller profiles have none. The radius at which
-sharpness is measured was fixed before looking, one for all methods of a data set: that of SAM on CIFAR-10 in Foret et
-al. 2021, 0.05, and for texts the middle of the published range for encoders, 0.001.
+The final network of each cell of `resnet_cifar`, `wrn_cifar`, `vit_cifar` and, on GPUs, `bert_glue` and `roberta_glue`
+is measured on its first 256 (smoke: 16, paper: 512) training and test examples. Finished networks are not retrained.
+Encoders have 22 million weights or more, so only the paper profile measures them. The radius for sharpness was fixed in
+advance and is the same for all methods of a data set: 0.05 as for SAM on CIFAR-10 in Foret et al. 2021, and for texts
+0.001, the middle of the published range for encoders.
 
-Expected of ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 over micro-batches, 129 +- 22 with SAM,
-85 +- 10 with mSAM; a minute a run on one core of an AMD EPYC with AVX512, half of it more at seed 0 with its pictures.
+Expected for ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 over micro-batches, 129 +- 22 with SAM,
+85 +- 10 with mSAM; a minute per run on one core of an AMD EPYC with AVX512, half a minute more at seed 0 for figures.
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar

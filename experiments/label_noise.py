@@ -3,13 +3,13 @@
     python -m experiments run label_noise --profile cpu
     python -m experiments run label_noise-tuning --profile cpu     # the grid that chooses learning rate and rho
 
-The ResNet of Table 1 on CIFAR-10 with 0, 20, 40 and 60 % of the training labels wrong, each of the other nine classes
-as likely (the table label_noise, drawn as a curve): the setting in which Foret et al. 2021 (section 3.3) saw SAM gain
-most. Test labels are right, and so are those of the held-out images that choose; which labels are wrong is the same for
-every method and seed. The train accuracy counts the wrong labels too: it shows what was learnt by heart. Learning rate
-and rho are Table 1's where `CHOSEN` has no others. As there, the learning rate is the one that is best for plain
-training. It is lower than that of right labels, so that from share to share it is another recipe, and what the labels
-do cannot be told from what the learning rate does. The grid is the committed table label_noise-tuning.
+The ResNet of Table 1 on CIFAR-10 with 0, 20, 40 and 60 % wrong training labels, where each of the other nine classes is
+equally likely (the table label_noise, drawn as a curve). In this setting, Foret et al. 2021 (section 3.3) saw SAM gain
+most. Labels of test and held-out images are correct; the same labels are wrong for every method and seed. The
+training accuracy counts wrong labels too, so it shows memorization. Learning rate and rho are Table 1's unless `CHOSEN`
+has others. As in Table 1, the learning rate is the best one for plain training. It is lower than without wrong labels,
+so effects of the labels cannot be separated from effects of the learning rate across shares. The grid is the committed
+table label_noise-tuning.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ CHOSEN: dict[str, dict[float, dict[str, float]]] = {
         0.6: {"learning_rate": 0.025, "sam": 0.2, "msam": 0.1},
     }
 }
-"""By profile and share what the grid chose: `learning_rate`, and the rho of `sam` and of `msam`."""
+"""The grid's choices by profile and share: `learning_rate`, and the rho of `sam` and of `msam`."""
 
 
 def noisy(cell: Training, share: float) -> Training:
@@ -49,7 +49,7 @@ RUNS = {
 
 USUAL = (0.025, 0.05, 0.1, 0.2, 0.4)
 TRIED = {0.2: (0.0125, *USUAL), 0.4: (0.0125, *USUAL), 0.6: USUAL}
-"""By share the rhos of the grid, with one more where mSAM's best was the least of them."""
+"""The grid's rhos by share; one smaller rho was added where mSAM did best at the smallest."""
 
 TUNING = {
     "cpu": [

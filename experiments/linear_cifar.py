@@ -2,10 +2,10 @@
 
     python -m experiments run linear_cifar --profile cpu
 
-Softmax regression on the pixels by AdamW; its learning rate is chosen by the same grid on held-out images. The two
-rows are for the subsets of the ResNets (1,024 images) and of the ViT (4,096).
+Softmax regression on the pixels, trained with AdamW; a grid on held-out images chose the learning rate. The two rows
+use the training subsets of the ResNets (1,024 images) and of the ViT (4,096).
 
-Expected (n=8, +- 95 %): 32.2 +- 0.3 and 35.9 +- 0.2; 1 and 2 seconds a run on one core of an AMD EPYC.
+Expected (n=8, +- 95 %): 32.2 +- 0.3 and 35.9 +- 0.2; 1 and 2 seconds per run on one core of an AMD EPYC.
 """
 
 from dataclasses import replace

@@ -7,7 +7,7 @@ cpu: ResNet-8 of width 16 on 1,024 images of CIFAR-10, scored on all 10,000 test
 and CIFAR-100; no GPU has run it yet.
 
 Expected (n=8, +- 95 %): SGD 44.1 +- 0.6, over micro-batches 44.7 +- 0.7, SAM 44.6 +- 0.6, mSAM 46.3 +- 0.8; 50, 50, 85
-and 99 seconds a run on one core of an AMD EPYC with AVX512. On one with AVX2: 44.3, 45.0, 43.8 and 46.4.
+and 99 seconds per run on one core of an AMD EPYC with AVX512. On an EPYC with AVX2: 44.3, 45.0, 43.8 and 46.4.
 """
 
 from dataclasses import replace
@@ -41,8 +41,8 @@ CPU = replace(
     batch_size=128,
 )
 
-# ResNet-50, CIFAR variant: epochs, batch, learning rate and weight decay as Becker et al. 2024 (Momentum-SAM, Table 1),
-# with label smoothing 0.1 and crop and flip, but without their cutout.
+# ResNet-50, CIFAR variant: epochs, batch size, learning rate and weight decay from Becker et al. 2024 (Momentum-SAM,
+# Table 1), with label smoothing 0.1 and crop and flip, but without their cutout.
 PAPER = replace(
     SMOKE,
     profile="paper",
@@ -58,8 +58,8 @@ PAPER = replace(
 )
 
 # SAM's rho: 0.05 on CIFAR-10 from Foret et al. 2021 (Table 1, WRN-28-10), 0.2 on CIFAR-100 from the configurations of
-# MarlonBecker/MSAM@780fa4f. mSAM's own m and rho are not known to us. Until a GPU has run the grid below, mSAM stands
-# at SAM's rho and m=8, micro-batches of 32: the shards over which Foret et al. computed what they call SAM.
+# MarlonBecker/MSAM@780fa4f. We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM
+# uses SAM's rho and m=8: micro-batches of 32, the per-device shards with which Foret et al. computed SAM.
 PAPER_CELLS = [
     *four_methods(PAPER, micro_batches=8, sam_rho=0.05, msam_rho=0.05),
     *four_methods(replace(PAPER, dataset="cifar100"), micro_batches=8, sam_rho=0.2, msam_rho=0.2),

@@ -2,8 +2,8 @@
 
     python -m experiments run rho --profile cpu
 
-The ResNet of Table 1 on CIFAR-10, everything but rho as there; the table rho, drawn as a curve. These runs choose
-nothing: the rho of Table 1 comes from its own grid, on held-out images.
+The ResNet of Table 1 on CIFAR-10 at several rhos (the table rho, drawn as a curve). These runs do not choose anything:
+Table 1's rho comes from its grid, on held-out images.
 
 Expected (n=3): mSAM above SAM at each rho up to 0.2, by 0.8 to 2.0 points; both break down at 0.4.
 """

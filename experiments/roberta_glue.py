@@ -2,8 +2,8 @@
 
     python -m experiments run roberta_glue --profile paper
 
-paper: RoBERTa-base on all tasks, from the hub; no GPU has run it yet. There is no smaller member of the family that can
-be had without the hub, so the other profiles have no cells; `--set model=FOLDER` trains any local checkpoint.
+paper: RoBERTa-base on all tasks, from the hub; no GPU has run it yet. No smaller RoBERTa is available without the hub,
+so the other profiles have no cells; `--set model=FOLDER` trains any local checkpoint.
 
 Expected: not measured.
 """
@@ -35,7 +35,7 @@ PAPER = Training(
     **ON_GPU,
 )
 
-# rho as in bert_glue.py: mSAM's own m and rho are not known to us, and wait for the grid.
+# rho as in bert_glue.py: we do not know the paper's m and rho for mSAM, and the grid below has not run yet.
 RUNS = {
     "paper": [
         cell

@@ -2,10 +2,10 @@
 
     python -m experiments run theory
 
-Each run draws an interpolating minimum of a small model in float64 and finds, by taking the method's own steps, the
-largest sharpness lambda_max(H) at which it is stable; docs/theory.md derives what is predicted. Three parts:
-unnormalised perturbations and all the data in each step, where the prediction is exact; then normalised perturbations
-(as SAM and mSAM are used), and batches drawn at random, where it is not.
+Each run draws an interpolating minimum of a small model in float64 and simulates the method's steps to find the largest
+sharpness lambda_max(H) at which the minimum is stable; docs/theory.md derives the prediction. There are three parts:
+unnormalised perturbations with full-batch steps, for which the prediction is exact; normalised perturbations (as in SAM
+and mSAM), and random batches, for which it is not.
 """
 
 from dataclasses import replace

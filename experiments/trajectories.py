@@ -1,10 +1,10 @@
-"""The largest Hessian eigenvalue along training, for each method (a figure).
+"""The largest Hessian eigenvalue during training, for each method (a figure).
 
     python -m experiments run trajectories --profile cpu
 
-The ResNet runs of Table 1 once more (on the same type of processor bit for bit), with the eigenvalue measured every
-few epochs on the first 256 training images (all of them where there are fewer), BatchNorm in eval mode. The table
-trajectories has it after the last epoch, and its greatest value on the way.
+The ResNet runs of Table 1 (bit for bit, on the same type of processor), with the eigenvalue measured every few epochs
+on the first 256 training images (or all, if fewer), with BatchNorm in eval mode. The table trajectories shows its value
+after the last epoch and its largest value during training.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from experiments import resnet_cifar
 TABLE = "trajectories"
 
 EVERY = {"smoke": 2, "cpu": 4, "paper": 20}
-"""Epochs."""
+"""Epochs between measurements."""
 
 RUNS = {
     profile: [replace(cell, curvature_every=every) for cell in resnet_cifar.RUNS[profile] if cell.dataset == "cifar10"]

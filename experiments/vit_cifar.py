@@ -4,13 +4,13 @@
     python -m experiments run vit_cifar-tuning --profile cpu     # the grid that chose learning rate and rho
 
 cpu: a ViT of 3 layers and width 64 over 16 tokens from a convolutional stem, on 4,096 images of CIFAR-10, scored on all
-10,000 test images. Settings tried on held-out images before: with square patches of 8 (4 layers) the base optimizer
-either fits 2,048 images and is no better than a linear model, or sees 5,120 to 10,240 too seldom for any rho to help;
-with this stem and 32 epochs AdamW does best at half the learning rate, where again rho of 0.02 and more only harms.
+10,000 test images. Settings tried earlier, on held-out images: with square patches of 8 (4 layers), the base optimizer
+either fits 2,048 images and does not beat a linear model, or sees each of 5,120 to 10,240 images too rarely for any rho
+to help; with this stem and 32 epochs, AdamW does best at half the learning rate, where rho of 0.02 and more only hurts.
 paper: a ViT of 7 layers and width 384 over patches of 4, from scratch, on CIFAR-10 and CIFAR-100; no GPU has run it.
 
 Expected (n=8, +- 95 %): AdamW 42.5 +- 0.5, over micro-batches 42.5 +- 0.5, SAM 42.2 +- 0.5, mSAM 42.3 +- 0.7; 38, 59,
-72 and 108 seconds a run on one core of an AMD EPYC, 1.5 times that on another one. No rho helps: the model underfits.
+72 and 108 seconds per run on one core of an AMD EPYC, 1.5 times that on another. No rho helps: the model underfits.
 """
 
 from dataclasses import replace
@@ -37,8 +37,8 @@ SMOKE = Training(
 CPU = replace(SMOKE, profile="cpu", train_examples=4096, test_examples=None, epochs=22, batch_size=128)
 
 # Architecture, 200 epochs, batch 128, learning rate 1e-3, 5 epochs of warm-up and label smoothing 0.1 as in
-# omihub777/ViT-CIFAR@0766c12 (91.0 % on CIFAR-10, one run), but with AdamW for its Adam (weight decay 0.05 as in the
-# cpu profile, since its 5e-5 is no decoupled decay) and crop and flip for its AutoAugment.
+# omihub777/ViT-CIFAR@0766c12 (91.0 % on CIFAR-10, one run), but with AdamW instead of Adam (weight decay 0.05 as in the
+# cpu profile, since its 5e-5 is not a decoupled decay) and crop and flip instead of AutoAugment.
 PAPER = replace(
     SMOKE,
     profile="paper",
@@ -54,8 +54,8 @@ PAPER = replace(
     **ON_GPU,
 )
 
-# SAM's rho: 0.2, as LOG-postech/Sassha has it for ViT-S/32 with AdamW on ImageNet; there is no published one for this
-# setting. mSAM's own m and rho are not known to us: until a GPU has run the grid below, it stands at SAM's rho and
+# SAM's rho: 0.2, the value of LOG-postech/Sassha for ViT-S/32 with AdamW on ImageNet; none is published for this
+# setting. We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM uses SAM's rho and
 # micro-batches of 32.
 PAPER_CELLS = [
     cell

@@ -7,7 +7,7 @@ cpu: WRN-10-1, the family's smallest member, on 1,024 images of CIFAR-10, scored
 WRN-28-10 on CIFAR-10 and CIFAR-100; no GPU has run it yet.
 
 Expected (n=8, +- 95 %): SGD 43.3 +- 0.6, over micro-batches 43.9 +- 0.9, SAM 44.9 +- 0.8, mSAM 46.2 +- 0.9; 33, 35, 72
-and 81 seconds a run on one core of an AMD EPYC, twice that on another one.
+and 81 seconds per run on one core of an AMD EPYC, twice that on another EPYC.
 """
 
 from dataclasses import replace
@@ -55,8 +55,8 @@ PAPER = replace(
     **ON_GPU,
 )
 
-# mSAM's own m and rho are not known to us. Until a GPU has run the grid below, mSAM stands at SAM's rho and m=8,
-# micro-batches of 32: the shards over which Foret et al. computed what they call SAM.
+# We do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, mSAM uses SAM's rho and m=8:
+# micro-batches of 32, the per-device shards with which Foret et al. computed SAM.
 PAPER_CELLS = [
     *four_methods(PAPER, micro_batches=8, sam_rho=0.05, msam_rho=0.05),
     *four_methods(replace(PAPER, dataset="cifar100"), micro_batches=8, sam_rho=0.1, msam_rho=0.1),

@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from experiments.harness.runs import selection
 from experiments.harness.runs.command_line import end_with
-from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.estimate import Estimate, gpu_hours, load_estimate
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks
 from experiments.harness.runs.provenance import checkout
@@ -28,41 +28,41 @@ from slurm.resources import LEAST_MINUTES
 from slurm.scheduler import SlurmError
 from slurm.standings import Standing, note_cancelled, standings
 from slurm.submission import Array, alone, arrays, script, snapshot
-from slurm.submission import submit as hand_over
+from slurm.submission import submit as submit_arrays
 
-UNFINISHED = ("failed", "cancelled", "lost", "begun", "not begun")
+UNFINISHED = ("failed", "cancelled", "lost", "started", "not started")
 """States of runs that `submit` submits."""
 
-PATIENCE = 30
-"""How often in a row `wait` may find the queue silent, as while Slurm is restarted."""
+QUEUE_RETRIES = 30
+"""How often in a row `wait` accepts no answer from the queue, for example while Slurm restarts."""
 
 
 @dataclass(frozen=True)
 class Runs(selection.Runs):
-    """Which runs a command is about, and on how many GPUs each."""
+    """The runs that a command works on, and the number of GPUs for each."""
 
     gpus: Annotated[
-        int, arg(help="Data-parallel runs of N ranks, one GPU each, where N divides m (analysis takes --gpus N too).")
+        int, arg(help="Data-parallel runs with N ranks, one GPU each, if N divides m (analysis takes --gpus N too).")
     ] = 1
 
     @property
     def specs(self) -> list[Run]:
-        """The runs, those on several GPUs where `gpus` divides their micro-batches."""
+        """The runs; those whose micro-batches `gpus` divides use several GPUs."""
         _check(gpus=self.gpus)
         specs = super().specs
         if self.gpus > 1 and any(spec.device == "cpu" for spec in specs):
-            raise SlurmError(f"gpus is {self.gpus}, but these runs use no GPU: leave it out, or take --profile paper.")
-        found = with_ranks(specs, self.gpus)
-        if single := sum(spec.processes == 1 for spec in found) * (self.gpus > 1):
+            raise SlurmError(f"gpus is {self.gpus}, but these runs use no GPU: leave it out, or use --profile paper.")
+        ranked = with_ranks(specs, self.gpus)
+        if single := sum(spec.processes == 1 for spec in ranked) * (self.gpus > 1):
             print(
                 f"{single} of {len(specs)} runs stay on one GPU: each rank perturbs its own micro-batches, so the "
-                "ranks must divide m.",
+                "number of ranks must divide m.",
                 file=sys.stderr,
             )
-        return found
+        return ranked
 
     def command(self, name: str) -> str:
-        """A command of this program for the same runs, to be copied."""
+        """A command of this program for the same runs, for the user to copy."""
         words = ["python -m slurm", name, self.target, "--profile", self.profile]
         words += ["--seeds", str(self.seeds)] * (self.seeds is not None)
         words += ["--gpus", str(self.gpus)] * (self.gpus > 1)
@@ -83,47 +83,49 @@ def submit(
     cluster: Literal["slurm", "local"] = "slurm",
     dry_run: bool = False,
 ) -> int:
-    """Submit the runs of a target that are neither done nor queued, and return at once.
+    """Submit the runs of a target that are neither done nor queued, and return immediately.
 
     Args:
-        data_root: A folder with the data sets, looked into first (or set MSAM_DATA).
-        nodes: Nodes that the ranks of a data-parallel run are spread over.
+        data_root: A folder with the data sets, searched first (or set MSAM_DATA).
+        nodes: Number of nodes for the ranks of a data-parallel run.
         runs_per_job: Small runs can share a job, which trains them one after the other.
-        parallelism: How many jobs may run at a time; left out: as many as Slurm likes.
-        minutes: Time limit of a run; left out: from measured times, or the family's own. A run that needs longer is
-            queued again and goes on.
-        site_file: The cluster's TOML file (or set MSAM_SLURM_SITE; ~/.config/msam/slurm.toml else).
-        partition: Put in place of the site's.
-        cluster: "local" trains on this machine's cores or GPUs instead, as python -m experiments run does.
-        dry_run: Print the jobs, their sbatch scripts and the GPU-hours, let sbatch check them, submit nothing.
+        parallelism: Most jobs to run at a time; default: no limit.
+        minutes: Time limit of a run; default: from measured times, or the model family's limit. A run that needs longer
+            is requeued and resumes.
+        site_file: The cluster's TOML file (or set MSAM_SLURM_SITE); default: ~/.config/msam/slurm.toml.
+        partition: Overrides the site's partition.
+        cluster: "local" trains on this machine's cores or GPUs instead, like python -m experiments run.
+        dry_run: Print the jobs, their sbatch scripts and the GPU-hours, and let sbatch check them; submit nothing.
     """
     _check(nodes=nodes, runs_per_job=runs_per_job, parallelism=parallelism)
     if minutes is not None and minutes < LEAST_MINUTES:
-        raise SlurmError(f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, for a checkpoint before the end.")
+        raise SlurmError(
+            f"minutes is {minutes}, but must be {LEAST_MINUTES} or more, to leave time for a checkpoint before the end."
+        )
     specs, results = runs.specs, runs.root
     if cluster == "local":
-        return _train_here(runs, data_root)
+        return _train_locally(runs, data_root)
     _check_paths(specs)
     facts = site.read(site_file, partition)
-    estimate = measured(results)
+    estimate = load_estimate(results)
     packed: dict[str, Any] = {"runs_per_job": runs_per_job, "nodes": nodes, "minutes": minutes}
     try:
         packed["largest"] = scheduler.largest_array()
     except SlurmError as error:
         if not dry_run:
-            local = f"{runs.command('submit')} --cluster local"
-            raise SlurmError(f"{error} To train on this machine's cores or GPUs: {local}") from None
+            local_command = f"{runs.command('submit')} --cluster local"
+            raise SlurmError(f"{error} To train on this machine's cores or GPUs: {local_command}") from None
         print(error, file=sys.stderr)
     if dry_run:
         checked = "largest" in packed
-        waiting = _to_submit(standings(specs, results, need_queue=checked))
+        waiting = _unfinished(standings(specs, results, need_queue=checked))
         chosen = arrays(waiting, estimate, **packed)
         scripts = [script(array, results, facts, parallelism) for array in chosen]
         return _dry_run(chosen, scripts, estimate, len(specs), checked)
     with alone(results):
-        waiting = _to_submit(standings(specs, results, need_queue=True))
+        waiting = _unfinished(standings(specs, results, need_queue=True))
         if not waiting:
-            print(f"All {len(specs)} runs of {runs} are done or queued; nothing to submit.")
+            print(f"All {len(specs)} runs of {runs} are done or queued; there is nothing to submit.")
             return 0
         chosen = arrays(waiting, estimate, **packed)
         code = snapshot(results)
@@ -133,7 +135,7 @@ def submit(
             submitted=checkout(" ".join(["python -m slurm", *sys.argv[1:]])),
             code=code.name,
         )
-        folder, ids = hand_over(chosen, work, facts, code=code, parallelism=parallelism)
+        folder, ids = submit_arrays(chosen, work, facts, code=code, parallelism=parallelism)
     print(f"Submitted {len(waiting)} of {len(specs)} runs of {runs} in jobs {', '.join(ids)}.")
     print(f"Logs:    {folder}/JOB_0_log.out")
     print(f"State:   {runs.command('status')}")
@@ -142,50 +144,50 @@ def submit(
 
 
 def status(runs: OmitArgPrefixes[Runs]) -> int:
-    """Say of each run whether it is done, running, queued, failed, cancelled, lost (no record, no job) or not begun."""
-    found = standings(runs.specs, runs.root)
-    for run in found:
+    """Show each run as done, running, queued, failed, cancelled, lost (no record, no job), started or not started."""
+    states = standings(runs.specs, runs.root)
+    for run in states:
         log = f"\n{'':14}log: {run.place.log}" if run.place and run.state in ("failed", "lost") else ""
-        print(f"{run.spec.run_id}  {run.state:<9} {run.spec.title}{run.words}{log}")
-    print(f"\n{_counted(found)}.")
+        print(f"{run.spec.run_id}  {run.state:<11} {run.spec.title}{run.words}{log}")
+    print(f"\n{_state_counts(states)}.")
     return 0
 
 
 def wait(runs: OmitArgPrefixes[Runs], every: float = 10.0) -> int:
-    """Wait until no run of the target is queued or running any more; status 1 unless all are done then.
+    """Wait until no run of the target is queued or running; exit with status 1 unless all are done.
 
     Args:
-        every: Seconds between looks.
+        every: Seconds between queries.
     """
     _check(every=every)
-    specs, before, silent = runs.specs, "", 0
+    specs, before, failures = runs.specs, "", 0
     while True:
         try:
-            found = standings(specs, runs.root, need_queue=True)
+            states = standings(specs, runs.root, need_queue=True)
         except SlurmError as error:
-            silent += 1
-            if silent > PATIENCE:
+            failures += 1
+            if failures > QUEUE_RETRIES:
                 raise
-            print(f"{time.strftime('%H:%M:%S')}  {error} Asking again.", file=sys.stderr, flush=True)
+            print(f"{time.strftime('%H:%M:%S')}  {error} Retrying.", file=sys.stderr, flush=True)
             time.sleep(every)
             continue
-        silent = 0
-        if (now := _counted(found)) != before:
+        failures = 0
+        if (now := _state_counts(states)) != before:
             print(f"{time.strftime('%H:%M:%S')}  {now}", flush=True)
             before = now
-        if not any(run.waiting for run in found):
+        if not any(run.waiting for run in states):
             break
         time.sleep(every)
-    unfinished = [run for run in found if run.state != "done"]
-    for run in unfinished:
-        print(f"{run.spec.run_id}  {run.state:<9} {run.spec.title}{run.words}", file=sys.stderr)
-    return 1 if unfinished else 0
+    not_done = [run for run in states if run.state != "done"]
+    for run in not_done:
+        print(f"{run.spec.run_id}  {run.state:<11} {run.spec.title}{run.words}", file=sys.stderr)
+    return 1 if not_done else 0
 
 
 def cancel(runs: OmitArgPrefixes[Runs]) -> int:
-    """Ask Slurm to end the jobs of a target's queued and running runs, with whatever other runs share them."""
-    found = standings(runs.specs, runs.root, need_queue=True)
-    places = [run.place for run in found if run.waiting and run.place]
+    """Cancel the jobs of a target's queued and running runs, including other runs in the same jobs."""
+    states = standings(runs.specs, runs.root, need_queue=True)
+    places = [run.place for run in states if run.waiting and run.place]
     jobs = list(dict.fromkeys(place.job for place in places))
     if not jobs:
         print(f"No run of {runs} is queued or running.")
@@ -193,34 +195,34 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
     scheduler.cancel(jobs)
     note_cancelled(places)
     print(
-        f"Asked Slurm to end {len(jobs)} jobs. Those that run write their checkpoints first. To see when they are "
-        f"gone: {runs.command('status')}"
+        f"Asked Slurm to cancel {len(jobs)} jobs. Running jobs write their checkpoints first. To see when they have "
+        f"ended: {runs.command('status')}"
     )
     return 0
 
 
 def _check_paths(specs: Sequence[Run]) -> None:
-    """Jobs run in another folder: paths must not be relative to this one."""
+    """Check that model paths are absolute, since jobs run in another folder; make MSAM_DATA absolute."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
     for spec in specs:
         if "/" in spec.model and not Path(spec.model).expanduser().is_absolute():
-            raise SlurmError(f"model is {spec.model!r}, but jobs run elsewhere: name the folder by its absolute path.")
+            raise SlurmError(f"model is {spec.model!r}, but jobs run in another folder: give its absolute path.")
 
 
-def _to_submit(found: Sequence[Standing]) -> list[Run]:
-    for run in found:
+def _unfinished(states: Sequence[Standing]) -> list[Run]:
+    for run in states:
         if run.state == "damaged":
             raise RecordError(f"{run.spec.run_id} is damaged{run.words}")
-    return [run.spec for run in found if run.state in UNFINISHED]
+    return [run.spec for run in states if run.state in UNFINISHED]
 
 
-def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate, wanted: int, checked: bool) -> int:
-    hours, runs, refused = 0.0, 0, False
+def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate, total: int, checked: bool) -> int:
+    hours, runs, rejected = 0.0, 0, False
     for array, text in zip(chosen, scripts, strict=True):
         size = array.size
         print(
-            f"{len(array.jobs)} jobs, each: {array.ranks} ranks on {array.nodes} nodes; a rank: {size.gpus} GPUs, "
+            f"{len(array.jobs)} jobs, each: {array.ranks} ranks on {array.nodes} nodes; per rank: {size.gpus} GPUs, "
             f"{size.cpus} CPUs, {size.memory_gb:g} GB; {size.minutes} minutes"
         )
         for number, job in enumerate(array.jobs):
@@ -232,26 +234,26 @@ def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate
             try:
                 print(f"sbatch --test-only: {scheduler.test_only(text)}\n")
             except SlurmError as error:
-                refused = True
+                rejected = True
                 print(f"{error}\n", file=sys.stderr)
     print(
-        f"{runs} of {wanted} runs would be submitted: about {hours:.1f} GPU-hours (guessed for an A100-class GPU where "
-        "nothing was measured; no GPU has run these yet)."
+        f"{runs} of {total} runs would be submitted: about {hours:.1f} GPU-hours (guessed for an A100-class GPU unless "
+        "measured; no GPU has run these yet)."
     )
-    return 2 if refused else 0
+    return 2 if rejected else 0
 
 
-def _train_here(runs: Runs, data_root: Path | None) -> int:
-    """On this machine's cores or GPUs, as the main command does."""
+def _train_locally(runs: Runs, data_root: Path | None) -> int:
+    """Train on this machine's cores or GPUs, like `python -m experiments run`."""
     if runs.gpus > 1:
-        raise SlurmError("Runs of several ranks need Slurm: leave --gpus out with --cluster local.")
+        raise SlurmError("Runs with several ranks need Slurm: leave --gpus out with --cluster local.")
     from experiments.__main__ import run
 
     return run(runs, data_root=data_root)
 
 
-def _counted(found: Sequence[Standing]) -> str:
-    counts = Counter(run.state for run in found)
+def _state_counts(states: Sequence[Standing]) -> str:
+    counts = Counter(run.state for run in states)
     return ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
 
 
@@ -262,12 +264,12 @@ def _check(**values: float | None) -> None:
 
 
 def main() -> None:
-    """Run the command line; a mistake in it ends with one sentence and exit status 2."""
+    """Run the command line. A mistake by the user prints one sentence and exits with status 2."""
     commands: dict[str, Callable[..., int]] = {"submit": submit, "status": status, "wait": wait, "cancel": cancel}
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     end_with(
         lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__),
-        stopped="Stopped looking. What is queued or running goes on: python -m slurm cancel ends it.",
+        stopped="Stopped. Queued and running jobs go on: python -m slurm cancel ends them.",
     )
 
 

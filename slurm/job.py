@@ -1,8 +1,8 @@
-"""What runs inside a job: some runs one after the other, each through the one training loop.
+"""The code that runs inside a job: it trains some runs one after the other, with the usual training loop.
 
-Everything a run needs to go on lies in its record, so a job that is asked to stop writes checkpoints and asks Slurm to
-queue it again; whatever else ends it (a node's failure, an administrator's requeue) is mended by the same restart.
-Torch is not imported before the signals have their handlers.
+A run resumes from its record alone. So a job that is asked to stop writes checkpoints and asks Slurm to requeue it; a
+restart after a node failure or an administrator's requeue works the same way. Signal handlers are set before torch is
+imported.
 """
 
 import os
@@ -27,14 +27,14 @@ from experiments.harness.work.session import Interrupted, Session
 from slurm.resources import SIGNAL_SECONDS
 
 PACKAGES = ("msam", "experiments", "slurm")
-"""The code that jobs run: what a submission copies."""
+"""The code that jobs run, which a submission copies."""
 
-RENDEZVOUS_SECONDS = 600
-"""How long the ranks of a run wait for the last of them to start."""
+START_SECONDS = 600
+"""How long the ranks of a run wait for each other to start."""
 
 
 class RunsFailed(Exception):
-    """Some runs of the job failed; their tracebacks are above, and in their records."""
+    """Some runs of the job failed; their tracebacks are in the log above and in their records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class Work:
     submitted: Mapping[str, Any]
     """Provenance from the submission: `provenance.checkout`."""
     code: str
-    """Hash of all code that was submitted, which this process must have loaded."""
+    """Hash of the submitted code, which this process must have loaded."""
     runs: tuple[Mapping[str, Any], ...] = ()
-    """The job's own, one after the other."""
+    """The runs of this job, which it trains one after the other."""
     minutes: int = 0
     """The job's time limit."""
 
@@ -56,17 +56,17 @@ class Work:
         """Train the runs that are not done.
 
         Raises:
-            RunsFailed: at the end, if any of them failed; the others have been trained.
+            RunsFailed: at the end, if any of them failed; the other runs are trained.
         """
-        # USR2 comes ahead of the time limit or of a preemption; TERM with scancel, or with a preemption on clusters
-        # that send nothing else, and then Slurm itself queues the job again.
+        # USR2 comes before the time limit or a preemption. TERM comes with scancel, or with a preemption on clusters
+        # that send no other signal; in that case Slurm itself requeues the job.
         requeue, ending, stepped = Flag(), Flag(), Flag()
         signal.signal(signal.SIGUSR2, requeue.set)
         signal.signal(signal.SIGTERM, ending.set)
-        begun = time.monotonic()
+        started = time.monotonic()
         specs = [from_dict(fields) for fields in self.runs]
         if code_hash(folders=PACKAGES) != self.code:
-            raise RunsFailed(f"{Path.cwd()} is no longer the code that was submitted: submit again.")
+            raise RunsFailed(f"The code in {Path.cwd()} has changed since it was submitted: submit again.")
         if specs[0].processes > 1:
             _join(specs[0], Path(self.results))
         provenance = {**self.submitted, **machine(), **_job()}
@@ -86,23 +86,23 @@ class Work:
                 self._train(spec, session, requeue)
             except Interrupted as stopped:
                 print(stopped, flush=True)
-                late = time.monotonic() - begun > 60 * self.minutes - SIGNAL_SECONDS - 90
+                late = time.monotonic() - started > 60 * self.minutes - SIGNAL_SECONDS - 90
                 if late and not stepped.is_set() and _rank() == 0:
-                    words = f"not one step was made in {self.minutes} minutes: submit with more --minutes."
+                    words = f"the run completed no step in {self.minutes} minutes: submit with more --minutes."
                     record_of(spec, session.root).fail(words)
                     raise RunsFailed(f"{spec.run_id}: {words}") from None
                 _leave(requeue)
             except Exception as error:
                 if spec.processes > 1:
-                    raise  # the other ranks wait for this one: end the job
+                    raise  # the other ranks are waiting for this one, so end the job
                 print(f"FAILED {spec.run_id}", file=sys.stderr)
                 traceback.print_exception(error)
                 failed += 1
         if failed:
-            raise RunsFailed(f"{failed} of {len(specs)} runs failed, with the errors above.")
+            raise RunsFailed(f"{failed} of {len(specs)} runs failed; see the errors above.")
 
     def _train(self, spec: Run, session: Session, requeue: Flag) -> None:
-        """Carry out one run; if another process is at work on it, wait for its result."""
+        """Execute one run; if another process is working on it, wait for its result."""
         from experiments.harness.work.execute import execute
 
         while True:
@@ -115,31 +115,31 @@ class Work:
 
 
 def perform(work: Work) -> None:
-    """What submitit calls."""
+    """The function that submitit calls."""
     work()
 
 
 def _leave(requeue: Flag) -> None:
-    """End this process: queued again if Slurm announced the end; as Slurm wishes if it is ending the job itself.
+    """End this process; first requeue the job if Slurm announced its end with USR2.
 
-    Until Slurm ends it, or no longer counts the job as running: whoever leaves within the grace of a preemption
-    would look finished, and would not be queued again. Rank 0 speaks for all; the others go when it goes.
+    The process waits until Slurm kills it or no longer lists the job as running. A job that exits within the grace
+    period of a preemption counts as finished and is not requeued. Only rank 0 talks to Slurm; the others end with it.
     """
     job, first, queued = _job()["slurm_job"], _rank() == 0, False
     until = time.monotonic() + 900
     while time.monotonic() < until:
-        if first and requeue.is_set() and not queued:  # another rank may have had the signal before this one
-            queued = _asked(["scontrol", "requeue", job]) is not None
-        state = _asked(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
+        if first and requeue.is_set() and not queued:  # rank 0 may get the signal later than another rank
+            queued = _slurm_output(["scontrol", "requeue", job]) is not None
+        state = _slurm_output(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
         if state not in (None, "RUNNING"):
             break
         time.sleep(1 if requeue.is_set() and not queued else random.uniform(1, 3))
-    print("Queued again." if queued else "Ended by Slurm.", flush=True)
+    print("Requeued." if queued else "Ended by Slurm.", flush=True)
     sys.exit(128 + signal.SIGTERM)
 
 
-def _asked(command: list[str]) -> str | None:
-    """What a command of Slurm answers; None if it does not."""
+def _slurm_output(command: list[str]) -> str | None:
+    """The output of a Slurm command; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -148,7 +148,7 @@ def _asked(command: list[str]) -> str | None:
 
 
 def _job() -> dict[str, Any]:
-    """Which job this is, for the record."""
+    """The job's id, nodes and requeue count, for the record."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return {
         "slurm_job": f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"],
@@ -162,29 +162,29 @@ def _rank() -> int:
 
 
 def _join(spec: Run, results: Path) -> None:
-    """Bring the job's processes together as the ranks of a run.
+    """Connect the job's processes as the ranks of a run.
 
-    Rank 0 takes a free port and writes it to a file of the shared folder for the others: nodes need not know each
-    other's names, and two jobs on one node cannot meet.
+    Rank 0 picks a free port and writes it to a file in the shared folder, which the other ranks read. So host names
+    need not resolve, and two jobs on one node cannot use the same port.
     """
     import torch
     import torch.distributed as dist
 
     rank = _rank()
     job = _job()
-    meeting = results / "slurm" / "ranks" / f"{job['slurm_job']}-{job['requeues']}.json"
+    address_file = results / "slurm" / "ranks" / f"{job['slurm_job']}-{job['requeues']}.json"
     if rank == 0:
         host = os.environ.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname()
         store = dist.TCPStore(host, 0, spec.processes, is_master=True, wait_for_workers=False)
-        meeting.parent.mkdir(parents=True, exist_ok=True)
-        write_json(meeting, {"host": host, "port": store.port})
+        address_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(address_file, {"host": host, "port": store.port})
     else:
-        until = time.monotonic() + RENDEZVOUS_SECONDS
-        while not meeting.exists():
+        until = time.monotonic() + START_SECONDS
+        while not address_file.exists():
             if time.monotonic() > until:
-                raise RunsFailed(f"Rank 0 has not written {meeting}: the results folder must be on a shared disk.")
+                raise RunsFailed(f"Rank 0 has not written {address_file}: the results folder must be on a shared disk.")
             time.sleep(0.1)
-        place = read_json(meeting)
+        place = read_json(address_file)
         store = dist.TCPStore(place["host"], place["port"], spec.processes, is_master=False, wait_for_workers=False)
     if spec.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", 0)))
@@ -193,4 +193,4 @@ def _join(spec: Run, results: Path) -> None:
     )
     dist.barrier()
     if rank == 0:
-        meeting.unlink()  # a cluster may reuse job numbers
+        address_file.unlink()  # Slurm may reuse job ids

@@ -1,6 +1,6 @@
-"""What a run asks a cluster for, by the family of its model. Standard library only.
+"""The resources that a run requests, by model family. Standard library only.
 
-Nothing here belongs to one site: partition, account and the like stand in the site's own file (see `site.py`).
+Nothing here depends on the cluster: partition, account and the like are in the site's file (see `site.py`).
 """
 
 import math
@@ -11,23 +11,23 @@ from experiments.harness.runs.facts import DATASETS, TextSet
 from experiments.harness.runs.spec import Run, Timing
 
 SIGNAL_SECONDS = 120
-"""How long before the time limit a job is asked to write its checkpoint and queue again."""
+"""How long before the time limit a job is asked to write its checkpoint and requeue."""
 
 LEAST_MINUTES = 6
-"""Slurm may send that signal a minute early and looks every half minute: below this a job hardly begins."""
+"""Shortest time limit: Slurm may send that signal a minute early, so a shorter job would hardly train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one process of a run; a data-parallel run asks for as many of them as it has ranks."""
+    """Resources of one process; a data-parallel run requests them once per rank."""
 
     gpus: int
     cpus: int
     memory_gb: float
     minutes: int
-    """Where nothing comparable was measured. A run that needs longer is queued again and goes on."""
+    """Time limit if nothing comparable was measured. A run that needs longer is requeued and resumes."""
     exclusive: bool = False
-    """Whether nothing else may run on the node: for runs that time something."""
+    """Whether the run needs the node to itself, as timing runs do."""
 
 
 SMALL = Resources(gpus=0, cpus=1, memory_gb=2, minutes=60)
@@ -42,12 +42,12 @@ ENCODER = Resources(gpus=1, cpus=4, memory_gb=32, minutes=240)
 
 
 def resources(spec: Run, estimate: Estimate | None = None, minutes: int | None = None) -> Resources:
-    """What a run asks for.
+    """The resources that a run requests.
 
     Args:
         spec: The run.
-        estimate: Measured times; twice as much is requested, in steps of half an hour beyond one.
-        minutes: Asked for instead.
+        estimate: Measured times; the limit is twice as long, and from half an hour on rounded up to half hours.
+        minutes: A time limit to use instead.
     """
     if spec.device == "cpu":
         family = replace(SMALL, cpus=max(SMALL.cpus, spec.threads * (spec.workers if isinstance(spec, Timing) else 1)))

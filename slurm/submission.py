@@ -1,8 +1,8 @@
-"""From runs to jobs and back: what is submitted, what lies on the disk about it, and how each run stands.
+"""Packs runs into jobs and submits them, with a record of each submission on disk.
 
-results/slurm/<name>/submission.json   which run is in which job; written before sbatch and again with the ids
-results/slurm/<name>/*_log.out         one log for each process of a job
-results/slurm/code/<hash>/             the training code as it was submitted, once for each state of it
+results/slurm/<name>/submission.json   which run is in which job; written before sbatch, and again with the job ids
+results/slurm/<name>/*_log.out         one log per process of a job
+results/slurm/code/<hash>/             the submitted code, once per version
 """
 
 import fcntl
@@ -33,27 +33,27 @@ from slurm.scheduler import SlurmError
 from slurm.site import Site
 
 FREE_MEGABYTES = 200
-"""Of the results folder's disk, without which nothing is submitted."""
+"""Free space on the results folder's disk that a submission needs."""
 
 PROBE_MEGABYTES = 4
-"""Written and removed again before submitting."""
+"""Size of a file that is written and removed before a submission, to detect a full quota."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Array:
-    """Jobs of one size, submitted together."""
+    """Jobs of equal size, submitted together."""
 
     jobs: tuple[tuple[Run, ...], ...]
     """The runs of each job, which it trains one after the other."""
     size: Resources
-    """Of one process."""
+    """Resources of one process."""
     nodes: int = 1
 
     @property
     def ranks(self) -> int:
-        """Processes of each job."""
+        """Number of processes of each job."""
         return self.jobs[0][0].processes
 
 
@@ -66,12 +66,12 @@ def arrays(
     nodes: int = 1,
     minutes: int | None = None,
 ) -> list[Array]:
-    """Pack runs into jobs of equal needs, and those into arrays of at most `largest` jobs.
+    """Pack runs into jobs with equal resources, and jobs into arrays of at most `largest` jobs.
 
-    Those of most ranks come first: what a cluster may refuse is refused before anything is queued.
+    Jobs with the most ranks come first, so a cluster rejects what it cannot run before anything is queued.
 
     Raises:
-        SlurmError: if the ranks of a run do not divide among the nodes.
+        SlurmError: if the ranks of a run cannot be divided equally among the nodes.
     """
     groups: dict[tuple, list[tuple[Run, Resources]]] = {}
     for spec in specs:
@@ -79,7 +79,7 @@ def arrays(
         if spec.processes % nodes and spec.processes > 1:
             raise SlurmError(f"nodes is {nodes}, but must divide the {spec.processes} ranks of {spec.title}.")
         groups.setdefault((replace(size, minutes=0), spec.processes, spec.threads), []).append((spec, size))
-    found = []
+    packed = []
     for group in sorted(groups.values(), key=lambda group: -group[0][0].processes):
         jobs = [
             tuple(spec for spec, _ in group[first : first + runs_per_job])
@@ -88,27 +88,27 @@ def arrays(
         size = replace(group[0][1], minutes=runs_per_job * max(size.minutes for _, size in group))
         for first in range(0, len(jobs), largest):
             several = jobs[0][0].processes > 1
-            found.append(Array(tuple(jobs[first : first + largest]), size, nodes if several else 1))
-    return found
+            packed.append(Array(tuple(jobs[first : first + largest]), size, nodes if several else 1))
+    return packed
 
 
 def submit(
     chosen: Sequence[Array], work: Work, site: Site, *, code: Path, parallelism: int | None = None
 ) -> tuple[Path, list[str]]:
-    """Hand jobs to Slurm; returns when they are queued.
+    """Submit jobs to Slurm; returns when they are queued.
 
     Args:
         chosen: The jobs.
-        work: What the jobs have in common; the results root on a disk that all nodes see.
-        site: The cluster's facts.
+        work: What the jobs share; its results root must be on a disk that all nodes can access.
+        site: The cluster's settings.
         code: The code that they run, from `snapshot`.
-        parallelism: How many jobs may run at a time; left out, as many as Slurm likes.
+        parallelism: Most jobs to run at a time; None: no limit.
 
     Returns:
         The submission's folder, and the ids of its arrays.
 
     Raises:
-        SlurmError: in sbatch's own words, if it refuses; arrays before that one stay queued.
+        SlurmError: with sbatch's message, if it rejects an array; arrays before that one stay queued.
     """
     folder = _folder(Path(work.results))
     content: dict[str, Any] = {
@@ -129,10 +129,10 @@ def submit(
         executor = _executor(array, folder, site, code, entry["name"], parallelism)
         executor.update_parameters(dependency=after)
         try:
-            with scheduler.outside_of_any_job():
-                jobs = executor.map_array(perform, _works(array, work))
+            with scheduler.without_job_variables():
+                jobs = executor.map_array(perform, _work_of(array, work))
         except Exception as error:
-            raise _refusal(error, queued, folder, entry["name"]) from error
+            raise _submission_error(error, queued, folder, entry["name"]) from error
         entry["ids"] = [job.job_id for job in jobs]
         queued.append(jobs[0].job_id.split("_")[0])
         write_json(folder / "submission.json", content)
@@ -140,7 +140,7 @@ def submit(
 
 
 def script(array: Array, root: Path, site: Site, parallelism: int | None = None) -> str:
-    """The sbatch script of an array, as `submit` would write it."""
+    """The sbatch script that `submit` would write for an array."""
     executor = _executor(array, root / "slurm" / "dry-run", site, root / "slurm" / "code", "msam", parallelism)
     if len(array.jobs) > 1:
         executor.parameters["map_count"] = len(array.jobs)
@@ -149,7 +149,7 @@ def script(array: Array, root: Path, site: Site, parallelism: int | None = None)
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Hold the results root for one submission at a time, so that two commands do not submit the same runs.
+    """Lock the results root during a submission, so that two commands do not submit the same runs.
 
     Raises:
         SlurmError: if it cannot be written, or its disk is nearly full.
@@ -159,7 +159,7 @@ def alone(root: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "w")  # noqa: SIM115 (closed below)
         free = shutil.disk_usage(folder).free
-        with open(folder / "room", "wb") as probe:  # a quota shows only when it is reached
+        with open(folder / "room", "wb") as probe:  # a full quota shows only on writing
             probe.write(bytes(PROBE_MEGABYTES * 2**20))
         (folder / "room").unlink()
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -171,33 +171,33 @@ def alone(root: Path) -> Iterator[None]:
     with file:
         if free < FREE_MEGABYTES * 2**20:
             raise SlurmError(
-                f"The disk of {root} has {free / 2**20:.0f} MB free, but {FREE_MEGABYTES} MB are asked for before "
-                "anything is submitted: free some, or choose another results folder with --results."
+                f"The disk of {root} has {free / 2**20:.0f} MB free, but a submission needs {FREE_MEGABYTES} MB: free "
+                "some space, or choose another results folder with --results."
             )
         yield
 
 
 def snapshot(root: Path) -> Path:
-    """Copy the code that jobs run, unless it lies there already, so that they run what was submitted.
+    """Copy the code unless this version is already there, so that jobs run the code as it was submitted.
 
     Raises:
-        SlurmError: if the code is being edited meanwhile.
+        SlurmError: if the code changes during the copy.
     """
     name = code_hash(folders=PACKAGES)
     folder = root / "slurm" / "code" / name
-    if folder.is_dir() and code_hash(folder, PACKAGES) != name:  # purged in parts, or edited
+    if folder.is_dir() and code_hash(folder, PACKAGES) != name:  # partly purged, or edited
         folder.rename(folder.with_name(f"{name}-damaged-{secrets.token_hex(2)}"))
     if not folder.is_dir():
-        with _made_whole(folder) as temporary:
+        with _atomic_folder(folder) as temporary:
             for package in PACKAGES:
                 shutil.copytree(ROOT / package, temporary / package, ignore=shutil.ignore_patterns("__pycache__"))
             if code_hash(temporary, PACKAGES) != name:
-                raise SlurmError("The code was changed while it was copied: submit again.")
+                raise SlurmError("The code changed while it was copied: submit again.")
     return folder
 
 
 @contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
+def _atomic_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -216,11 +216,11 @@ def _folder(root: Path) -> Path:
 
 
 def _executor(array: Array, folder: Path, site: Site, code: Path, name: str, parallelism: int | None) -> Any:
-    """submitit's executor with everything that sbatch is given."""
+    """submitit's executor with all options for sbatch."""
     from submitit import SlurmExecutor
 
     class Anywhere(SlurmExecutor):
-        """Writes scripts without Slurm too."""
+        """Writes scripts even without Slurm."""
 
         @classmethod
         def affinity(cls) -> int:
@@ -244,8 +244,8 @@ def _executor(array: Array, folder: Path, site: Site, code: Path, name: str, par
             *(f"export {name}={value}" for name, value in settings.items()),
             "unset SUBMITIT_PREEMPT_SIGNAL",
         ],
-        # One dead rank ends its job, and none is ended for finishing before the first. Since 22.05 srun does not take
-        # --cpus-per-task over from sbatch.
+        # A rank that dies ends its job, but a rank that finishes early does not. Since 22.05, srun does not inherit
+        # --cpus-per-task from sbatch.
         srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={size.cpus}"],
         additional_parameters={"chdir": str(code), "requeue": True, "signal": f"USR2@{SIGNAL_SECONDS}"}
         | ({"exclusive": True} if size.exclusive else {}),
@@ -256,23 +256,23 @@ def _executor(array: Array, folder: Path, site: Site, code: Path, name: str, par
     return executor
 
 
-def _works(array: Array, work: Work) -> list[Work]:
+def _work_of(array: Array, work: Work) -> list[Work]:
     runs = (tuple(spec.to_dict() for spec in job) for job in array.jobs)
     return [replace(work, runs=each, minutes=array.size.minutes) for each in runs]
 
 
-def _refusal(error: Exception, queued: Sequence[str], folder: Path, name: str) -> SlurmError:
-    """sbatch's own words, and what is queued all the same; the folder stays unless that is certainly nothing."""
-    said = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [f"{error}".strip()]
-    words = f"{' '.join(said).rstrip('.')}."
+def _submission_error(error: Exception, queued: Sequence[str], folder: Path, name: str) -> SlurmError:
+    """sbatch's message, and which jobs are queued; the folder is removed only if certainly none are."""
+    lines = [line for line in str(error).splitlines() if line.startswith("sbatch: ")] or [f"{error}".strip()]
+    words = f"{' '.join(lines).rstrip('.')}."
     try:
         jobs = scheduler.queue([getpass.getuser()]).values()
-        accepted = any(job.active and job.name == name for job in jobs)  # a refused one may be there, FAILED
+        accepted = any(job.active and job.name == name for job in jobs)  # a rejected job may be listed as FAILED
     except SlurmError:
         accepted = True
     if accepted:
-        return SlurmError(f"{words} Some jobs may be queued all the same: python -m slurm status shows which.")
+        return SlurmError(f"{words} Some jobs may still be queued: python -m slurm status shows which.")
     if queued:
-        return SlurmError(f"{words} Queued before that: {' '.join(queued)}.")
+        return SlurmError(f"{words} Already queued: {' '.join(queued)}.")
     shutil.rmtree(folder)
     return SlurmError(f"{words} Nothing was submitted.")

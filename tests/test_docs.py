@@ -105,7 +105,7 @@ def test_the_scoreboard_is_that_of_the_committed_claims(net):
         if claim == NET:
             assert f"{model}, net of BatchNorm: {effect} ({n});" in net[0]
             difference, half = (float(number) for number in effect.split(" ± "))
-            assert verdict == ("supported" if difference > half else "not separated")
+            assert verdict == ("supported" if difference > half else "not significant")
             claim = next(iter(CLAIMS))
         else:
             where = f"{model}, {scale if scale.startswith('batch ') else dataset}"

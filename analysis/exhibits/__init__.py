@@ -1,7 +1,7 @@
-"""The exhibits: a file for each table of the paper and for each study that has more than the usual words.
+"""The exhibits: one file for each table of the paper, and for each study that needs more than the default exhibit.
 
-A file that declares EXHIBIT is found by listing this folder. A table of the experiments without a file is a study,
-which `studies` shows; the grid of any of them is shown by `tuning`.
+Every file in this folder that declares EXHIBIT is an exhibit. A table of the experiments without a file is a study,
+shown by `studies`. The grid of any table is shown by `tuning`.
 """
 
 import importlib
@@ -22,20 +22,20 @@ from experiments.harness.runs import catalogue
 
 @dataclass(frozen=True)
 class Page:
-    """A figure, drawn."""
+    """A drawn figure."""
 
     name: str
     caption: str
     files: dict[str, bytes]
-    """By their path below a results folder: PDF and PNG."""
+    """PDF and PNG, by path below a results folder."""
 
 
 @cache
 def declared() -> dict[str, Exhibit]:
-    """The exhibits that have a file here, by name, in their order."""
+    """The exhibits with a file in this folder, by name, in order."""
     modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = [module.EXHIBIT for module in modules if hasattr(module, "EXHIBIT")]
-    return {exhibit.name: exhibit for exhibit in sorted(found, key=_place)}
+    exhibits = [module.EXHIBIT for module in modules if hasattr(module, "EXHIBIT")]
+    return {exhibit.name: exhibit for exhibit in sorted(exhibits, key=_place)}
 
 
 def tables() -> list[str]:
@@ -57,31 +57,31 @@ def exhibit_of(name: str) -> Exhibit:
 
 
 def all_exhibits(shown: Iterable[str]) -> list[Exhibit]:
-    """The exhibits that have a file, and those of the tables among these names that have none, in their order."""
+    """The exhibits with a file, and those of the named tables without one, in order."""
     others = [exhibit_of(name) for name in shown if name in tables() and name not in declared()]
     return sorted([*declared().values(), *others], key=_place)
 
 
 def pages(results: Results, shown: Shown) -> list[Page]:
-    """The figures of some tables, in their order.
+    """The figures of some tables, in order.
 
     Args:
         results: runs and curves.
         shown: the tables by name.
     """
-    found = []
+    pictures = []
     for exhibit in all_exhibits(shown):
         for picture in exhibit.figures:
             names = picture.tables or (exhibit.name,)
             if any(name in shown for name in names):
-                found.append((exhibit.place if picture.place is None else picture.place, picture, names))
-    drawn = []
-    for _, picture, names in sorted(found, key=lambda one: one[0]):
+                pictures.append((exhibit.place if picture.place is None else picture.place, picture, names))
+    pages = []
+    for _, picture, names in sorted(pictures, key=lambda entry: entry[0]):
         with mpl.rc_context(plots.STYLE):
             figure = picture.draw(results, *(shown.get(name, Target(name, (), 0)) for name in names))
         files = plots.files(picture.name, figure)
-        drawn.append(Page(picture.name, picture.caption, {f"figures/{name}": page for name, page in files.items()}))
-    return drawn
+        pages.append(Page(picture.name, picture.caption, {f"figures/{name}": page for name, page in files.items()}))
+    return pages
 
 
 def _place(exhibit: Exhibit) -> tuple[int, str]:

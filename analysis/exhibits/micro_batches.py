@@ -1,6 +1,6 @@
 """The study of m: accuracy and flatness against the number of micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.figure import Figure
@@ -10,27 +10,32 @@ from analysis.exhibit import Target
 from analysis.exhibits.studies import study
 from analysis.frames import Results
 from analysis.plots import Series, draw_points, highest_mean, panels_of, set_ticks
+from experiments.harness.runs.methods import Arm
 from experiments.harness.runs.spec import Run
 
 
 def against_m(results: Results, target: Target) -> Figure:
-    """Accuracy, accuracy with BatchNorm estimated anew, and the largest eigenvalue, against m: a row a network.
+    """Accuracy, accuracy with re-estimated BatchNorm, and the largest eigenvalue against m, one row for each network.
 
-    Lines have one rho, that of SAM; open marks are where the grid chose another one for an m. What has the same m is
-    drawn side by side.
+    Lines use SAM's rho; open markers are values of m for which the grid chose another rho. Points at the same m are
+    drawn next to each other.
     """
     measured = {cell.network: cell for cell in target.cells if cell.network}
     panels, frame = panels_of(cell for cell in target.cells if not cell.network), results.runs.set_index("run_id")
     figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
     for line, (title, rows) in zip(figure.subplots(len(panels), 3, squeeze=False), panels.items(), strict=True):
-        score, anew, curvature = line
-        for found, series in _series(rows):
-            draw_points(score, frame, found, target.seeds, series)
-            known = [measured[cell] for cell in found if cell in measured]
-            for axes, column, factor in ((anew, "test_reestimated_accuracy", 100), (curvature, "train_lambda_1", 1)):
-                draw_points(axes, frame, known, target.seeds, replace(series, column=column, factor=factor))
-        score.set(title=f"{title}{highest_mean(frame, rows, target.seeds)}", ylabel="test accuracy %")
-        anew.set(title="BatchNorm's statistics estimated anew", ylabel="test accuracy %")
+        score, reestimated, curvature = line
+        for group, series in _series(rows, target.arms):
+            draw_points(score, frame, group, target.seeds, series, target.arms)
+            measurements = [measured[cell] for cell in group if cell in measured]
+            for axes, column, factor in (
+                (reestimated, "test_reestimated_accuracy", 100),
+                (curvature, "train_lambda_1", 1),
+            ):
+                shown = replace(series, column=column, factor=factor)
+                draw_points(axes, frame, measurements, target.seeds, shown, target.arms)
+        score.set(title=f"{title}{highest_mean(frame, rows, target.seeds, target.arms)}", ylabel="test accuracy %")
+        reestimated.set(title="BatchNorm re-estimated", ylabel="test accuracy %")
         curvature.set(title="flatness, training data", ylabel="lambda 1")
         for axes in line:
             axes.set_xlabel("m, micro-batches of a mini-batch")
@@ -40,23 +45,23 @@ def against_m(results: Results, target: Target) -> Figure:
                 axes.set_title("")
                 axes.set_axis_off()
     keys = [axes.get_legend_handles_labels() for axes in figure.axes]
-    named = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
+    handles = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     return figure
 
 
-def _series(rows: Sequence[Run]) -> list[tuple[list[Run], Series]]:
-    """A network's cells without a rho, those of SAM's rho, and those of another one, with how each are drawn."""
-    plain = [cell for cell in rows if not cell.rho]
-    rho = next((cell.rho for cell in rows if cell.method == "sam"), 0.0)
-    fixed = [cell for cell in rows if cell.rho and cell.rho == rho]
-    own = [cell for cell in rows if cell.rho and cell.rho != rho]
+def _series(rows: Sequence[Run], arms: Mapping[Run, Arm]) -> list[tuple[list[Run], Series]]:
+    """A network's cells without a perturbation, at SAM's rho, and at another rho, each with the style of its points."""
+    unperturbed = [cell for cell in rows if not cell.rho]
+    rho = next((cell.rho for cell in rows if arms[cell].name == "sam"), 0.0)
+    at_sams_rho = [cell for cell in rows if cell.rho and cell.rho == rho]
+    at_other_rho = [cell for cell in rows if cell.rho and cell.rho != rho]
     name = base_name(rows[0])
-    label = f"{name} over m micro-batches" if len(plain) > 1 else name
+    label = f"{name} over m micro-batches" if len(unperturbed) > 1 else name
     return [
-        (plain, Series("micro_batches", label, shift=0.93)),
-        (fixed, Series("micro_batches", f"mSAM, rho {rho:g}")),
-        (own, Series("micro_batches", "mSAM, where an m has a rho of its own", style="", shift=1.07)),
+        (unperturbed, Series("micro_batches", label, shift=0.93)),
+        (at_sams_rho, Series("micro_batches", f"mSAM, rho {rho:g}")),
+        (at_other_rho, Series("micro_batches", "mSAM, rho chosen for this m", style="", shift=1.07)),
     ]
 
 

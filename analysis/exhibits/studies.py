@@ -1,6 +1,6 @@
-"""Studies: accuracy against what one of them varies.
+"""Studies: accuracy against a field that the study varies.
 
-A table of the experiments that has no file in this folder is shown as `study(name)`. A file that declares
+A table of the experiments without a file in this folder is shown as `study(name)`. A file that declares
 EXHIBIT = study(name, title, caption) gives it a title and a caption.
 """
 
@@ -21,14 +21,14 @@ Draw = Callable[[Results, Target], Figure]
 
 
 def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = None, place: int = LAST) -> Exhibit:
-    """The exhibit of a study of trainings, with the columns of every table of scores and one figure.
+    """The exhibit of a study of training runs, with the columns of every table of scores and one figure.
 
     Args:
-        name: That of the study: what its experiment's TABLE says.
-        title: Of its table; left out, made of its name.
-        caption: Of its figure; left out, the title.
-        draw: Its figure; left out, the accuracy against the field that its cells vary.
-        place: Where it stands among the exhibits.
+        name: The name of the study, as in its experiment's TABLE.
+        title: The title of the table; made from the name by default.
+        caption: The caption of the figure; the title by default.
+        draw: Draws the figure; by default the accuracy against the field that the cells vary.
+        place: The place among the exhibits.
     """
     title = title or f"{name}: test accuracy"
     return Exhibit(
@@ -46,12 +46,12 @@ def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = 
 
 
 def against(field: str, words: str, logarithmic: bool = False) -> Draw:
-    """A figure of the test accuracy of each method against a field of the spec, a panel a model.
+    """A figure of each method's test accuracy against a field of the spec, one panel for each model.
 
     Args:
         field: The field.
-        words: What the axis calls it.
-        logarithmic: Whether the axis is, with a tick at each value.
+        words: The label of the axis.
+        logarithmic: Whether the axis is logarithmic, with a tick at each value.
     """
 
     def draw(results: Results, target: Target) -> Figure:
@@ -59,9 +59,9 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
         figure, row = row_of_panels(len(panels))
         for axes, (title, rows) in zip(row, panels.items(), strict=True):
             for method in METHODS:
-                line = [cell for cell in rows if cell.method == method]
+                line = [cell for cell in rows if target.arms[cell].name == method]
                 label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
-                draw_points(axes, frame, line, target.seeds, Series(field, label))
+                draw_points(axes, frame, line, target.seeds, Series(field, label), target.arms)
             gain = gain_of_msam(frame, rows, target.seeds, field)
             axes.set(title=f"{title}{gain}", xlabel=words, ylabel="test accuracy %")
             if logarithmic:
@@ -73,7 +73,7 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
 
 
 def against_varied(results: Results, target: Target) -> Figure:
-    """The accuracy against the number that the study declares, or else the one that its cells vary."""
+    """The accuracy against the numeric field that the study declares to vary or, without one, that its cells vary."""
     networks = [cell for cell in target.cells if not cell.network]
     numbers = [name for name in target.varies if all(isinstance(cell.flat[name], int | float) for cell in networks)]
     field = numbers[0] if numbers else _varied(networks)
@@ -81,15 +81,15 @@ def against_varied(results: Results, target: Target) -> Figure:
 
 
 def _varied(cells: Sequence[Run]) -> str:
-    """The field of numbers that has several values for one method and model; `rho` if there is none."""
+    """The numeric field with several values for one method and model; `rho` if there is none."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for cell in cells:
         groups.setdefault((cell.method, cell.model, cell.dataset), []).append(cell)
-    found = [
+    varied = [
         name
         for group in groups.values()
         for name in group[0].to_dict()
-        if len(known := {cell.flat[name] for cell in group}) > 1
-        and all(isinstance(value, int | float) for value in known)
+        if len(distinct := {cell.flat[name] for cell in group}) > 1
+        and all(isinstance(value, int | float) for value in distinct)
     ]
-    return min(found, key=lambda name: (name in TUNED, TUNED.index(name) if name in TUNED else 0), default="rho")
+    return min(varied, key=lambda name: (name in TUNED, TUNED.index(name) if name in TUNED else 0), default="rho")

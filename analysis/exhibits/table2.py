@@ -1,4 +1,4 @@
-"""Table 2: scores on GLUE, a column a task."""
+"""Table 2: scores on GLUE, one column for each task."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import scores
-from analysis.arms import method_name
-from analysis.cells import DIGITS, interval, values, verdict
-from analysis.document import Document, formatted, plain_table, score_text, signed
+from analysis.cells import DIGITS, difference_in_words, interval, values
+from analysis.document import SIGNIFICANCE_NOTE, Document, formatted, plain_table, score_text, signed
 from analysis.exhibit import Exhibit, View
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.runs.facts import DATASETS, is_images, text_set
@@ -17,56 +16,56 @@ from experiments.harness.runs.spec import Run
 
 NOTES = (
     "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
-    "after the last epoch: {metrics}. Differences are paired by seed. Intervals are for one comparison at a time.",
-    "The majority row always gives the commonest label of the training set.",
+    "after the last epoch: {metrics}. Differences are paired by seed. " + SIGNIFICANCE_NOTE,
+    "The majority row always predicts the most frequent label of the training set.",
 )
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
-    """The scores, and the one of whoever always gives the commonest answer (`majority`)."""
+    """The scores, and the score of always predicting the most frequent label (`majority`)."""
     table, runs = scores.numbers(frame, cells, seeds, varies), frame.set_index("run_id")
-    found = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
-    known = {cell.dataset: 100 * majority.mean() for cell, majority in found.items() if len(majority)}
-    table["majority"] = table["dataset"].map(known).astype(float).round(DIGITS)
+    majorities = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
+    by_dataset = {cell.dataset: 100 * majority.mean() for cell, majority in majorities.items() if len(majority)}
+    table["majority"] = table["dataset"].map(by_dataset).astype(float).round(DIGITS)
     return table
 
 
 def further_metrics(view: View) -> list[str]:
-    """A line for each model and task with a second official metric: what each method has of it, times 100."""
-    runs, found = view.frame.set_index("run_id"), defaultdict(list)
+    """A line for each model and task with a second official metric: its value for each method, times 100."""
+    runs, lines = view.frame.set_index("run_id"), defaultdict(list)
     for cell in view.target.cells:
         column, words = text_set(cell.dataset).second or ("", "")
-        known = mean_interval(100 * values(runs, cell, view.target.seeds, column))
-        if known.n:
-            half = f" ± {known.half_width:.2f}" if known.n > 1 else ""
-            told = f"{method_name(cell)} {known.mean:.2f}{half} ({known.n})"
-            found[f"{cell.model}, {cell.dataset}, {words}"].append(told)
-    return [f"{name}: {', '.join(told)}." for name, told in found.items()]
+        mean = mean_interval(100 * values(runs, cell, view.target.seeds, column))
+        if mean.n:
+            half = f" ± {mean.half_width:.2f}" if mean.n > 1 else ""
+            text = f"{view.target.arms[cell].called(cell)} {mean.mean:.2f}{half} ({mean.n})"
+            lines[f"{cell.model}, {cell.dataset}, {words}"].append(text)
+    return [f"{name}: {', '.join(texts)}." for name, texts in lines.items()]
 
 
 def over_majority(numbers: pd.DataFrame) -> list[str]:
-    """Whether the base optimizer of each block beats the commonest answer by more than its interval."""
+    """The base optimizer of each block over the most frequent label, and whether the difference is significant."""
     lines = []
     for row in numbers[(numbers["method"] == "base") & (numbers["n"] > 0)].itertuples():
-        found = Interval(row.mean - row.majority, row.half_width, int(row.n))
-        lines.append(f"{row.model}, {row.dataset}: {row.label} over the majority class: {verdict(found)}.")
+        difference = Interval(row.mean - row.majority, row.half_width, int(row.n))
+        lines.append(
+            f"{row.model}, {row.dataset}: {row.label} over the majority class: {difference_in_words(difference)}."
+        )
     return lines
 
 
 @dataclass(frozen=True)
 class WideDocument(Document):
-    """A table with a column for each task: on a terminal the committed one stands below it."""
+    """A table with a column for each task; on a terminal the committed table follows below."""
 
-    def behind(self) -> list[dict[str, str]]:
-        """Of each row the runs behind the score of each task."""
-        found = {(row.model, row.label, row.dataset): row.run_ids for row in self.numbers.itertuples()}
+    def run_ids(self) -> list[dict[str, str]]:
+        """For each row, the ids of the runs behind the score of each task."""
+        ids = {(row.model, row.label, row.dataset): row.run_ids for row in self.numbers.itertuples()}
         tasks = list(self.cells.columns[2:])
-        return [
-            {task: found.get((row.model, row.method, task), "") for task in tasks} for row in self.cells.itertuples()
-        ]
+        return [{task: ids.get((row.model, row.method, task), "") for task in tasks} for row in self.cells.itertuples()]
 
     def terminal(self, committed: pd.DataFrame | None = None) -> str:
-        """Plain text; the committed numbers as a second table."""
+        """Plain text, with the committed numbers as a second table."""
         parts = [f"{self.title}\n{self.origin}", plain_table(self.cells)]
         if committed is not None:
             parts += ["Committed", plain_table(wide(committed))]
@@ -74,7 +73,7 @@ class WideDocument(Document):
 
 
 def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows with a column for each task: scores first, then what they are over each other."""
+    """The rows with a column for each task: scores first, then differences."""
     tasks = list(dict.fromkeys(numbers["dataset"]))
     marks = marks or [""] * len(numbers)
     texts: dict[tuple[str, str], dict[str, str]] = {}
@@ -92,15 +91,15 @@ def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
                     texts.setdefault((model, f"{row.label} over {other}"), {})[row.dataset] = signed(
                         interval(row, column)
                     )
-    found = [
-        {"model": model, "method": label, **{t: told.get(t, "") for t in tasks}}
-        for (model, label), told in texts.items()
+    rows_of_text = [
+        {"model": model, "method": label, **{t: by_task.get(t, "") for t in tasks}}
+        for (model, label), by_task in texts.items()
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows_of_text)
 
 
 def sentences(view: View) -> list[str]:
-    """The rhos, the further metrics, and the differences."""
+    """The values of rho, the further metrics, and the differences."""
     table = view.numbers
     radii = [
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
@@ -110,7 +109,7 @@ def sentences(view: View) -> list[str]:
 
 
 def notes(view: View) -> list[str]:
-    """How to read the scores."""
+    """Explain how to read the scores."""
     metrics = ", ".join(f"{dataset} {DATASETS[dataset].metric}" for dataset in dict.fromkeys(view.numbers["dataset"]))
     return [note.format(metrics=metrics) for note in NOTES]
 

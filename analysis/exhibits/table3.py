@@ -1,4 +1,4 @@
-"""Table 3: flatness of the trained networks, and its three figures."""
+"""Table 3: flatness of the trained networks, with three figures."""
 
 import json
 import re
@@ -10,9 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis.arms import COLOURS, LINES, MARKS, method_name
-from analysis.cells import averages, cells_in_order, compared, mean_columns, significant, values
-from analysis.document import eigenvalue_columns, measure
+from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative, values
+from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure
 from analysis.evidence import of_scores
 from analysis.exhibit import Claim, Exhibit, Picture, Target, View
 from analysis.frames import Results
@@ -25,49 +24,56 @@ NOTES = (
     "Largest Hessian eigenvalue (lambda 1) and trace of the training loss at the final weights, on the first "
     "{examples} training and {examples} test examples, without augmentation; BatchNorm in eval mode, with its running "
     "statistics; float32. Means ± half-width of the 95 % Student t interval (number of seeds); differences are paired "
-    "by seed, and negative is flatter. Lanczos residuals are at most {residual:.1g} of lambda 1; each trace has its "
-    "own standard error in the records.",
-    "Sharpness, times 1,000: rise of the loss at distance rho={rho} from the weights: the greatest found by ascent (a "
-    "lower bound of the maximum), the mean over random directions, and the mean over m micro-batches of each one's "
-    "rise at its own perturbation. One rho for all methods of a data set.",
-    "Reparametrisation can change all of these without changing the function (Dinh et al. 2017, arXiv 1703.04933): "
-    "between methods of one network and training they compare, between networks they do not.",
+    "by seed, and negative is flatter. "
+    + SIGNIFICANCE_NOTE
+    + " Lanczos residuals are at most {residual:.1g} of lambda 1. "
+    "The records have the standard error of each trace.",
+    "Sharpness, times 1,000: rise of the loss at distance rho={rho} from the weights: the largest reached by ascent (a "
+    "lower bound of the maximum), the mean over random directions, and the mean over m micro-batches, each at its own "
+    "perturbation. All methods of a data set use the same rho.",
+    "Reparametrisation can change all of these measures without changing the function (Dinh et al. 2017, arXiv "
+    "1703.04933). They can be compared between methods on one network and training setup, but not between networks.",
 )
 
 PUBLISHED = (
     "Published elsewhere, in other settings: Foret et al. 2021, section 4.2 (read in the source): WRN-40-10 without "
     "BatchNorm on CIFAR-10, lambda 1 about 24 with SGD and 1.0 with SAM, lambda 1 / lambda 5 up to 11.4 and 2.6."
 )
-"""Curvatures of others; none is the mSAM paper's."""
+"""Curvatures from other papers; none is from the mSAM paper."""
 
 FLATNESS = (
     *("train_lambda_1", "test_lambda_1", "train_lambda_ratio", "train_trace", "test_trace", "train_loss"),
     *("train_ascent_sharpness", "test_ascent_sharpness", "train_average_sharpness", "test_average_sharpness"),
 )
-"""What a curvature run's table shows beside the sharpness of micro-batches."""
+"""The measures of a curvature run in the table's CSV, apart from the sharpness of micro-batches."""
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
-    """Flatness of the networks of each cell: the numbers of their curvature runs.
+    """Flatness of each cell's networks: the numbers of their curvature runs.
 
     Args:
-        frame: one row a finished run.
-        cells: curvature specs at seed 0; a row each, in blocks as those of Table 1.
-        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        frame: one row for each finished run.
+        cells: curvature specs at seed 0, one for each row, in blocks as in Table 1.
+        seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
-        One row a cell. `mean` is the largest Hessian eigenvalue on training data; its paired differences are as in
-        Table 1. Every other measure has its mean under its own name and its interval under `<name>_half_width`.
+        One row for each cell. `mean` is the largest Hessian eigenvalue on training data, with paired differences as in
+        Table 1. Every other measure has its mean under its name and its interval under `<name>_half_width`.
     """
     table, runs, rows = compared(frame, cells, seeds, varies), frame.set_index("run_id"), cells_in_order(cells, varies)
-    known = [name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))]
+    micro_batch_measures = [
+        name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))
+    ]
     columns: dict[str, list[Any]] = {}
-    for name in (*FLATNESS, *sorted(known, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1])))):
+    for name in (
+        *FLATNESS,
+        *sorted(micro_batch_measures, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1]))),
+    ):
         columns |= mean_columns(name, averages(runs, rows, seeds, name))
     residuals = [values(runs, cell, seeds, "train_residual") for cell in rows]
-    columns["residual"] = [found.max() if len(found) else float("nan") for found in residuals]
-    return significant(table.join(pd.DataFrame(columns)))
+    columns["residual"] = [by_seed.max() if len(by_seed) else float("nan") for by_seed in residuals]
+    return rounded_relative(table.join(pd.DataFrame(columns)))
 
 
 def text(view: View) -> pd.DataFrame:
@@ -98,7 +104,7 @@ def text(view: View) -> pd.DataFrame:
 
 
 def notes(view: View) -> list[str]:
-    """How to read the measures."""
+    """Explain how to read the measures."""
     words = {
         "examples": ", ".join(dict.fromkeys(str(c.flat["measured_examples"]) for c in view.target.cells)),
         "rho": ", ".join(dict.fromkeys(f"{c.flat['measured_rho']:g}" for c in view.target.cells)),
@@ -108,9 +114,9 @@ def notes(view: View) -> list[str]:
 
 
 def flatness(results: Results, target: Target) -> Figure:
-    """Test accuracy of every network against its largest eigenvalue: a panel a model.
+    """Test accuracy of every network against its largest eigenvalue, one panel for each model.
 
-    The title has the rank correlation over the methods within a seed, as its mean over the seeds.
+    The title shows the rank correlation over the methods within a seed, averaged over the seeds.
     """
     frame = results.runs.set_index("run_id")
     panels = panels_of(target.cells)
@@ -121,22 +127,22 @@ def flatness(results: Results, target: Target) -> Figure:
             assert cell.network is not None
             eigenvalues = values(frame, cell, target.seeds, "train_lambda_1")
             scores = 100 * values(frame, cell, target.seeds, cell.network.score)
-            both = sorted(set(eigenvalues.index) & set(scores.index))
-            for seed in both:
+            common = sorted(set(eigenvalues.index) & set(scores.index))
+            for seed in common:
                 points[seed].append((eigenvalues[seed], scores[seed]))
-            if both:
-                label = method_name(cell)
-                look: dict[str, Any] = {"ms": 4, "color": COLOURS[cell.method], "label": label}
-                axes.plot(eigenvalues[both], scores[both], MARKS[cell.method], **look)
-        ranks = mean_interval(stats.spearmanr(found).statistic for found in points.values() if len(found) > 2)
-        seen = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
-        axes.set(title=f"{title}{seen}", xlabel="lambda 1, training data", ylabel="test accuracy %")
+            if common:
+                arm = target.arms[cell]
+                style: dict[str, Any] = {"ms": 4, "color": arm.colour, "label": arm.called(cell)}
+                axes.plot(eigenvalues[common], scores[common], arm.mark, **style)
+        ranks = mean_interval(stats.spearmanr(pairs).statistic for pairs in points.values() if len(pairs) > 2)
+        correlation = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
+        axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data", ylabel="test accuracy %")
         add_legend(axes)
     return figure
 
 
 def spectra(results: Results, target: Target) -> Figure:
-    """Spectral densities at seed 0, a panel a model: each quadrature node as a narrow bump."""
+    """Spectral densities at seed 0, one panel for each model; each quadrature node is a narrow bump."""
     panels = panels_of(target.cells)
     figure, row = row_of_panels(len(panels), 3.4, 2.8)
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
@@ -150,21 +156,21 @@ def spectra(results: Results, target: Target) -> Figure:
             width = (nodes.max() - nodes.min()) / 100
             bumps = np.exp(-(((grid[:, None] - nodes) / width) ** 2) / 2) / (width * np.sqrt(2 * np.pi))
             density = six_digits(bumps @ weights)
-            look = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
-            axes.semilogy(grid, density, label=method_name(cell), **look)
-            greatest[method_name(cell)] = nodes.max()
+            arm = target.arms[cell]
+            axes.semilogy(grid, density, label=arm.called(cell), color=arm.colour, ls=arm.line, lw=1)
+            greatest[arm.called(cell)] = nodes.max()
         axes.set(title=f"{title}{_reach(greatest)}", xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
         add_legend(axes)
     return figure
 
 
 def slices(results: Results, target: Target) -> Figure:
-    """Training loss at seed 0 along a filter-normalised direction, and below on the plane of two, a column a model."""
+    """Training loss at seed 0 along a filter-normalised direction (top) and on the plane of two (bottom), by model."""
     panels = panels_of(target.cells)
     figure = Figure(figsize=(3.4 * len(panels), 5.4), layout="constrained")
     top, bottom = figure.subplots(2, len(panels), squeeze=False)
     for axes, plane, (title, rows) in zip(top, bottom, panels.items(), strict=True):
-        levels: Any = []  # of the first, so that equal lines are equal losses
+        levels: Any = []  # from the first surface, so that equal lines are equal losses
         for cell in rows:
             line = line_of(results.curves, cell, "slices")
             if line is None:
@@ -172,13 +178,13 @@ def slices(results: Results, target: Target) -> Figure:
             positions, losses, grid = (
                 np.array(json.loads(line[n])) for n in ("slice_positions", "slice_losses", "plane_losses")
             )
-            look: dict[str, Any] = {"color": COLOURS[cell.method], "ls": LINES[cell.method], "lw": 1}
-            axes.plot(positions, losses, label=method_name(cell), **look)
+            arm = target.arms[cell]
+            axes.plot(positions, losses, label=arm.called(cell), color=arm.colour, ls=arm.line, lw=1)
             coarse = positions[::2]
-            if cell.method in ("base", "msam"):
+            if arm.name in ("base", "msam"):
                 surface = grid.reshape(len(coarse), len(coarse))
                 levels = levels if len(levels) else six_digits(np.geomspace(max(grid.min(), 1e-3), grid.max(), 7))
-                plane.contour(coarse, coarse, surface.T, levels, colors=COLOURS[cell.method], linewidths=0.7)
+                plane.contour(coarse, coarse, surface.T, levels, colors=arm.colour, linewidths=0.7)
         axes.set(title=f"{title}, seed 0", xlabel="position", ylabel="training loss")
         plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
         add_legend(axes)
@@ -186,7 +192,7 @@ def slices(results: Results, target: Target) -> Figure:
 
 
 def _reach(greatest: Mapping[str, float]) -> str:
-    """For a title: between what eigenvalues the methods' densities end."""
+    """For a title: the lowest and the highest largest eigenvalue of the methods."""
     if not greatest:
         return ""
     low, high = (choose(greatest, key=greatest.__getitem__) for choose in (min, max))
@@ -214,7 +220,7 @@ EXHIBIT = Exhibit(
     figures=(
         Picture(
             "flatness",
-            "Test accuracy against the largest Hessian eigenvalue, a point a network.",
+            "Test accuracy against the largest Hessian eigenvalue; each point is a network.",
             flatness,
             place=95,
         ),

@@ -1,4 +1,4 @@
-"""Linear stability: predicted and simulated boundaries, and what theory says of the trained networks."""
+"""Linear stability: predicted and simulated boundaries, and the predicted quantities on trained networks."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.arms import COLOURS, MARKS, method_name
-from analysis.cells import identity, rounded, scores, values
-from analysis.cells import verdict as difference_in_words
+from analysis.cells import difference_in_words, identity, rounded, scores, values
 from analysis.document import formatted, score_text
 from analysis.evidence import VERDICTS, comparison, ids_of, verdict
 from analysis.exhibit import Claim, Comparison, Exhibit, Picture, Shown, Target, View
@@ -19,19 +18,19 @@ from analysis.statistics import mean_interval, paired, paired_difference
 from experiments.harness.runs.spec import Run
 
 NOTES = (
-    "Largest sharpness lambda_max(H) of an interpolating minimum at which the method's own steps stay there: simulated "
+    "Largest sharpness lambda_max(H) of an interpolating minimum that the method's steps do not leave: simulated "
     "(mean ± half-width of the 95 % interval over random problems) and predicted by docs/theory.md.",
     "exact: unnormalised perturbations rho times the gradient, all data in each step; the prediction must hold to 2 %. "
-    "normalised: perturbations of length rho, as SAM and mSAM are used; nothing ends at the minimum, and stable means "
-    "bounded: predicted 2 / eta whatever rho. stochastic: batches drawn anew for each step, beside the prediction for "
-    "all the data, which such a batch size does not reach.",
+    "normalised: perturbations of length rho, as SAM and mSAM are used. No run converges to the minimum, so stable "
+    "means bounded; the prediction is 2 / eta for every rho. stochastic: a new random batch for each step, compared "
+    "with the prediction for all data, which such a batch size does not reach.",
 )
 
 PREDICTED_WITHIN = 0.02
 """How far a simulated boundary may lie from an exact prediction."""
 
 PARTS = ("exact", "normalised", "stochastic")
-"""Of the theory table: where the prediction is exact, and the two ways in which it is left."""
+"""The parts of the table: the setting where the prediction is exact, and two that deviate from it."""
 
 
 def _part(cell: Run) -> str:
@@ -41,17 +40,17 @@ def _part(cell: Run) -> str:
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
-    """Largest stable sharpness of each cell of a simulation, beside the predicted one.
+    """Largest stable sharpness of each simulated cell, with its prediction.
 
     Args:
-        frame: one row a finished run.
-        cells: theory specs at seed 0, a row each.
-        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        frame: one row for each finished run.
+        cells: theory specs at seed 0, one for each row.
+        seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
-        One row a cell: `mean` and `half_width` of the simulated boundary, `predicted`, the mean of `simulated /
-        predicted - 1`, and its greatest size over the seeds (`worst`).
+        One row for each cell: `mean` and `half_width` of the simulated boundary, `predicted`, the mean of `simulated /
+        predicted - 1`, and its largest absolute value over the seeds (`worst`).
     """
     runs, rows = frame.set_index("run_id"), []
     blocks = list(dict.fromkeys((_part(cell), cell.model) for cell in cells))
@@ -83,15 +82,15 @@ def sentences(view: View) -> list[str]:
         worst = rows["worst"].max()
         holds = "holds" if worst < PREDICTED_WITHIN else "does not hold"
         lines.append(
-            f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; what was simulated is up to {worst:.2%} off."
+            f"{part}: the prediction {holds} to {PREDICTED_WITHIN:.0%}; simulations deviate by up to {worst:.2%}."
         )
     exact = table[table["part"] == "exact"]
     below = compared = 0
     for _, rows in exact[exact["rho"] > 0].groupby(["model", "learning_rate", "rho"]):
-        found = rows.set_index("method")["mean"]
-        if {"sam", "msam"} <= set(found.index):
+        by_method = rows.set_index("method")["mean"]
+        if {"sam", "msam"} <= set(by_method.index):
             descent = 2 / rows["learning_rate"].iloc[0]
-            compared, below = compared + 1, below + int(found["msam"] < found["sam"] < descent)
+            compared, below = compared + 1, below + int(by_method["msam"] < by_method["sam"] < descent)
     if compared:
         lines.append(
             f"exact: mSAM's boundary lies below SAM's, and SAM's below 2 / eta, in {below} of {compared} settings."
@@ -119,12 +118,12 @@ def text(view: View) -> pd.DataFrame:
 
 
 def theory(results: Results, simulated: Target, flat: Target) -> Figure:
-    """One page: stability boundaries, the penalty P(m) of trained networks, and their largest eigenvalues.
+    """One figure: stability boundaries, and the penalty P(m) and largest eigenvalues of trained networks.
 
     Args:
         results: the runs.
-        simulated: the theory's cells; may have none.
-        flat: Table 3's; may have none.
+        simulated: the theory's cells; may be empty.
+        flat: the cells of Table 3; may be empty.
     """
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (rho, eta, penalty), (left, middle, right) = figure.subplots(2, 3)
@@ -145,7 +144,7 @@ def theory(results: Results, simulated: Target, flat: Target) -> Figure:
 
 
 def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> None:
-    """Simulated boundaries as points, filled for the regression, on the predicted lines."""
+    """Draw simulated boundaries as points (filled for the regression) and predictions as lines."""
     other, value = ("learning_rate", 0.1) if along == "rho" else ("rho", 0.1)
     exact = numbers[(numbers["part"] == "exact") & (numbers["n"] > 0)]
     for method in ("base", "sam", "msam"):
@@ -179,17 +178,17 @@ def _boundaries(axes: Axes, numbers: pd.DataFrame, along: str, title: str) -> No
 
 
 def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> None:
-    """P(m), measured at the final weights; dashed what the examples' gradients alone let expect of random splits."""
+    """Draw P(m) at the final weights; dashed: the expectation over random splits, from the examples' gradients."""
     frame = runs.set_index("run_id")
     for cell in cells:
         counts = [2**k for k in range(20) if 2**k <= cell.flat["measured_examples"]]
-        found = [mean_interval(values(frame, cell, seeds, f"train_penalty_m{m}")) for m in counts]
-        if not found[0].n:
+        intervals = [mean_interval(values(frame, cell, seeds, f"train_penalty_m{m}")) for m in counts]
+        if not intervals[0].n:
             continue
         axes.errorbar(
             counts,
-            [f.mean for f in found],
-            [f.half_width if f.n > 1 else 0 for f in found],
+            [interval.mean for interval in intervals],
+            [interval.half_width if interval.n > 1 else 0 for interval in intervals],
             fmt=MARKS[cell.method] + "-",
             ms=3,
             lw=1,
@@ -206,19 +205,21 @@ def _penalty(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -
 
 
 def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> None:
-    """Bars of lambda 1 with their intervals, every seed as a point joined across the methods: what is paired."""
+    """Draw lambda 1 as bars with intervals; points of the same seed are joined by a line, since seeds are paired."""
     frame = runs.set_index("run_id")
-    found = [values(frame, cell, seeds, "train_lambda_1") for cell in cells]
-    for place, (cell, known) in enumerate(zip(cells, found, strict=True)):
-        if len(known):
-            interval = mean_interval(known)
+    by_cell = [values(frame, cell, seeds, "train_lambda_1") for cell in cells]
+    for place, (cell, by_seed) in enumerate(zip(cells, by_cell, strict=True)):
+        if len(by_seed):
+            interval = mean_interval(by_seed)
             half = interval.half_width if interval.n > 1 else 0
             axes.bar(place, interval.mean, yerr=half, width=0.6, color=COLOURS[cell.method], alpha=0.6, capsize=3)
     for seed in range(seeds):
-        points = [(i, v[seed]) for i, v in enumerate(found) if seed in v.index]
+        points = [(i, v[seed]) for i, v in enumerate(by_cell) if seed in v.index]
         if points:
             axes.plot(*zip(*points, strict=True), "-k", marker=".", lw=0.5, ms=4)
-    base, msam = (next((v for c, v in zip(cells, found, strict=True) if c.method == m), None) for m in ("base", "msam"))
+    base, msam = (
+        next((v for c, v in zip(cells, by_cell, strict=True) if c.method == m), None) for m in ("base", "msam")
+    )
     names = [method_name(cell).replace(", m=", "\nm=").replace(" micro-batches", "") for cell in cells]
     axes.set_xticks(range(len(cells)), names)
     note = ""
@@ -228,9 +229,9 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: in
 
 
 def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list[Comparison]]:
-    """The simulated boundaries of mSAM over SAM's, and SAM's over descent's, with all data in each step.
+    """A claim's evidence: simulated boundaries of mSAM over SAM, and of SAM over descent, with all data in each step.
 
-    What the prediction itself may be off counts as no difference.
+    Differences below the tolerance of the prediction count as not significant.
     """
 
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
@@ -239,22 +240,22 @@ def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list
             c for c in target.cells if c.batch_size == c.examples and (not c.rho or c.flat["normalised"] == normalised)
         ]
         at = {(c.model, c.learning_rate, c.rho, c.method): c for c in cells}
-        found = []
+        comparisons = []
         for (model, learning_rate, rho, method), cell in at.items():
-            reference = {"sam": (0.0, "base"), "msam": (rho, "sam")}.get(method)
-            other = at.get((model, learning_rate, *reference)) if reference else None
-            if other is None:
+            key = {"sam": (0.0, "base"), "msam": (rho, "sam")}.get(method)
+            reference = at.get((model, learning_rate, *key)) if key else None
+            if reference is None:
                 continue
-            mine, theirs = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, other))
-            both = 100 * np.expm1(paired(mine, theirs))
-            difference = mean_interval(both)
-            said = verdict(difference, -1)
-            if said in VERDICTS and abs(difference.mean) < 100 * PREDICTED_WITHIN:
-                said = "not separated"
+            own, other = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, reference))
+            percent = 100 * np.expm1(paired(own, other))
+            difference = mean_interval(percent)
+            result = verdict(difference, -1)
+            if result in VERDICTS and abs(difference.mean) < 100 * PREDICTED_WITHIN:
+                result = "not significant"
             where = f"{model}, eta {learning_rate:g}, rho {rho:g}"
-            what = f"{method_name(cell)} over {method_name(other)}, largest stable sharpness, percent"
-            found.append(comparison(where, what, both, said, ids_of((cell, other), runs, seeds)))
-        return found
+            what = f"{method_name(cell)} over {method_name(reference)}, largest stable sharpness, percent"
+            comparisons.append(comparison(where, what, percent, result, ids_of((cell, reference), runs, seeds)))
+        return comparisons
 
     return compare
 

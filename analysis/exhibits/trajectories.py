@@ -1,13 +1,12 @@
-"""The largest Hessian eigenvalue along training."""
+"""The largest Hessian eigenvalue during training."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.arms import method_name
-from analysis.cells import averages, cells_in_order, compared, mean_columns, significant
-from analysis.document import eigenvalue_columns, measure, percent
+from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative
+from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, draw_band, ends_of, panels_of, row_of_panels, set_logarithmic
@@ -15,31 +14,31 @@ from analysis.scores import sentences
 from experiments.harness.runs.spec import Run
 
 NOTE = (
-    "Lambda 1 is the largest Hessian eigenvalue of the training loss on the first 256 training examples (all where "
-    "there are fewer), in eval mode, relative tolerance 0.01: after the last epoch, and its greatest value among the "
-    "epochs at which it was measured. Means ± half-width of the 95 % Student t interval (number of seeds); differences "
-    "are paired by seed, and negative is flatter."
+    "Lambda 1 is the largest Hessian eigenvalue of the training loss on the first 256 training examples (all if there "
+    "are fewer), in eval mode, relative tolerance 0.01: after the last epoch, and its largest value among the measured "
+    "epochs. Means ± half-width of the 95 % Student t interval (number of seeds); differences are paired by seed, and "
+    "negative is flatter. " + SIGNIFICANCE_NOTE
 )
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
-    """The largest eigenvalue of each cell after its last epoch, as Table 3 has that of Table 1's networks.
+    """The largest eigenvalue of each cell after its last epoch, as in Table 3.
 
     Args:
-        frame: one row a finished run.
-        cells: specs at seed 0 that measure it along training; a row each, in blocks as those of Table 1.
-        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        frame: one row for each finished run.
+        cells: specs at seed 0 that measure it during training, one for each row, in blocks as in Table 1.
+        seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
     """
     table, runs = compared(frame, cells, seeds, varies), frame.set_index("run_id")
     for name, factor in (("greatest_lambda_1", 1), ("test_accuracy", 100)):
-        found = averages(runs, cells_in_order(cells, varies), seeds, name, factor)
-        table = table.join(pd.DataFrame(mean_columns(name, found)))
-    return significant(table)
+        means = averages(runs, cells_in_order(cells, varies), seeds, name, factor)
+        table = table.join(pd.DataFrame(mean_columns(name, means)))
+    return rounded_relative(table)
 
 
 def text(view: View) -> pd.DataFrame:
-    """The largest eigenvalue after training, and its greatest value on the way."""
+    """The largest eigenvalue after training, and its largest value during training."""
     table = view.numbers
     return pd.DataFrame(
         {
@@ -48,18 +47,21 @@ def text(view: View) -> pd.DataFrame:
             "method": table["label"],
             "rho": [f"{row.rho:g}" if row.rho else "" for row in view.rows],
             **eigenvalue_columns(table, view.marks),
-            "greatest on the way": measure(table, "greatest_lambda_1"),
+            "maximum during training": measure(table, "greatest_lambda_1"),
             "test accuracy %": percent(table, "test_accuracy"),
         }
     )
 
 
 def by_epoch(results: Results, target: Target) -> Figure:
-    """The largest Hessian eigenvalue by epoch, a panel a model."""
+    """The largest Hessian eigenvalue by epoch, one panel for each model."""
     panels = panels_of(target.cells)
     figure, row = row_of_panels(len(panels))
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
-        last = {method_name(c): draw_band(axes, results.curves, c, target.seeds, "lambda_1") for c in rows}
+        last = {}
+        for cell in rows:
+            arm = target.arms[cell]
+            last[arm.called(cell)] = draw_band(axes, results.curves, cell, target.seeds, "lambda_1", arm)
         axes.set(title=f"{title}{ends_of(last)}", xlabel="epoch", ylabel="lambda 1")
         set_logarithmic(axes)
         add_legend(axes)
@@ -68,7 +70,7 @@ def by_epoch(results: Results, target: Target) -> Figure:
 
 EXHIBIT = Exhibit(
     name="trajectories",
-    title="Largest Hessian eigenvalue along training",
+    title="Largest Hessian eigenvalue during training",
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
@@ -77,7 +79,7 @@ EXHIBIT = Exhibit(
     figures=(
         Picture(
             "trajectories",
-            "Largest Hessian eigenvalue along training; bands are 95 % intervals over seeds.",
+            "Largest Hessian eigenvalue during training; bands are 95 % intervals over seeds.",
             by_epoch,
             place=55,
         ),

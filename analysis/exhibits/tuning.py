@@ -1,4 +1,4 @@
-"""The grid that a table's hyper-parameters were chosen from."""
+"""The grid from which a table's hyper-parameters were chosen."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,51 +12,49 @@ from analysis.exhibit import Exhibit, View
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.spec import Run, SpecError
 
-NOTE = (
-    f"{SCORE_NOTE}, on training images held out from training. The best mean is chosen; the test set is not looked at."
-)
+NOTE = f"{SCORE_NOTE}, on held-out training examples. The best mean is chosen; the test set is not used."
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
-    """Held-out accuracy of each cell of a grid, and which one it chooses for each method.
+    """Held-out accuracy of each cell of a grid, and the cell chosen for each method.
 
     Args:
-        frame: one row a finished run.
-        cells: the grid at seed 0. A method's cells share everything but learning rate, weight decay and rho.
-        seeds: the seeds 0, ..., seeds - 1 are expected and looked at.
+        frame: one row for each finished run.
+        cells: the grid at seed 0. A method's cells differ only in learning rate, weight decay and rho.
+        seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
-        One row a cell. `chosen` marks the best mean of a method whose runs are all there, `best` the best
-        mean so far; `edge` says where a cell lies in its grid: `interior`, or `low` or `high` and the field.
+        One row for each cell. `chosen` marks the best mean of a method whose runs are complete, `best` the best mean so
+        far. `edge` is the place of a cell in its grid: `interior`, or `low` or `high` and the field.
 
     Raises:
-        SpecError: for a cell that is scored on the test set, which chooses nothing here.
+        SpecError: for a cell that is scored on the test set.
     """
     for cell in cells:
         if not cell.flat["holdout_examples"]:
-            raise SpecError(f"The grid's cell {cell.title!r} has no held-out part: give it holdout_examples.")
+            raise SpecError(f"The grid's cell {cell.title!r} has no held-out examples: give it holdout_examples.")
     runs, rows = frame.set_index("run_id"), []
     labels = labels_of(cells, ("dataset", "model", "batch_size", "label_noise", *TUNED))
     for number, group in enumerate(blocks_of(cells, ("seed", *TUNED), by_method=True)):
         group = sorted(group, key=lambda cell: [cell.flat[name] for name in TUNED])
-        found = [identity(cell, runs, seeds) for cell in group]
-        means = [row["mean"] for row in found if row["n"]]
-        best = next((i for i, row in enumerate(found) if row["n"] and row["mean"] == max(means)), None)
-        complete = all(row["n"] == seeds for row in found)
-        for i, (cell, row) in enumerate(zip(group, found, strict=True)):
+        identities = [identity(cell, runs, seeds) for cell in group]
+        means = [row["mean"] for row in identities if row["n"]]
+        best = next((i for i, row in enumerate(identities) if row["n"] and row["mean"] == max(means)), None)
+        complete = all(row["n"] == seeds for row in identities)
+        for i, (cell, row) in enumerate(zip(group, identities, strict=True)):
             marks = {"best": i == best, "chosen": complete and i == best, "edge": _edge(cell, group)}
             rows.append({"block": number, "label": labels[cell], **row, **marks})
     return rounded(pd.DataFrame(rows))
 
 
 def choices(table: pd.DataFrame, cells: Sequence[Run], used: Iterable[Run] = ()) -> list[str]:
-    """What each grid of `numbers` chose, whether inside the grid, and whether the table uses it.
+    """The choice of each grid, whether it is in the interior of the grid, and whether the table uses it.
 
     Args:
-        table: what `numbers` returned for `cells`.
+        table: the result of `numbers` for `cells`.
         cells: the grid.
-        used: the cells of the table that the grid was run for.
+        used: the cells of the table that the grid chooses for.
     """
     lines, places = [], of_blocks(table)
     for number, group in enumerate(blocks_of(cells, ("seed", *TUNED), by_method=True)):
@@ -64,23 +62,25 @@ def choices(table: pd.DataFrame, cells: Sequence[Run], used: Iterable[Run] = ())
         name = f"{group[0].model}, {group[0].dataset}{places[number]}, {rows['label'].iloc[0]}"
         chosen = rows[rows["chosen"]]
         if chosen.empty:
-            lines.append(f"{name}: undecided, runs are missing.")
+            lines.append(f"{name}: undecided because runs are missing.")
             continue
         row = chosen.iloc[0]
         varied = _varied(group)
-        told = " and ".join(f"{in_words(field)} {row[field]:g}" for field in varied) or "the only value"
-        place = "interior of its grid" if row["edge"] == "interior" else f"at the edge of its grid ({row['edge']})"
-        lines.append(f"{name}: {told}, {place}.")
+        values = " and ".join(f"{in_words(field)} {row[field]:g}" for field in varied) or "the only value"
+        place = (
+            "in the interior of its grid" if row["edge"] == "interior" else f"at the edge of its grid ({row['edge']})"
+        )
+        lines.append(f"{name}: {values}, {place}.")
         for cell in used:
             other = [f for f in varied if cell.flat[f] != row[f]]
             if other and _same_method(cell, group[0]) and not any(_chosen(c, row, group) for c in used):
-                told = " and ".join(f"{in_words(f)} {cell.flat[f]:g}" for f in other)
-                lines[-1] += f" The table uses {told} instead."
+                values = " and ".join(f"{in_words(f)} {cell.flat[f]:g}" for f in other)
+                lines[-1] += f" The table uses {values} instead."
     return lines
 
 
 def _chosen(cell: Run, row: Any, group: Sequence[Run]) -> bool:
-    """Whether a table's cell is of the group's method and has the values of a row of its grid."""
+    """Whether a table's cell has the group's method and the values of a row of its grid."""
     return _same_method(cell, group[0]) and all(cell.flat[field] == row[field] for field in _varied(group))
 
 
@@ -91,20 +91,20 @@ def _varied(group: Sequence[Run]) -> list[str]:
 def _edge(cell: Run, group: Sequence[Run]) -> str:
     sides = []
     for name in _varied(group):
-        found = sorted({other.flat[name] for other in group})
-        if cell.flat[name] in (found[0], found[-1]):
-            sides.append(f"{'low' if cell.flat[name] == found[0] else 'high'} {in_words(name)}")
+        grid_values = sorted({other.flat[name] for other in group})
+        if cell.flat[name] in (grid_values[0], grid_values[-1]):
+            sides.append(f"{'low' if cell.flat[name] == grid_values[0] else 'high'} {in_words(name)}")
     return ", ".join(sides) or ("interior" if _varied(group) else "only value")
 
 
 def _same_method(a: Run, b: Run) -> bool:
-    """Whether two cells differ in nothing but what a grid varies and what they are scored on."""
+    """Whether two cells differ only in the fields that a grid varies and the examples that score them."""
     free: dict[str, Any] = {"seed": 0, "holdout_examples": 0, "test_examples": None, **dict.fromkeys(TUNED, 0.5)}
     return replace(a, **free) == replace(b, **free) and a.method == b.method
 
 
 def text(view: View) -> pd.DataFrame:
-    """The values that were tried, the score of each, and what was chosen."""
+    """The values that were tried, their scores, and the choice."""
     table, rows = view.numbers, view.rows
     kind = "accuracy" if is_images(view.target.cells[0].dataset) else "score"
     return pd.DataFrame(
@@ -133,14 +133,14 @@ def grid(name: str, words: str) -> Exhibit:
     """The grid of a table or an experiment.
 
     Args:
-        name: That of the table or the experiment.
-        words: What the title calls it.
+        name: The name of the table or experiment.
+        words: The name of the table in the title.
     """
     title = f"The grid of {words}: held-out accuracy"
     return Exhibit(
         name=f"{name}-tuning",
         title=title,
-        shows=lambda cell: True,  # `numbers` names what a cell lacks
+        shows=lambda cell: True,  # `numbers` reports a cell without held-out examples
         numbers=numbers,
         text=text,
         sentences=lambda view: choices(view.numbers, view.target.cells, view.target.used),

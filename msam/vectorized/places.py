@@ -66,7 +66,7 @@ def place(
     if len(aligned) > 1 or not result.dim():
         return None
     t, (d, outer) = inputs[0]
-    found = _dimension(name, values, t, d, result, count, outer)
+    found = _dimension(name, values, t, (d, outer), result, count)
     if isinstance(found, tuple):
         return found
     if found is None or not 0 <= found < result.dim() or result.shape[found] % (outer * count):
@@ -75,10 +75,10 @@ def place(
 
 
 def _dimension(
-    name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor, count: int, outer: int
+    name: str, values: Mapping[Any, Any], t: Tensor, at: Place, result: Tensor, count: int
 ) -> int | Place | None:
     """The dimension of the examples in a result, or the whole place."""
-    n = t.dim()
+    n, (d, outer) = t.dim(), at
     if name in RESHAPES:
         return _reshaped(prod(t.shape[:d]) * outer, result.shape, count)
     if name in MOVES:
@@ -101,8 +101,7 @@ def _dimension(
             return None
         return d if result.dim() == n else d - sum(k < d for k in dims)
     if name == "stack":
-        at = _number(values, 1, "dim") % (n + 1)
-        return d + (at <= d)
+        return d + (_number(values, 1, "dim") % (n + 1) <= d)
     if name in BY_DIM | REMOVES:
         slot, usual = DIMS.get(name, (1, 0))
         dims = _dims(values, slot, usual, n)

@@ -1,4 +1,4 @@
-"""What all tests of the analysis share."""
+"""Fixtures shared by all tests of the analysis."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from experiments.harness.runs import record
 
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch):
-    """A test's folders need not survive a power cut: waiting for the disk is most of these tests' time."""
+    """Skip fsync, which takes most of the time: a test's folders need not survive a power cut."""
     monkeypatch.setattr(record.os, "fsync", lambda descriptor: None)

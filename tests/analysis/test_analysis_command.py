@@ -1,4 +1,4 @@
-"""python -m analysis as a person runs it, in a process of its own."""
+"""python -m analysis, run in a subprocess."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def written(folder):
 
 @pytest.fixture
 def finished(tmp_path):
-    """A results root where every run of Table 1's smoke profile is done, with invented numbers."""
+    """A results root with every run of Table 1's smoke profile finished, with invented numbers."""
     for spec in catalogue.runs("table1", PROFILE):
         write_run(tmp_path, spec, 0.5)
     return tmp_path
@@ -54,7 +54,7 @@ def test_torch_is_never_imported(finished):
     assert (finished / PROFILE / "tables" / "table1.md").exists()
 
 
-def test_help_waits_for_nothing_heavy():
+def test_help_imports_nothing_heavy():
     done = python("-X", "importtime", "-m", "analysis", "--help")
     assert done.returncode == 0
     assert "--from-committed" in done.stdout
@@ -63,7 +63,7 @@ def test_help_waits_for_nothing_heavy():
     assert not {"pandas", "scipy", "numpy", "torch"} & imported
 
 
-def test_publishing_with_missing_runs_is_one_sentence_and_status_2(tmp_path):
+def test_publishing_with_missing_runs_prints_one_sentence_and_exits_with_2(tmp_path):
     done = analysis("table1", "--results", tmp_path, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -72,7 +72,7 @@ def test_publishing_with_missing_runs_is_one_sentence_and_status_2(tmp_path):
     assert written(tmp_path) == set()
 
 
-def test_publishing_mixed_code_is_status_2_and_writes_nothing(finished):
+def test_publishing_mixed_code_exits_with_2_and_writes_nothing(finished):
     write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, code="0ther")
     done = analysis("--results", finished, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
@@ -85,21 +85,21 @@ def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):
     specs = catalogue.runs("resnet_cifar", PROFILE)
     for spec in with_ranks(specs, 2):
         write_run(tmp_path, spec, 0.25)
-    told = ("resnet_cifar", "--results", tmp_path, "--profile", PROFILE)
-    assert analysis(*told, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
-    alone = analysis(*told).stdout
-    assert alone.count("25.00 ± 0.00 (2)") == 2, "the control and mSAM of two ranks are other runs"
-    refused = analysis(*told, "--gpus", "2", "--publish")
+    arguments = ("resnet_cifar", "--results", tmp_path, "--profile", PROFILE)
+    assert analysis(*arguments, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
+    alone = analysis(*arguments).stdout
+    assert alone.count("25.00 ± 0.00 (2)") == 2, "the control and mSAM on two ranks are different runs"
+    refused = analysis(*arguments, "--gpus", "2", "--publish")
     assert refused.returncode == 2
     assert "--gpus" in refused.stderr
 
 
-def test_a_second_call_reads_nothing_until_something_changes(finished, monkeypatch):
+def test_a_second_call_reads_no_runs_until_something_changes(finished, monkeypatch):
     arguments = Arguments(profile=PROFILE, results=finished)
     first = run(arguments)
     table = finished / "local" / PROFILE / "tables" / "table1.md"
     text = table.read_text()
-    monkeypatch.setattr("analysis.collect.collect", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr("analysis.collect.collect", lambda *_, **__: pytest.fail("runs were read again"))
     assert run(arguments) == first
     monkeypatch.undo()
     table.unlink()
@@ -109,4 +109,4 @@ def test_a_second_call_reads_nothing_until_something_changes(finished, monkeypat
     assert run(arguments) != first
     assert table.read_text() != text
     shown = run(Arguments(("resnet_cifar",), profile=PROFILE, results=finished))
-    assert "wrn-10-1" not in shown, "another call"
+    assert "wrn-10-1" not in shown, "other arguments"

@@ -10,10 +10,10 @@ import tarfile
 import pytest
 
 from analysis.frames import Results
-from analysis.publish import everything, target
+from analysis.publish import output_files, target
 from experiments.harness.runs.grids import with_seeds
 from tests import needs
-from tests.analysis.invented import cost_run, curvature_run, stability_run, study_run
+from tests.analysis.invented import any_run
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 AXE = "axe-core@4.14.1"
@@ -33,7 +33,7 @@ addEventListener("load", async () => {{
   seen.sorted = heads[place].getAttribute("aria-sort");
   const field = document.querySelector("input[data-for=table-rho]");
   field.value = "msam"; field.dispatchEvent(new Event("input"));
-  seen.found = rows().filter(row => !row.hidden).map(row => row.textContent.includes("mSAM"));
+  seen.matches = rows().filter(row => !row.hidden).map(row => row.textContent.includes("mSAM"));
   field.value = ""; field.dispatchEvent(new Event("input"));
   const runs = document.querySelector("input[data-for=list-of-runs]"), link = table.querySelector("a.run");
   runs.value = "no such run"; runs.dispatchEvent(new Event("input"));
@@ -41,10 +41,10 @@ addEventListener("load", async () => {{
   await new Promise(done => setTimeout(done, 50));
   const run = document.getElementById(link.hash.slice(1));
   seen.opened = [run.tagName, run.open, run.hidden];
-  const found = await axe.run();
-  const bad = found.violations.filter(v => ["serious", "critical"].includes(v.impact));
+  const checked = await axe.run();
+  const bad = checked.violations.filter(v => ["serious", "critical"].includes(v.impact));
   seen.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
-  seen.passed = found.passes.length;
+  seen.passed = checked.passes.length;
   parent.postMessage(JSON.stringify(seen), "*");
 }});
 </script>
@@ -55,7 +55,7 @@ FRAME = """<!doctype html><html lang="en"><title>frame</title>
 <script>addEventListener("message", event => document.documentElement.dataset.seen = event.data);</script>
 <iframe title="report" src="report.html" style="width: {width}px; height: 900px; border: 0"></iframe></html>
 """
-"""A window narrower than 500 pixels is not to be had; a frame in it is."""
+"""A window cannot be narrower than 500 pixels, but a frame in it can."""
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +77,10 @@ def axe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    """A report of everything that the smoke profile has, from made-up runs."""
+    """A report with all tables and studies of the smoke profile, from made-up runs."""
     targets = [target(name, "smoke") for name in ("table1", "table3", "table4", "theory", *STUDIES)]
-    makers = {"curvature": curvature_run, "cost": cost_run, "theory": stability_run}
     specs = dict.fromkeys(run for t in targets for run in with_seeds(t.cells, t.seeds))
-    runs = [makers.get(spec.kind, study_run)(spec) for spec in specs]
-    return everything("smoke", targets, Results.of(runs))["report.html"]
+    return output_files("smoke", targets, Results.of(map(any_run, specs)))["report.html"]
 
 
 def observe(chromium, axe, page, folder, width):
@@ -93,13 +91,13 @@ def observe(chromium, axe, page, folder, width):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     options += ["--window-size=1400,1000", "--virtual-time-budget=30000", "--dump-dom"]
     done = subprocess.run([chromium, *options, path.as_uri()], capture_output=True, text=True, timeout=180)
-    found = re.search(r'data-seen="([^"]*)"', done.stdout)
-    assert found, done.stderr[-2000:]
-    return json.loads(html.unescape(found.group(1)))
+    match = re.search(r'data-seen="([^"]*)"', done.stdout)
+    assert match, done.stderr[-2000:]
+    return json.loads(html.unescape(match.group(1)))
 
 
 @pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_sorts_searches_leads_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
+def test_the_page_sorts_searches_links_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
     observed = observe(chromium, axe, page, tmp_path, width)
     rhos = [float(text or "nan") for text in observed["ascending"]]
     numbers = [rho for rho in rhos if rho == rho]
@@ -107,9 +105,9 @@ def test_the_page_sorts_searches_leads_to_runs_fits_and_is_accessible(chromium, 
     assert numbers == sorted(numbers)
     assert observed["descending"] == observed["ascending"][::-1]
     assert observed["sorted"] == "descending"
-    assert observed["found"]
-    assert all(observed["found"])
+    assert observed["matches"]
+    assert all(observed["matches"])
     assert observed["opened"] == ["DETAILS", True, False]
-    assert observed["width"][0] <= observed["width"][1] == width, "nothing sticks out at the side"
+    assert observed["width"][0] <= observed["width"][1] == width, "nothing overflows at the side"
     assert observed["passed"] > 10
     assert observed["axe"] == []

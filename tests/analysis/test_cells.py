@@ -1,4 +1,4 @@
-"""What cells show: differences in words, and what keeps a table's rows from being compared."""
+"""Cells: differences in words, and warnings on rows that cannot be compared."""
 
 import pytest
 
@@ -13,18 +13,18 @@ from tests.fixtures.make_runs import CELLS, SAM, SGD, write_run
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
-        (Interval(1.1, 0.6, 8), "+1.10 ± 0.60 (n=8): separated"),
-        (Interval(-1.1, 0.6, 8), "-1.10 ± 0.60 (n=8): separated, the other way round"),
-        (Interval(-0.1, 0.6, 8), "-0.10 ± 0.60 (n=8): not separated"),
+        (Interval(1.1, 0.6, 8), "+1.10 ± 0.60 (n=8): significant"),
+        (Interval(-1.1, 0.6, 8), "-1.10 ± 0.60 (n=8): significant, with the opposite sign"),
+        (Interval(-0.1, 0.6, 8), "-0.10 ± 0.60 (n=8): not significant"),
         (Interval(0.5, float("nan"), 1), "+0.50 (n=1): one seed, no interval"),
         (Interval(float("nan"), float("nan"), 0), "not run"),
     ],
 )
-def test_verdict(difference, words):
-    assert cells.verdict(difference) == words
+def test_difference_in_words(difference, words):
+    assert cells.difference_in_words(difference) == words
 
 
-def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
+def test_mixed_commits_dirty_trees_data_and_machines_give_warnings(tmp_path):
     write_run(tmp_path, SGD, 0.6)
     write_run(
         tmp_path,
@@ -41,7 +41,7 @@ def test_mixed_commits_dirt_data_and_machines_are_warned_of(tmp_path):
         "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
         "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
         "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
-        "Times come from several machines (Invented CPU; Invented CPU (AVX512)): they do not compare.",
+        "Times come from several machines (Invented CPU; Invented CPU (AVX512)) and cannot be compared.",
     ]
     alone = table1.EXHIBIT.numbers(table, [SGD], 1)
     assert cells.warnings(table, alone) == []

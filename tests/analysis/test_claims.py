@@ -1,4 +1,4 @@
-"""The claims' summary and the report: from made-up runs, by hand."""
+"""The summary of the claims and the report, from made-up runs."""
 
 import base64
 import re
@@ -12,11 +12,11 @@ from analysis.claims import claims, comparisons
 from analysis.collect import Finished
 from analysis.exhibit import Target
 from analysis.frames import Results
-from analysis.publish import documents, everything, target
+from analysis.publish import documents_of, output_files, target
 from analysis.statistics import bootstrap_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
-from tests.analysis.invented import SESSION, cost_run, curvature_run, published_twice, results_of
+from tests.analysis.invented import SESSION, cost_run, curvature_run, results_of
 
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
 OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = (
@@ -32,7 +32,8 @@ def accuracies(spec, shifts):
     return Finished(spec, summary, [{"epoch": 1, "train_loss": 1.0, "sharpness": 0.1}], [SESSION])
 
 
-def found(shifts, seeds=3):
+def by_claim(shifts, seeds=3):
+    """The comparison of each claim about accuracy, with these shifts of the methods."""
     runs = Results.of([accuracies(spec, shifts) for spec in with_seeds(CELLS, seeds)])
     return {c.claim: c for c in comparisons(runs, {"table1": Target("table1", tuple(CELLS), seeds)})}
 
@@ -46,24 +47,36 @@ def test_bootstrap_is_the_percentiles_of_the_means_of_resamples():
     assert all(x != x for x in bootstrap_interval([1.0]))
 
 
-def test_a_paired_difference_supports_contradicts_or_does_not_separate():
-    better = found({"msam": 0.02})[OVER_SAM]
-    assert better.verdict == "supported"
+def test_a_comparison_has_both_intervals_of_the_paired_difference():
+    better = by_claim({"msam": 0.02})[OVER_SAM]
     assert better.difference.mean == pytest.approx(2.1)
     assert better.difference.half_width == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert better.bootstrap == pytest.approx((2.0, 2.2))
-    assert found({"msam": -0.02})[OVER_SAM].verdict == "contradicted"
-    assert found({"msam": -0.001})[OVER_SAM].verdict == "not separated"
-    assert found({"msam": 0.02}, seeds=1)[OVER_SAM].verdict == "one seed"
-    assert found({"msam": 0.02, "control": 0.03})[OVER_CONTROL].verdict == "contradicted"
-    assert found({"msam": 0.02, "sam": 0.04})[OVER_BASE].verdict == "supported"
-    assert found({"msam": 0.02, "sam": 0.04})[OVER_SAM].verdict == "contradicted"
-    assert found({"msam": 0.02, "sam": 0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(4.0)
-    assert found({"msam": 0.02, "sam": -0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(-4.0)
+    assert by_claim({"msam": 0.02, "sam": 0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(4.0)
+    assert by_claim({"msam": 0.02, "sam": -0.04})[SAM_OVER_BASE].difference.mean == pytest.approx(-4.0)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "claim", "verdict"),
+    [
+        ({"msam": 0.02}, OVER_SAM, "supported"),
+        ({"msam": -0.02}, OVER_SAM, "contradicted"),
+        ({"msam": -0.001}, OVER_SAM, "not significant"),
+        ({"msam": 0.02, "control": 0.03}, OVER_CONTROL, "contradicted"),
+        ({"msam": 0.02, "sam": 0.04}, OVER_BASE, "supported"),
+        ({"msam": 0.02, "sam": 0.04}, OVER_SAM, "contradicted"),
+    ],
+)
+def test_verdict(shifts, claim, verdict):
+    assert by_claim(shifts)[claim].verdict == verdict
+
+
+def test_one_seed_has_no_verdict():
+    assert by_claim({"msam": 0.02}, seeds=1)[OVER_SAM].verdict == "one seed"
 
 
 def test_each_comparison_names_the_runs_of_both_sides():
-    ids = found({})[OVER_SAM].run_ids.split()
+    ids = by_claim({})[OVER_SAM].run_ids.split()
     sides = [cell for cell in CELLS if cell.method in ("sam", "msam")]
     assert sorted(ids) == sorted(spec.run_id for spec in with_seeds(sides, 3))
 
@@ -72,45 +85,51 @@ def shown(results, name, cells):
     return comparisons(results, {name: Target(name, tuple(cells), 2)})
 
 
-def test_flatness_and_theory_and_cost_have_their_own_direction():
-    flat, cost = catalogue.cells("hessian", "smoke"), catalogue.cells("cost", "smoke")
-    table3 = results_of(flat, 2, curvature_run)
-    by_claim = {}
-    for c in shown(table3, "table3", flat):
-        by_claim.setdefault(c.claim, set()).add(c.verdict)
-    assert by_claim == {claim: {"supported"} for claim in CURVATURE}
+def test_a_smaller_eigenvalue_supports_a_claim_on_flatness():
+    flat = catalogue.cells("hessian", "smoke")
+    verdicts = {}
+    for c in shown(results_of(flat, 2, curvature_run), "table3", flat):
+        verdicts.setdefault(c.claim, set()).add(c.verdict)
+    assert verdicts == {claim: {"supported"} for claim in CURVATURE}
 
+
+def test_a_lower_boundary_supports_a_claim_of_the_theory():
     theory = catalogue.cells("theory", "smoke")
-    runs = [replaced(spec) for spec in with_seeds(theory, 2)]
+    runs = [boundary_run(spec) for spec in with_seeds(theory, 2)]
     verdicts = {c.what.split(",")[0]: c for c in shown(Results.of(runs), "theory", theory)}
     assert verdicts["SAM over SGD"].difference.mean == pytest.approx(-10)
     assert {(c.claim, c.verdict) for c in verdicts.values()} == {(THEORY, "supported")}
     normal = [replace(c, normalised=True) for c in theory if c.rho]
-    close = [replaced(spec, 0.005) for spec in with_seeds([theory[0], *normal], 2)]
+    close = [boundary_run(spec, 0.005) for spec in with_seeds([theory[0], *normal], 2)]
     used = shown(Results.of(close), "theory", [theory[0], *normal])
-    assert {(c.claim, c.verdict) for c in used} == {(NORMALISED, "not separated")}, "half a percent is no difference"
+    assert {(c.claim, c.verdict) for c in used} == {(NORMALISED, "not significant")}, (
+        "half a percent is below the tolerance"
+    )
 
+
+def test_a_slower_step_contradicts_the_claim_on_cost():
+    cost = catalogue.cells("cost", "smoke")
     slow = shown(results_of(cost, 2, cost_run), "table4", cost)
     assert {(c.claim, c.verdict) for c in slow} == {(COST, "contradicted")}, "m = 4 takes 24/18 of SAM's time"
     assert slow[0].difference.mean == pytest.approx(100 / 3 + 0.05)
     assert [c.where for c in slow[:2]] == ["resnet8, batch 32", "resnet8, batch 32, 2 workers"]
 
 
-def replaced(spec, step=0.1):
-    """A boundary of 20 with descent, `step` of it less with SAM, and twice that with mSAM; a factor for each seed."""
+def boundary_run(spec, step=0.1):
+    """A boundary of 20 with descent, lower by `step` with SAM and by twice `step` with mSAM, times 1 + seed."""
     value = 20 * (1 - step * ("base", "sam", "msam").index(spec.method)) * (1 + spec.seed)
     return Finished(spec, {"stable_sharpness": value, "relative_error": 0.0, "wall_seconds": 1.0}, [], [SESSION])
 
 
-def test_the_summary_says_of_each_claim_what_holds_and_what_was_not_run():
+def test_the_summary_has_a_sentence_on_each_claim_and_lists_those_not_run():
     runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(CELLS, 3)])
     chosen = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=3)
-    summary = documents("smoke", [chosen], runs)[-1]
+    summary = documents_of("smoke", [chosen], runs)[-1]
     assert summary.name == "claims"
     assert summary.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
     assert summary.claims[4].startswith("Not run")
     assert all(claim in summary.claims[4] for claim in (FLATTER, THEORY, COST))
-    alone = documents("smoke", [replace(chosen, seeds=1)], runs)[-1]
+    alone = documents_of("smoke", [replace(chosen, seeds=1)], runs)[-1]
     assert alone.claims[0] == f"{OVER_SAM}: one seed, no interval."
     assert OVER_SAM in summary.terminal()
     assert "mSAM, m=4 over SAM" in summary.markdown()
@@ -121,7 +140,7 @@ def test_the_summary_says_of_each_claim_what_holds_and_what_was_not_run():
 
 
 class Page(HTMLParser):
-    """Collects ids, links, and what would be fetched from elsewhere."""
+    """Collects ids, links, and resources that a browser would fetch."""
 
     def __init__(self, text):
         super().__init__()
@@ -129,9 +148,9 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.ids += [found["id"]] if "id" in found else []
-        self.links += [found["href"]] if tag == "a" else []
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if tag == "a" else []
         self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset") and tag != "a"]
         if tag not in ("meta", "input", "img", "br", "link"):
             self.open.append(tag)
@@ -143,19 +162,19 @@ class Page(HTMLParser):
 def page(run=accuracies, shifts=None):
     runs = Results.of([run(spec, shifts or {}) for spec in with_seeds(CELLS, 2)])
     chosen = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=2)
-    return everything("smoke", [chosen], runs)["report.html"], runs
+    return output_files("smoke", [chosen], runs)["report.html"], runs
 
 
-def test_every_score_leads_to_its_runs_and_nothing_is_fetched():
+def test_every_score_links_to_its_runs_and_nothing_is_fetched():
     text, runs = page()
-    found = Page(text)
-    assert not found.open, "every element is closed"
-    assert len(found.ids) == len(set(found.ids))
-    targets = {link.removeprefix("#") for link in found.links}
-    assert targets <= set(found.ids)
+    parsed = Page(text)
+    assert not parsed.open, "every element is closed"
+    assert len(parsed.ids) == len(set(parsed.ids))
+    targets = {link.removeprefix("#") for link in parsed.links}
+    assert targets <= set(parsed.ids)
     assert {f"run-{run_id}" for run_id in runs.runs["run_id"]} <= targets
-    assert all(source.startswith("data:image/png;base64,") for source in found.fetched)
-    assert base64.b64decode(found.fetched[0].split(",")[1]).startswith(b"\x89PNG")
+    assert all(source.startswith("data:image/png;base64,") for source in parsed.fetched)
+    assert base64.b64decode(parsed.fetched[0].split(",")[1]).startswith(b"\x89PNG")
     table = text[text.index('id="table-table1"') :]
     row = next(line for line in table.splitlines() if "<td>mSAM, m=4" in line)
     assert set(re.findall(r"#run-(\w+)", row)) == {s.run_id for s in with_seeds(CELLS, 2) if s.method == "msam"}
@@ -169,10 +188,3 @@ def test_text_of_records_is_escaped():
     text, _ = page(run)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
-
-
-def test_the_report_is_published_and_drawn_again_to_the_byte(tmp_path):
-    runs = Results.of([accuracies(spec, {}) for spec in catalogue.runs("table1", "smoke")])
-    before, after = published_twice(tmp_path, ["table1"], runs)
-    assert after == before
-    assert b"claims" in before[tmp_path / "smoke" / "report.html"]

@@ -1,4 +1,4 @@
-"""Run folders, and folders that are not what they seem."""
+"""Reading run folders, intact and damaged."""
 
 import json
 import shutil
@@ -17,25 +17,25 @@ def snapshot(folder):
     return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_fixtures_are_what_their_script_writes(tmp_path):
+def test_fixtures_equal_the_output_of_their_script(tmp_path):
     make_runs.write_all(tmp_path)
     assert {p.relative_to(tmp_path): text for p, (text, _) in snapshot(tmp_path / "runs").items()} == {
         p.relative_to(ROOT): text for p, (text, _) in snapshot(ROOT / "runs").items()
     }
 
 
-def test_collect_tells_finished_from_failed_from_begun():
-    found = collect(ROOT)
-    assert len(found.finished) == 12
-    assert found.problems == ()
-    assert {u.spec: u.failure for u in found.unfinished} == {
+def test_collect_separates_finished_failed_and_started_runs():
+    collected = collect(ROOT)
+    assert len(collected.finished) == 12
+    assert collected.problems == ()
+    assert {u.spec: u.failure for u in collected.unfinished} == {
         replace(SAM, seed=2): "Diverged: the loss of step 3 is not finite",
         replace(LINEAR, seed=1): None,
     }
-    assert found.failures == {replace(SAM, seed=2).run_id: "Diverged: the loss of step 3 is not finite"}
+    assert collected.failures == {replace(SAM, seed=2).run_id: "Diverged: the loss of step 3 is not finite"}
 
 
-def test_what_cannot_be_read_is_told_and_left_alone(tmp_path):
+def test_unreadable_folders_are_reported_and_left_unchanged(tmp_path):
     make_runs.write_all(tmp_path)
     runs = tmp_path / "runs"
     (runs / SGD.run_id / "spec.json").write_text("{ not json")
@@ -49,47 +49,47 @@ def test_what_cannot_be_read_is_told_and_left_alone(tmp_path):
     (runs / replace(SGD, seed=1).run_id / "metrics.jsonl").write_text('broken\n{"epoch": 1}\n')
     before = snapshot(tmp_path)
 
-    found = collect(tmp_path)
+    collected = collect(tmp_path)
 
     assert snapshot(tmp_path) == before
-    assert len(found.finished) == 12 - 5
-    problems = "\n".join(found.problems)
-    assert len(found.problems) == 7
+    assert len(collected.finished) == 12 - 5
+    problems = "\n".join(collected.problems)
+    assert len(collected.problems) == 7
     assert f"{SGD.run_id}/spec.json is not JSON" in problems
     assert "newer version of this project (record format 99" in problems
     assert f"describes run {SAM.run_id}, not renamed" in problems
     assert "foreign/spec.json cannot be read" in problems
-    assert "notes.txt is not a run's folder" in problems
+    assert "notes.txt is not a run folder" in problems
     assert f"{LINEAR.run_id}/summary.json does not hold a JSON object" in problems
     assert "metrics.jsonl, line 1, is damaged" in problems
 
 
-def test_finished_run_without_environment_counts_but_is_told(tmp_path):
+def test_finished_run_without_environment_counts_and_is_reported(tmp_path):
     record = write_run(tmp_path, SGD, 0.5)
     (record.folder / "env.json").unlink()
-    found = collect(tmp_path)
-    assert frame(found.finished)["commit"].tolist() == ["unknown"]
-    assert "its commit and machine are unknown" in found.problems[0]
+    collected = collect(tmp_path)
+    assert frame(collected.finished)["commit"].tolist() == ["unknown"]
+    assert "its commit and machine are unknown" in collected.problems[0]
 
 
-def test_folder_of_a_run_about_to_begin_is_no_problem(tmp_path):
+def test_folder_of_a_run_about_to_start_is_not_reported(tmp_path):
     (tmp_path / "runs" / "0123").mkdir(parents=True)
     (tmp_path / "runs" / "0123" / "lock").touch()
     (tmp_path / "runs" / ".hidden").touch()
     assert collect(tmp_path).problems == ()
 
 
-def test_missing_root_is_refused_and_missing_runs_are_none(tmp_path):
-    with pytest.raises(RecordError, match=r"no results folder .*--results"):
+def test_missing_root_is_an_error_and_missing_runs_are_not(tmp_path):
+    with pytest.raises(RecordError, match=r"does not exist: give .*--results"):
         collect(tmp_path / "nowhere")
     assert collect(tmp_path).finished == ()
 
 
-def test_curves_are_read_of_the_runs_that_are_wanted_alone():
-    everything, some = collect(ROOT), collect(ROOT, curves_of={SGD.run_id})
-    assert Results.of(some.finished).runs.equals(Results.of(everything.finished).runs)
-    lines = Results.of(some.finished).curves
+def test_curves_are_read_only_for_the_wanted_runs():
+    full, partial = collect(ROOT), collect(ROOT, curves_of={SGD.run_id})
+    assert Results.of(partial.finished).runs.equals(Results.of(full.finished).runs)
+    lines = Results.of(partial.finished).curves
     assert set(lines["run_id"]) == {SGD.run_id}
-    whole = Results.of(everything.finished).curves
+    whole = Results.of(full.finished).curves
     assert len(lines) == (whole["run_id"] == SGD.run_id).sum() < len(whole)
-    assert {run.spec.run_id for run in everything.finished} == finished_runs(ROOT)
+    assert {run.spec.run_id for run in full.finished} == finished_runs(ROOT)

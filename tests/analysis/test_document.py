@@ -1,9 +1,9 @@
-"""A table's text: digits, and that text of records is escaped in every form."""
+"""A table's text: digits, and escaping of text from records in every format."""
 
 import pytest
 
 from analysis.collect import collect
-from analysis.document import latex_text, markdown_text, significant
+from analysis.document import latex_text, markdown_text, three_digits
 from analysis.frames import frame
 from analysis.statistics import Interval
 from tests.analysis.invented import document
@@ -12,7 +12,7 @@ from tests.fixtures.make_runs import CELLS, SAM, SGD, write_run
 
 
 @pytest.mark.parametrize(
-    ("found", "told"),
+    ("interval", "text"),
     [
         (Interval(123.456, 7.89, 3), "123 ± 8 (3)"),
         (Interval(0.01234, 0.00056, 3), "0.0123 ± 0.0006 (3)"),
@@ -21,8 +21,8 @@ from tests.fixtures.make_runs import CELLS, SAM, SGD, write_run
         (Interval(float("nan"), float("nan"), 0), "not run"),
     ],
 )
-def test_three_significant_digits(found, told):
-    assert significant(found) == told
+def test_three_significant_digits(interval, text):
+    assert three_digits(interval) == text
 
 
 HOSTILE = r"| *a* _b_ `c` <script>&amp; [x](y) \input{z} $1 ~ # ^ % {q}"
@@ -32,8 +32,8 @@ def test_hostile_text_of_a_record_is_escaped(tmp_path):
     make_runs.record_of(SGD, tmp_path).create(SGD)
     make_runs.record_of(SGD, tmp_path).fail(HOSTILE + "\n\n# heading")
     write_run(tmp_path, SAM, 0.5, cpu=HOSTILE, commit="a|b")
-    found = collect(tmp_path)
-    shown = document("table1", frame(found.finished), CELLS, 1, found.failures)
+    collected = collect(tmp_path)
+    shown = document("table1", frame(collected.finished), CELLS, 1, collected.failures)
     markdown, latex = shown.markdown(), shown.latex()
     escaped = r"\| \*a\* \_b\_ \`c\` \<script\>&amp;amp; \[x\](y) \\input\{z\} \$1 \~ # ^ % \{q\}"
     assert markdown.count(escaped) == 2

@@ -1,4 +1,4 @@
-"""Runs -> frames -> files -> frames."""
+"""Runs to frames to files to frames."""
 
 import json
 import stat
@@ -15,7 +15,7 @@ from tests.fixtures import make_runs
 from tests.fixtures.make_runs import MSAM, ROOT, SGD, write_run
 
 
-def test_frame_has_the_columns_that_the_design_names():
+def test_frame_begins_with_the_identifying_columns():
     table = frame(collect(ROOT).finished)
     assert " ".join(table.columns[:9]) == ("run_id profile dataset model method base_optimizer rho micro_batches seed")
     row = table.set_index("run_id").loc[MSAM.run_id]
@@ -56,7 +56,7 @@ def test_every_float_keeps_all_its_bits(tmp_path):
     assert sorted(parse(texts["runs.csv"])["odd"]) == sorted(numbers)
 
 
-def test_order_of_runs_does_not_show():
+def test_order_of_runs_does_not_matter():
     runs = collect(ROOT).finished
     assert Results.of(runs).texts() == Results.of(reversed(runs)).texts()
 
@@ -70,7 +70,7 @@ def test_parts_join_to_the_whole():
     assert Results.of([]).joined(results).texts() == results.texts()
 
 
-def test_whole_numbers_stay_whole_beside_missing_ones(tmp_path):
+def test_integers_stay_integers_next_to_missing_values(tmp_path):
     write_run(tmp_path, SGD, 0.5)
     write_run(tmp_path, replace(SGD, train_examples=None, seed=1), 0.5)
     lines = csv_text(frame(collect(tmp_path).finished)).splitlines()
@@ -80,13 +80,13 @@ def test_whole_numbers_stay_whole_beside_missing_ones(tmp_path):
 
 def test_summary_that_contradicts_its_spec_does_not_replace_it(tmp_path):
     record = write_run(tmp_path, SGD, 0.5)
-    record.finish({**record.summary(), "epochs": 99, "commit": "feigned"})
+    record.finish({**record.summary(), "epochs": 99, "commit": "forged"})
     row = frame(collect(tmp_path).finished).iloc[0]
     assert (row["epochs"], row["summary_epochs"]) == (2, 99)
-    assert (row["commit"], row["summary_commit"]) == (make_runs.SESSION["commit"], "feigned")
+    assert (row["commit"], row["summary_commit"]) == (make_runs.SESSION["commit"], "forged")
 
 
-def test_numbers_that_are_not_finite_survive(tmp_path):
+def test_non_finite_numbers_survive(tmp_path):
     record = write_run(tmp_path, SGD, 0.5)
     record.finish({**record.summary(), "test_loss": float("inf"), "train_loss": float("nan")})
     table = frame(collect(tmp_path).finished)
@@ -112,7 +112,7 @@ def test_hostile_text_stays_one_cell_of_one_line(tmp_path):
     assert results.runs["note"].tolist() == ['a,b "c" | d  [2J  ? ; =1+1']
 
 
-def test_several_sessions_show_all_their_commits(tmp_path):
+def test_a_run_shows_the_commits_of_all_its_sessions(tmp_path):
     record = write_run(tmp_path, SGD, 0.5)
     record.add_environment({**make_runs.SESSION, "commit": "fedcba9", "dirty": True})
     record.add_environment({**make_runs.SESSION, "commit": None, "dirty": None})
@@ -123,13 +123,13 @@ def test_several_sessions_show_all_their_commits(tmp_path):
 
 
 @pytest.mark.parametrize("network", [False, True, None])
-def test_a_measurement_is_as_unclean_as_its_networks_training(tmp_path, network):
+def test_a_measurement_is_dirty_if_its_networks_training_was(tmp_path, network):
     write_run(tmp_path, SGD, 0.5, network_dirty=network)
     dirty = frame(collect(tmp_path).finished)["dirty"].iloc[0]
     assert pd.isna(dirty) if network is None else dirty == network
 
 
-def test_provenance_names_no_machine_and_no_folder_of_it(tmp_path):
+def test_provenance_contains_no_machine_and_no_folder_names(tmp_path):
     write_run(
         tmp_path,
         SGD,
@@ -163,14 +163,14 @@ def test_failed_write_leaves_the_old_file(tmp_path):
     ("name", "text"),
     [("runs.csv", "a,b\n1,2\n"), ("runs.csv", ""), ("provenance.jsonl", "[]\n"), ("curves.csv", None)],
 )
-def test_damaged_committed_files_are_told_by_their_folder(tmp_path, name, text):
+def test_damaged_committed_files_are_reported(tmp_path, name, text):
     write_files(tmp_path, Results.of(collect(ROOT).finished).texts())
     (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
     with pytest.raises(RecordError, match="restore them with git"):
         Results.read(tmp_path)
 
 
-def test_rows_of_a_version_without_a_field_have_its_default(tmp_path):
+def test_rows_from_before_a_field_get_its_default(tmp_path):
     results = Results.of(collect(ROOT).finished)
     write_files(tmp_path, results.texts())
     path = tmp_path / "runs.csv"

@@ -1,4 +1,4 @@
-"""What may be committed, and that committed tables follow from committed runs."""
+"""Publishing: which runs may be committed, and that committed tables follow from committed runs."""
 
 import sys
 from dataclasses import replace
@@ -39,7 +39,7 @@ def experiment(name, table, cells, tuning=()):
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    """A catalogue of this test's own: the experiments may change, the rules may not."""
+    """A catalogue for these tests, so that they do not depend on the experiments."""
     content = {"one": experiment("one", "table1", [SGD, SAM, MSAM], GRID)}
     monkeypatch.setattr(catalogue, "catalogue", lambda: content)
     return content
@@ -86,12 +86,12 @@ def test_publishing_twice_changes_no_byte(tmp_path):
     assert published(tmp_path, "table1") == published(tmp_path, "table1")
 
 
-def test_redraw_gives_the_same_bytes_from_the_committed_runs_alone(tmp_path):
+def test_redraw_gives_the_same_bytes_from_only_the_committed_runs(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
     fill(tmp_path, GRID)
     before = published(tmp_path, "table1", seeds=3) | published(tmp_path, "table1-tuning")
     assert {"tables/table1-tuning.md", "tables/table1.csv"} <= set(before)
-    assert b"3 seeds a cell" in before["tables/table1.md"]
+    assert b"3 seeds per cell" in before["tables/table1.md"]
     for path in (tmp_path / "smoke/tables").iterdir():
         path.unlink()
     (tmp_path / "runs").rename(tmp_path / "away")
@@ -99,7 +99,7 @@ def test_redraw_gives_the_same_bytes_from_the_committed_runs_alone(tmp_path):
     assert files(tmp_path / "smoke") == before
 
 
-def test_redraw_without_committed_runs_says_what_writes_them(tmp_path):
+def test_redraw_without_committed_runs_names_the_command_that_writes_them(tmp_path):
     with pytest.raises(RecordError, match="--publish"):
         redraw(tmp_path / "smoke", "smoke")
 
@@ -109,12 +109,12 @@ def test_grid_and_table_share_the_files_and_keep_each_others_rows(tmp_path):
     published(tmp_path, "table1-tuning")
     grid = ids(tmp_path / "smoke")
     fill(tmp_path, [SGD, SAM, MSAM])
-    (tmp_path / "runs" / GRID[0].run_id / "summary.json").unlink()  # the committed row is all that is left of it
+    (tmp_path / "runs" / GRID[0].run_id / "summary.json").unlink()  # only its committed row remains
     published(tmp_path, "table1")
     assert ids(tmp_path / "smoke") == grid | {run.run_id for run in with_seeds([SGD, SAM, MSAM], 2)}
 
 
-def test_stale_rows_of_the_table_go(tmp_path, known):
+def test_stale_rows_of_the_table_are_removed(tmp_path, known):
     fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
     published(tmp_path, "table1", seeds=3)
     known["one"] = experiment("one", "table1", [SGD, MSAM], GRID)
@@ -129,8 +129,8 @@ def test_shared_baseline_belongs_to_both_tables(tmp_path, two_tables):
     published(tmp_path, "table1", seeds=3)
     published(tmp_path, "widths")
     assert replace(SGD, seed=2).run_id in ids(tmp_path / "smoke")
-    found = {t.name: t.seeds for t in drawn(tmp_path / "smoke", "smoke", Results.read(tmp_path / "smoke"))}
-    assert found == {"table1": 3, "widths": 2}
+    seeds = {t.name: t.seeds for t in drawn(tmp_path / "smoke", "smoke", Results.read(tmp_path / "smoke"))}
+    assert seeds == {"table1": 3, "widths": 2}
 
 
 def test_table_that_only_shares_a_published_run_is_not_drawn(tmp_path, two_tables):
@@ -138,7 +138,7 @@ def test_table_that_only_shares_a_published_run_is_not_drawn(tmp_path, two_table
     assert set(published(tmp_path, "table1")) == FILES | TABLE
 
 
-def test_publishing_one_table_may_not_mix_another(tmp_path, two_tables):
+def test_publishing_one_table_may_not_mix_versions_in_another(tmp_path, two_tables):
     fill(tmp_path, [SGD, SAM, MSAM])
     before = published(tmp_path, "table1")
     fill(tmp_path / "later", [SGD, OTHER], code="0ther")
@@ -148,13 +148,15 @@ def test_publishing_one_table_may_not_mix_another(tmp_path, two_tables):
     assert files(tmp_path / "smoke") == before
 
 
-def test_missing_run_is_refused_with_the_command_that_makes_it(tmp_path):
+def test_missing_run_is_rejected_with_the_command_that_makes_it(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     (tmp_path / "runs" / replace(MSAM, seed=1).run_id / "summary.json").unlink()
     with pytest.raises(Refused) as refusal:
         published(tmp_path, "table1")
     assert "table1 lacks 1 of its 6 runs, first resnet8 cifar10 mSAM m=4" in str(refusal.value)
-    assert f"`python -m experiments run table1 --profile smoke --results {tmp_path}` makes them." in str(refusal.value)
+    assert f"make them with `python -m experiments run table1 --profile smoke --results {tmp_path}`." in str(
+        refusal.value
+    )
     assert not (tmp_path / "smoke").exists()
     with pytest.raises(Refused, match=r"lacks 7 of its 12 runs.*--seeds 4"):
         published(tmp_path, "table1", seeds=4)
@@ -178,7 +180,7 @@ def test_run_without_a_score_is_missing(tmp_path):
         ({"commit": None}, "1 runs from an unknown commit"),
     ],
 )
-def test_provenance_refusals_write_nothing(tmp_path, session, reason):
+def test_runs_of_mixed_or_unknown_provenance_are_rejected_and_nothing_is_written(tmp_path, session, reason):
     fill(tmp_path, [SGD, SAM])
     fill(tmp_path, [MSAM], seeds=2)
     before = published(tmp_path, "table1")
@@ -187,24 +189,24 @@ def test_provenance_refusals_write_nothing(tmp_path, session, reason):
     write_run(tmp_path, MSAM, 0.9, **session)
     with pytest.raises(Refused, match=reason) as refusal:
         published(tmp_path, "table1")
-    assert "train them again with" in str(refusal.value)
+    assert "retrain them with" in str(refusal.value)
     assert files(tmp_path / "smoke") == before
 
 
-def test_run_resumed_with_other_code_is_refused(tmp_path):
+def test_run_resumed_with_other_code_is_rejected(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     write_run(tmp_path, MSAM, 0.5, code="0ther")  # a second session of the same run
     with pytest.raises(Refused, match="several versions of training code"):
         published(tmp_path, "table1")
 
 
-def test_table_may_span_clean_commits_of_the_same_training_code_and_says_so(tmp_path):
+def test_table_may_span_clean_commits_of_the_same_training_code_with_a_warning(tmp_path):
     fill(tmp_path, [SGD, SAM])
     fill(tmp_path, [MSAM], commit="fedcba9")
     assert b"these runs come from several commits" in published(tmp_path, "table1")["tables/table1.md"]
 
 
-def test_a_block_of_a_table_can_be_trained_anew_alone(tmp_path, known):
+def test_a_block_of_a_table_can_be_retrained_alone(tmp_path, known):
     known["one"] = experiment("one", "table1", [SGD, SAM, MSAM, OTHER])
     fill(tmp_path, [SGD, SAM, MSAM, OTHER], seeds=3)
     published(tmp_path, "table1", seeds=3)
@@ -224,7 +226,7 @@ def test_a_block_of_a_table_can_be_trained_anew_alone(tmp_path, known):
     assert len(runs) == 12
 
 
-def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_tables):
+def test_models_of_a_table_may_come_from_different_training_code(tmp_path, two_tables):
     fill(tmp_path, [SGD, SAM, MSAM])
     published(tmp_path, "table1")
     fill(tmp_path / "later", [OTHER], code="0ther")
@@ -233,7 +235,7 @@ def test_models_of_a_table_may_be_of_different_training_code(tmp_path, two_table
     assert {run.run_id for run in with_seeds([SAM, OTHER], 2)} <= ids(tmp_path / "smoke")
 
 
-def test_times_of_models_are_compared_so_that_all_of_table_4_is_of_one_training_code(tmp_path, known):
+def test_table_4_compares_models_and_needs_one_version_of_the_training_code(tmp_path, known):
     networks = [replace(SGD, model=model) for model in ("resnet8", "wrn-10-1")]
     costs = [timing_of(network, rho=0.1, micro_batches=4, rounds=2) for network in networks]
     known["cost"] = experiment("cost", "table4", costs)
@@ -243,7 +245,7 @@ def test_times_of_models_are_compared_so_that_all_of_table_4_is_of_one_training_
     assert "several versions of training code" in " ".join(mixed(target("table4", "smoke"), results))
 
 
-def test_rows_written_before_a_column_have_it_from_their_sessions(tmp_path):
+def test_rows_from_before_a_column_get_it_from_their_sessions(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     published(tmp_path, "table1")
     path = tmp_path / "smoke/runs.csv"
@@ -265,20 +267,20 @@ def test_grid_may_span_commits_and_unclean_trees_but_not_versions_of_the_trainin
         published(tmp_path, "table1-tuning")
 
 
-def test_all_reasons_are_told_at_once(tmp_path):
+def test_all_reasons_are_reported_at_once(tmp_path):
     fill(tmp_path, [SGD], dirty=True)
     with pytest.raises(Refused) as refusal:
         published(tmp_path, "table1", "table1-tuning")
     assert len(str(refusal.value).splitlines()) == 3
 
 
-def test_experiment_is_shown_but_not_published(tmp_path):
+def test_an_experiment_cannot_be_published(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     with pytest.raises(Refused, match=r"one is an experiment.*\(table1\)"):
         published(tmp_path, "one")
 
 
-def test_target_without_cells_in_the_profile_is_refused():
+def test_target_without_cells_in_the_profile_is_rejected():
     with pytest.raises(SpecError, match="table1 has no runs in the profile 'paper'"):
         target("table1", "paper")
 
@@ -310,33 +312,28 @@ def test_command_line_from_runs_to_committed_table(tmp_path, monkeypatch, capsys
     fill(tmp_path, GRID[:1])
     status, out, _ = command(monkeypatch, capsys, *common)
     row = next(line for line in out.splitlines() if line.startswith("SGD"))
-    assert row.split("  ")[-1].strip() == "51.50 ± 19.06 (2)"  # as published: 50 and 53
-    assert "71.50" in row  # as it is now: 90 and 53
-    assert "Foret et al. 2021" not in out  # a ResNet's neighbours, no WRN's
+    assert row.split("  ")[-1].strip() == "51.50 ± 19.06 (2)"  # as published, 50 and 53
+    assert "71.50" in row  # now, 90 and 53
+    assert "Foret et al. 2021" not in out  # rows for a ResNet, not for a WRN
     assert "RW-SAM 96.24" in out
     assert "The grid of Table 1" in out
     assert "table1-tuning lacks 4 of its 6 runs" in out
 
 
-def test_command_line_tells_of_seeds_left_out_and_of_problems(tmp_path, monkeypatch, capsys):
+def test_command_line_reports_seeds_left_out_and_problems(tmp_path, monkeypatch, capsys):
     fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
     (tmp_path / "runs" / "foreign").mkdir()
     (tmp_path / "runs" / "foreign" / "x").touch()
     common = ("table1", "--results", tmp_path, "--profile", "smoke")
     _, out, _ = command(monkeypatch, capsys, *common)
-    assert "table1 has 3 runs with higher seeds, left out here" in out
-    assert "Left alone: " in out
+    assert "table1 leaves out 3 runs with higher seeds: add them with --seeds." in out
+    assert "Warning: " in out
     _, out, _ = command(monkeypatch, capsys, *common, "--seeds", "3")
     assert "higher seeds" not in out
     assert "(3)" in out
 
 
-def test_from_committed_takes_no_targets(tmp_path, monkeypatch, capsys):
-    status, _, error = command(monkeypatch, capsys, "table1", "--results", tmp_path, "--from-committed")
-    assert (status, error.count("\n")) == (2, 1)
-
-
-def test_damaged_committed_table_is_told(tmp_path, monkeypatch, capsys):
+def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "smoke/tables").mkdir(parents=True)
     (tmp_path / "smoke/tables/table1.csv").write_text("a,b\n1,2\n")
     status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
@@ -349,20 +346,22 @@ def test_damaged_committed_table_is_told(tmp_path, monkeypatch, capsys):
     [
         (["no-such-table"], "Unknown experiment or table"),
         (["--profile", "huge"], "the profiles are smoke, cpu, paper"),
-        (["--results", "/nowhere/at/all"], "no results folder"),
+        (["--results", "/nowhere/at/all"], "does not exist"),
         (["table1", "--seeds", "0"], "must be 1 or more"),
+        (["table1:x"], "'x' is not a number of seeds"),
+        (["table1", "--from-committed"], "leave out targets"),
         (["--seeds", "two"], "two"),
         (["--no-such-flag"], "no-such-flag"),
     ],
 )
-def test_mistakes_are_status_2(tmp_path, monkeypatch, capsys, arguments, word):
+def test_mistakes_exit_with_status_2(tmp_path, monkeypatch, capsys, arguments, word):
     where = [] if "--results" in arguments else ["--results", tmp_path]
     status, out, error = command(monkeypatch, capsys, *arguments, *where)
     assert (status, out) == (2, "")
     assert word in error
 
 
-def test_unwritable_results_are_told(tmp_path, monkeypatch, capsys):
+def test_unwritable_results_are_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "local").write_text("a file where a folder should be")
     status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
     assert status == 2

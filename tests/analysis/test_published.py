@@ -1,4 +1,4 @@
-"""The published rows: as their sources print them, and nobody's that was not read."""
+"""The rows published elsewhere: conversion, remarks and selection."""
 
 import re
 
@@ -15,14 +15,14 @@ def test_error_becomes_accuracy_with_its_spread(error, expected):
     assert accuracy(error) == expected
 
 
-def test_no_row_claims_to_be_the_papers():
+def test_no_row_is_attributed_to_the_msam_paper():
     for row in NEIGHBOURS:
         assert not re.search(r"\bmSAM\b|2302\.09693|2212\.04343", f"{row.source} {row.setting} {row.other}")
         assert row.grade in ("A", "B")
         assert row.base or row.sam or row.other
 
 
-def test_rows_come_with_the_sentences_they_need():
+def test_rows_come_with_the_remarks_on_them():
     rows = neighbours(["wrn-10-1"], ["cifar10"])
     assert {row.family for row in rows} == {"WRN"}
     assert {row.dataset for row in rows} == {"CIFAR-10"}
@@ -31,11 +31,11 @@ def test_rows_come_with_the_sentences_they_need():
         assert FORET_NOTE in text
     foret = next(line for line in lines(rows) if "basic augmentation, batch 256" in line)
     assert "base 96.5±0.1, SAM 97.3±0.1" in foret
-    assert "printed as an error, shown as 100 minus it" in foret
+    assert "printed as an error; shown as 100 minus the error" in foret
     assert "Foret et al. 2021, Table 1 (grade A)" in foret
 
 
-def test_other_families_and_data_sets_stay_out():
+def test_other_families_and_data_sets_are_left_out():
     assert neighbours(["linear"], ["cifar10"]) == []
     assert lines([]) == []
     text = neighbours(["minilm"], ["sst2", "snippets"])

@@ -1,4 +1,4 @@
-"""Intervals against textbook values and against scipy's own."""
+"""Intervals against textbook values and against scipy."""
 
 import math
 
@@ -11,14 +11,14 @@ from analysis.statistics import Interval, mean_interval, paired_difference
 
 def test_mean_interval_by_hand():
     # Standard deviation 1 and t(0.975, 2 degrees) = 4.303, so 4.303 / sqrt(3) = 2.484.
-    found = mean_interval([1.0, 2.0, 3.0])
-    assert found.mean == 2.0
-    assert found.half_width == pytest.approx(2.484, abs=5e-4)
-    assert found.n == 3
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2.0
+    assert interval.half_width == pytest.approx(2.484, abs=5e-4)
+    assert interval.n == 3
 
 
 @pytest.mark.parametrize("values", [[0.1, 0.7], [3.0, 1.0, 4.0, 1.0, 5.0], [1e-9, 2e-9, 4e-9]])
-def test_mean_interval_is_scipys(values):
+def test_mean_interval_equals_scipys(values):
     mean, half_width, _ = mean_interval(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half_width, mean + half_width) == pytest.approx((expected.low, expected.high), rel=1e-12)
@@ -32,12 +32,12 @@ def test_one_value_has_no_interval_and_none_has_no_mean():
     assert none.n == 0
 
 
-def test_paired_difference_takes_common_seeds_whatever_their_order():
+def test_paired_difference_uses_common_seeds_in_any_order():
     a = pd.Series({2: 9.0, 0: 5.0, 1: 7.0})
     b = pd.Series({0: 4.0, 1: 4.0, 5: 100.0})
-    found = paired_difference(a, b)
-    assert found == pytest.approx(tuple(mean_interval([1.0, 3.0])))
-    assert found.n == 2
+    difference = paired_difference(a, b)
+    assert difference == pytest.approx(tuple(mean_interval([1.0, 3.0])))
+    assert difference.n == 2
 
 
 def test_pairing_is_not_a_difference_of_independent_means():
@@ -46,7 +46,7 @@ def test_pairing_is_not_a_difference_of_independent_means():
 
 
 @pytest.mark.parametrize(
-    ("interval", "separated"),
+    ("interval", "significant"),
     [
         (Interval(1.0, 0.9, 3), True),
         (Interval(-1.0, 0.9, 3), True),
@@ -56,5 +56,5 @@ def test_pairing_is_not_a_difference_of_independent_means():
         (Interval(math.nan, math.nan, 0), False),
     ],
 )
-def test_separated(interval, separated):
-    assert interval.separated is separated
+def test_significant(interval, significant):
+    assert interval.significant is significant

@@ -1,4 +1,4 @@
-"""Shared by the tests of texts."""
+"""A fixture for the tests of text data."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from experiments.harness.tasks import glue_files
 
 @pytest.fixture
 def dozens(monkeypatch):
-    """Made-up tasks are whole with a dozen rows."""
+    """Let invented tasks be complete with a dozen rows."""
     for name, task in glue_files.TASKS.items():
         if name != "snippets":
             monkeypatch.setitem(glue_files.TASKS, name, replace(task, train=12, test=12))

@@ -1,4 +1,4 @@
-"""python -m experiments, as a person calls it."""
+"""python -m experiments, called as a user calls it."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_mistakes_end_in_a_sentence_and_status_2(arguments, words, tmp_path):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_paper_runs_without_a_gpu_are_refused_with_the_mend(tmp_path):
+def test_paper_runs_without_a_gpu_are_rejected_with_a_way_out(tmp_path):
     import torch
 
     if torch.cuda.is_available():
@@ -65,17 +65,17 @@ def test_paper_runs_without_a_gpu_are_refused_with_the_mend(tmp_path):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_fetch_verifies_what_runs_need_and_trains_nothing(tmp_path):
+def test_fetch_verifies_the_data_and_trains_nothing(tmp_path):
     done = call("fetch", "linear_cifar", "--profile", "smoke", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "The data of 2 of 2 runs of linear_cifar (smoke) are here." in done.stdout
+    assert "The data of 2 of 2 runs of linear_cifar (smoke) are on this machine." in done.stdout
     assert not list(tmp_path.iterdir()), "something was written"
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"no images")
-    refused = call("fetch", "linear_cifar", "--profile", "smoke", "--data-root", str(tmp_path))
-    assert refused.returncode == 2
-    assert "cifar-10-batches-py" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    rejected = call("fetch", "linear_cifar", "--profile", "smoke", "--data-root", str(tmp_path))
+    assert rejected.returncode == 2
+    assert "cifar-10-batches-py" in rejected.stderr
+    assert "Traceback" not in rejected.stderr
 
 
 def test_list_names_every_experiment_and_its_cells():
@@ -85,7 +85,7 @@ def test_list_names_every_experiment_and_its_cells():
         assert name in done.stdout
 
 
-def test_plan_tells_done_from_to_do_and_the_time_left(results):
+def test_plan_counts_finished_and_missing_runs_and_the_time_left(results):
     done = call("plan", "linear_cifar", "--profile", "smoke", "--seeds", "3", "--results", str(results))
     assert "3 runs, 2 done, 1 to do." in done.stdout
     assert "About" in done.stdout
@@ -109,7 +109,7 @@ def test_more_seeds_keep_the_runs_that_are_done(results, tmp_path):
     assert len(list((tmp_path / "results" / "runs").iterdir())) == 3
 
 
-def test_redo_trains_anew_and_arrives_at_the_same_numbers(results, tmp_path):
+def test_redo_retrains_and_reproduces_the_numbers(results, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(results, root)
 
@@ -122,7 +122,7 @@ def test_redo_trains_anew_and_arrives_at_the_same_numbers(results, tmp_path):
     assert [p.stat().st_mtime_ns for p in sorted(root.glob("runs/*/summary.json"))] != written
 
 
-def test_redo_touches_nothing_of_a_newer_version(results, tmp_path):
+def test_redo_does_not_change_records_of_a_newer_version(results, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(results, root)
     newer = sorted(root.glob("runs/*"))[-1]
@@ -134,7 +134,7 @@ def test_redo_touches_nothing_of_a_newer_version(results, tmp_path):
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
 
 
-def test_a_finished_run_that_is_damaged_does_not_pass_for_done(results, tmp_path):
+def test_a_damaged_finished_run_does_not_count_as_done(results, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(results, root)
     damaged = min(root.glob("runs/*/summary.json"))
@@ -145,33 +145,37 @@ def test_a_finished_run_that_is_damaged_does_not_pass_for_done(results, tmp_path
     assert "1 damaged, 1 done" in call("status", "linear_cifar", "--profile", "smoke", "--results", str(root)).stdout
 
 
-def test_status_tells_states_apart(results, tmp_path):
+def test_status_distinguishes_the_states(results, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(results, root)
     first, second = sorted(root.glob("runs/*"))
     (first / "summary.json").unlink()
-    (first / "failure.json").write_text('{"message": "failed at step 3: the loss is nan"}')
+    (first / "failure.json").write_text('{"message": "diverged at step 3: the loss is nan"}')
     (second / "summary.json").unlink()
     (second / "metrics.jsonl").write_bytes(b"\xff\n{}\n")
     done = call("status", "linear_cifar", "--profile", "smoke", "--seeds", "3", "--results", str(root))
-    assert "failed at step 3" in done.stdout
-    assert "1 damaged, 1 failed, 1 not begun." in done.stdout
+    assert "diverged at step 3" in done.stdout
+    assert "1 damaged, 1 failed, 1 not started." in done.stdout
 
 
-def test_looking_needs_no_torch(results):
-    for words in (["list"], ["plan", "table1"], ["plan", "table1", "--profile", "paper"], ["status", "table1"]):
-        code = (
-            "import runpy, sys; sys.argv = ['experiments', *{words!r}]\n"
-            "try: runpy.run_module('experiments', run_name='__main__')\n"
-            "except SystemExit as end: assert not end.code, end.code\n"
-            "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-        ).replace("{words!r}", repr(words))
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["plan", "table1"], ["plan", "table1", "--profile", "paper"], ["status", "table1"]],
+    ids=" ".join,
+)
+def test_commands_that_train_nothing_do_not_import_torch(arguments):
+    code = (
+        f"import runpy, sys; sys.argv = ['experiments', *{arguments!r}]\n"
+        "try: runpy.run_module('experiments', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
-def test_rows_whose_data_no_source_has_stay_not_run_and_the_others_go_on(tmp_path):
-    """GLUE is not available without a folder or the hub; the snippets are, and train."""
+def test_rows_whose_data_is_unavailable_stay_not_run_and_the_others_train(tmp_path):
+    """GLUE is not available without a folder or the hub, but the snippets are."""
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "MSAM_DATA": ""}
     code = (
         "import sys; from dataclasses import replace; from experiments import __main__, bert_glue; "
@@ -179,20 +183,9 @@ def test_rows_whose_data_no_source_has_stay_not_run_and_the_others_go_on(tmp_pat
         "small = replace(bert_glue.SMOKE, train_examples=16, epochs=1, test_examples=8); "
         "bert_glue.RUNS['smoke'] = [small, replace(small, dataset='rte')]; __main__.main()"
     )
+    arguments = ["run", "bert_glue", "--profile", "smoke", "--seeds", "1", "--results", str(tmp_path)]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "run",
-            "bert_glue",
-            "--profile",
-            "smoke",
-            "--seeds",
-            "1",
-            "--results",
-            str(tmp_path),
-        ],
+        [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

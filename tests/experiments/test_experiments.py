@@ -1,4 +1,4 @@
-"""The experiments' own lists: complete, valid, and chosen as they say."""
+"""The experiments' lists of runs are complete and valid, and use the hyper-parameters that the grids chose."""
 
 import csv
 import importlib
@@ -15,9 +15,9 @@ from experiments.harness.runs.spec import PROFILES
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
 AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]
-"""On texts SAM's best rho is the smallest of the grid, as bert_glue.py, docs/results.md and the grid's table say."""
+"""On texts, SAM's best rho is the smallest of the grid; bert_glue.py, docs/results.md and the grid's table say so."""
 M_AT_THE_EDGE = {("resnet8-groupnorm", 1), ("resnet8-groupnorm", 8)}
-"""Model and m whose best rho is the least or the greatest that was tried: so says micro_batches.py."""
+"""Model and m whose best rho is the smallest or the largest of the grid; micro_batches.py says so."""
 COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
 
 
@@ -54,26 +54,24 @@ def test_docstrings_name_the_table_and_the_command():
         assert experiment.summary.endswith(".")
 
 
-def test_a_grid_is_scored_on_held_out_images_and_never_shares_a_run_with_the_table():
-    for profile in PROFILES:
-        grid = catalogue.cells("table1-tuning", profile)
-        table = catalogue.runs("table1", profile)
-        assert all(spec.holdout_examples > 0 for spec in grid)
-        assert all(spec.holdout_examples == 0 for spec in table)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_grids_are_scored_on_held_out_images_and_share_no_run_with_the_table(profile):
+    assert all(spec.holdout_examples > 0 for spec in catalogue.cells("table1-tuning", profile))
+    assert all(spec.holdout_examples == 0 for spec in catalogue.runs("table1", profile))
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "linear_cifar", "bert_glue", "label_noise"])
-def test_what_the_table_runs_is_what_the_committed_grid_chose(name):
+def test_the_table_uses_what_the_committed_grid_chose(name):
     """Learning rate of the base, then rho of SAM and of mSAM: best mean held-out score, inside the grid."""
     scores = _held_out(f"{name}-tuning")
-    # Without wrong labels it is Table 1's own.
+    # Without wrong labels, the cells are Table 1's.
     cells = [cell for cell in catalogue.cells(name, "cpu") if cell.label_noise or name != "label_noise"]
     assert {_block(cell) for cell in cells if cell.method != "control"} == {_block(cell) for cell in scores}
     rates = {_place(cell): cell.learning_rate for cell in cells if cell.method == "base"}
     for cell in cells:
         assert cell.learning_rate == rates[_place(cell)]
         if cell.method == "control":
-            continue  # it has no hyper-parameter of its own
+            continue  # it has no tuned hyper-parameter
         field = "learning_rate" if cell.method == "base" else "rho"
         rivals = [c for c in scores if _block(c) == _block(cell)]
         best = max(rivals, key=scores.__getitem__)
@@ -100,8 +98,8 @@ def _held_out(grid):
     """Mean held-out score of each cell of a committed grid."""
     cells, runs = catalogue.cells(grid, "cpu"), catalogue.runs(grid, "cpu")
     with open(COMMITTED, newline="") as file:
-        found = {row["run_id"]: float(row[cells[0].score] or "nan") for row in csv.DictReader(file)}
-    return {cell: fmean(found[spec.run_id] for spec in runs if _cell(spec) == cell) for cell in cells}
+        scores = {row["run_id"]: float(row[cells[0].score] or "nan") for row in csv.DictReader(file)}
+    return {cell: fmean(scores[spec.run_id] for spec in runs if _cell(spec) == cell) for cell in cells}
 
 
 def _inside(best, rivals, field):
@@ -121,13 +119,13 @@ def _place(spec):
     return spec.dataset, spec.train_examples, spec.label_noise
 
 
-def test_sam_and_msam_search_the_same_rhos():
-    for name in (*FAMILIES, "bert_glue", "label_noise"):
-        grid = catalogue.cells(f"{name}-tuning", "cpu")
-        assert [c.rho for c in grid if c.method == "sam"] == [c.rho for c in grid if c.method == "msam"]
+@pytest.mark.parametrize("name", [*FAMILIES, "bert_glue", "label_noise"])
+def test_sam_and_msam_search_the_same_rhos(name):
+    grid = catalogue.cells(f"{name}-tuning", "cpu")
+    assert [c.rho for c in grid if c.method == "sam"] == [c.rho for c in grid if c.method == "msam"]
 
 
-def test_the_committed_trajectories_are_the_trainings_of_table_1_bit_for_bit():
+def test_the_committed_trajectories_match_the_runs_of_table_1_bit_for_bit():
     losses = defaultdict(dict)
     with open(COMMITTED.with_name("curves.csv"), newline="") as file:
         for row in csv.DictReader(file):

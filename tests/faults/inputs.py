@@ -1,4 +1,4 @@
-"""Records made of anything: whole ones with bytes changed, and texts that only look like records."""
+"""Damaged records: intact records with changed bytes or values."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.__main__ import show
-from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of, state_of
 from experiments.harness.work.checkpoint import load_weights, save_weights
@@ -45,35 +45,35 @@ PIECES = [
 
 
 def read(count: int, seed: int = 0) -> dict[str, Any]:
-    """Give the readers so many damaged records: they return something or raise `RecordError`, and write nothing."""
+    """Give the readers `count` damaged records; they must return or raise `RecordError`, and write nothing."""
     draws = random.Random(seed)
-    found = {"inputs": 0, "refused": 0, "crashes": 0, "writes outside": 0}
+    counts = {"inputs": 0, "rejected": 0, "crashes": 0, "writes outside": 0}
     with tempfile.TemporaryDirectory(prefix="msam-inputs-") as folder:
         root = Path(folder) / "results"
         record = whole(root)
-        record.fail("a failure of before")
+        record.fail("an earlier failure")
         texts = {path.name: path.read_bytes() for path in record.folder.iterdir() if path.name != "lock"}
         for _ in range(count):
             name = draws.choice(list(texts))
             (record.folder / name).write_bytes(changed(texts[name], draws))
             if unfinished := draws.random() < 0.5 and name != "summary.json":
                 (record.folder / "summary.json").unlink()
-            refused, crash = outcome(record)
-            found["inputs"] += 1
-            found["refused"] += refused
-            found["crashes"] += crash
+            rejected, crash = outcome(record)
+            counts["inputs"] += 1
+            counts["rejected"] += rejected
+            counts["crashes"] += crash
             (record.folder / name).write_bytes(texts[name])
             if unfinished:
                 (record.folder / "summary.json").write_bytes(texts["summary.json"])
-            if crash and found["crashes"] == 1:
-                print(f"{name} made a reader fail.", file=sys.stderr)
-        there = {path.name for path in record.folder.iterdir()} - set(texts) - {"lock"}
-        found["writes outside"] += len(there) + len(list(Path(folder).iterdir())) - 1
-    return found
+            if crash and counts["crashes"] == 1:
+                print(f"{name} made a reader crash.", file=sys.stderr)
+        new = {path.name for path in record.folder.iterdir()} - set(texts) - {"lock"}
+        counts["writes outside"] += len(new) + len(list(Path(folder).iterdir())) - 1
+    return counts
 
 
 def whole(root: Path) -> Record:
-    """A finished run, as far as files tell."""
+    """The record of a finished run, written without training."""
     record = record_of(SPEC, root)
     record.create(SPEC)
     record.add_environment({"commit": "abc", "dirty": False, "command": "python -m experiments run table1"})
@@ -85,7 +85,7 @@ def whole(root: Path) -> Record:
 
 
 def changed(text: bytes, draws: random.Random) -> bytes:
-    """The bytes with one to four changes: flipped, cut off, cut out, doubled, or with a piece of something else."""
+    """The bytes with one to four changes: bytes flipped, truncated, removed, repeated, inserted or replaced."""
     for _ in range(draws.randint(1, 4)):
         text = _changed_once(text, draws)
     return text
@@ -107,7 +107,7 @@ def _changed_once(text: bytes, draws: random.Random) -> bytes:
 
 
 def outcome(record: Record) -> tuple[bool, bool]:
-    """Whether a reader refused the record, and whether one did anything but return or refuse."""
+    """Whether a reader rejected the record, and whether a reader crashed."""
     readers: list[Callable[[], Any]] = [
         record.spec,
         record.environments,
@@ -117,22 +117,22 @@ def outcome(record: Record) -> tuple[bool, bool]:
         lambda: load_weights(record),
         lambda: " ".join(state_of(SPEC, record.root)).encode(),
         lambda: _shown(record),
-        lambda: measured(record.root),
+        lambda: load_estimate(record.root),
     ]
-    refused = crashed = False
+    rejected = crashed = False
     for reader in readers:
         try:
             reader()
         except RecordError:
-            refused = True
+            rejected = True
         except Exception:
             traceback.print_exc()
             crashed = True
-    return refused, crashed
+    return rejected, crashed
 
 
 def _shown(record: Record) -> None:
-    """What `experiments show` prints, which must be text for any terminal."""
+    """Check that the output of `experiments show` is safe for any terminal."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         show(record.run_id, record.root)
     printed.getvalue().encode()
@@ -140,7 +140,7 @@ def _shown(record: Record) -> None:
 
 
 def _other_value(text: bytes, draws: random.Random) -> bytes:
-    """JSON with one of its values put in another's place, or taken out; what is no JSON stays."""
+    """JSON with one of its values replaced; a text that is not JSON is unchanged."""
     lines = text.split(b"\n")
     at = draws.randrange(len(lines))
     try:

@@ -1,8 +1,8 @@
-"""What faults cost, in figures: processes killed at random instants, records made of anything (`make soak`).
+"""Counts the effects of faults: processes killed at random times, and damaged records (`make soak`).
 
     python -m tests.faults.soak [--kills 200] [--inputs 100000]
 
-`test_soak.py` runs the same functions with small numbers. A figure that is not what it should be ends the command with
+`test_soak.py` runs the same functions with small numbers. If a count that should be 0 is not, the command exits with
 status 1.
 """
 
@@ -39,104 +39,104 @@ FOUR_RUNS = ["resnet_cifar", *COMMAND[1:]]
 
 
 def killed_trainings(kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill a training with SIGKILL at instants drawn over its whole length, resume it, and compare what it ends with.
+    """Kill training with SIGKILL at random times over its whole length, resume it, and compare the results.
 
-    It writes a checkpoint before every step, so that instants inside of writing are among those drawn.
+    It writes a checkpoint before every step, so that some kills happen during a write.
     """
-    draws, context = random.Random(seed), _nursery()
-    found = {
+    draws, context = random.Random(seed), _fork_server()
+    counts = {
         "kills": 0,
         "finished runs": 0,
-        "wrong ends": 0,
+        "wrong results": 0,
         "corrupt records": 0,
         "steps lost beyond the checkpoint": 0,
     }
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
-        _to_the_end(context, SPEC, Path(folder) / "warm")  # waits for the server that forks to start
-        length = _to_the_end(context, SPEC, Path(folder) / "undisturbed")
-        right = _numbers(SPEC, Path(folder) / "undisturbed")
+        _to_the_end(context, SPEC, Path(folder) / "warm")  # starts the fork server
+        length = _to_the_end(context, SPEC, Path(folder) / "uninterrupted")
+        expected = _numbers(SPEC, Path(folder) / "uninterrupted")
         root, sessions, known = Path(folder) / "0", 0, (0, 0)
-        while found["kills"] < kills or sessions:
+        while counts["kills"] < kills or sessions:
             process = context.Process(target=_train, args=(SPEC, str(root)))
             process.start()
-            process.join(draws.uniform(0, length) if found["kills"] < kills else 120)
+            process.join(draws.uniform(0, length) if counts["kills"] < kills else 120)
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
-                found["kills"] += 1
-                found["corrupt records"] += not _readable(record_of(SPEC, root))
+                counts["kills"] += 1
+                counts["corrupt records"] += not _readable(record_of(SPEC, root))
             sessions += 1
             lost, known = _steps_lost(root, known)
-            found["steps lost beyond the checkpoint"] += lost
+            counts["steps lost beyond the checkpoint"] += lost
             if record_of(SPEC, root).done:
-                found["finished runs"] += 1
-                found["wrong ends"] += _numbers(SPEC, root) != right
-                root, sessions, known = Path(folder) / str(found["finished runs"]), 0, (0, 0)
-            _tell(found["kills"], kills)
-    return found
+                counts["finished runs"] += 1
+                counts["wrong results"] += _numbers(SPEC, root) != expected
+                root, sessions, known = Path(folder) / str(counts["finished runs"]), 0, (0, 0)
+            _show_progress(counts["kills"], kills)
+    return counts
 
 
 def killed_pools(kills: int, seed: int = 0) -> dict[str, Any]:
-    """Kill `python -m experiments run` itself; its workers stop by themselves, and the same command goes on."""
+    """Kill `python -m experiments run` itself; its workers stop by themselves, and the same command resumes."""
     draws = random.Random(seed)
-    found = {"kills": 0, "finished commands": 0, "wrong ends": 0, "workers left over": 0}
+    counts = {"kills": 0, "finished commands": 0, "wrong results": 0, "workers left over": 0}
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
-        begun = time.monotonic()
-        _command("experiments", "run", *FOUR_RUNS, "--results", f"{folder}/undisturbed")
-        length, right = time.monotonic() - begun, _all_numbers(Path(folder) / "undisturbed")
+        started = time.monotonic()
+        _command("experiments", "run", *FOUR_RUNS, "--results", f"{folder}/uninterrupted")
+        length, expected = time.monotonic() - started, _all_numbers(Path(folder) / "uninterrupted")
         root = Path(folder) / "0"
-        while found["kills"] < kills:
-            process = _begun("experiments", "run", *FOUR_RUNS, "--results", str(root))
+        while counts["kills"] < kills:
+            process = _start("experiments", "run", *FOUR_RUNS, "--results", str(root))
             try:
                 process.wait(draws.uniform(0.2, 1) * length)
                 ended = True
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                found["kills"], ended = found["kills"] + 1, False
-            found["workers left over"] += _left_over(root)
-            if ended or found["kills"] == kills:
+                counts["kills"], ended = counts["kills"] + 1, False
+            counts["workers left over"] += _left_over(root)
+            if ended or counts["kills"] == kills:
                 _command("experiments", "run", *FOUR_RUNS, "--results", str(root))
-                found["finished commands"] += 1
-                found["wrong ends"] += _all_numbers(root) != right
-                root = Path(folder) / str(found["finished commands"])
-            _tell(found["kills"], kills)
-    return found
+                counts["finished commands"] += 1
+                counts["wrong results"] += _all_numbers(root) != expected
+                root = Path(folder) / str(counts["finished commands"])
+            _show_progress(counts["kills"], kills)
+    return counts
 
 
 def killed_analyses(kills: int, seed: int = 0) -> dict[str, Any]:
-    """Read runs while they are being written, and kill the reader: it never fails, nor leaves half a file."""
+    """Analyse runs while they are written, and kill the analysis: it must not fail or leave incomplete files."""
     draws = random.Random(seed)
-    found = {"calls": 0, "kills": 0, "failed calls": 0, "half files": 0}
+    counts = {"calls": 0, "kills": 0, "failed calls": 0, "incomplete files": 0}
     with tempfile.TemporaryDirectory(prefix="msam-soak-") as folder:
         whole = Path(folder) / "whole"
         _command("experiments", "run", *FOUR_RUNS, "--results", str(whole))
-        begun = time.monotonic()
+        started = time.monotonic()
         _command("analysis", *COMMAND, "--results", str(whole))
-        length = time.monotonic() - begun
-        while found["kills"] < kills:
-            root = Path(folder) / str(found["calls"])
+        length = time.monotonic() - started
+        while counts["kills"] < kills:
+            root = Path(folder) / str(counts["calls"])
             with _running("experiments", "run", *COMMAND, "--results", str(root)) as training:
                 while not (root / "runs").is_dir():
                     time.sleep(0.05)
-                while training.poll() is None and found["kills"] < kills:
-                    reader = _begun("analysis", *COMMAND, "--results", str(root))
+                while training.poll() is None and counts["kills"] < kills:
+                    reader = _start("analysis", *COMMAND, "--results", str(root))
                     try:
-                        found["failed calls"] += reader.wait(draws.uniform(0, 2) * length) != 0
+                        counts["failed calls"] += reader.wait(draws.uniform(0, 2) * length) != 0
                     except subprocess.TimeoutExpired:
                         reader.kill()
                         reader.wait()
-                        found["kills"] += 1
-                    found["calls"] += 1
-                    found["half files"] += not _whole_files(root / "local")
-                    _tell(found["kills"], kills)
-            found["failed calls"] += _command("analysis", *COMMAND, "--results", str(root)) != 0
-            found["half files"] += not _whole_files(root / "local")
-    return found
+                        counts["kills"] += 1
+                    counts["calls"] += 1
+                    counts["incomplete files"] += not _whole_files(root / "local")
+                    _show_progress(counts["kills"], kills)
+            counts["failed calls"] += _command("analysis", *COMMAND, "--results", str(root)) != 0
+            counts["incomplete files"] += not _whole_files(root / "local")
+    return counts
 
 
-def _nursery() -> Any:
-    """Processes are forked from one that has imported torch once and computed nothing, as those of the pool are."""
+def _fork_server() -> Any:
+    """A fork server that has imported torch once and computed nothing, like the pool's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.machine.worker"])
     return context
@@ -149,16 +149,16 @@ def _train(spec: Training, root: str) -> None:
 
 
 def _to_the_end(context: Any, spec: Training, root: Path) -> float:
-    """Train undisturbed; returns the seconds that it took."""
-    begun = time.monotonic()
+    """Train without interruption; returns the seconds that it took."""
+    started = time.monotonic()
     process = context.Process(target=_train, args=(spec, str(root)))
     process.start()
     process.join()
-    return time.monotonic() - begun
+    return time.monotonic() - started
 
 
 def _numbers(spec: Training, root: Path) -> tuple[Any, ...]:
-    """All that a run measured but times, and its final weights."""
+    """All numbers of a run except times, and its final weights."""
     import torch
 
     record = record_of(spec, root)
@@ -189,14 +189,14 @@ def _readable(record: Record) -> bool:
 
 
 def _steps_lost(root: Path, known: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """Steps that the last session did anew although a checkpoint had them.
+    """Steps that the last session repeated although a checkpoint had them.
 
     Args:
         root: The results root.
         known: The last checkpoint's step and the number of sessions before that session.
 
     Returns:
-        The steps, and the same two numbers now.
+        The steps, and the new values of `known`.
     """
     record = record_of(SPEC, root)
     sessions = record.environments() if (record.folder / "env.json").exists() else []
@@ -217,32 +217,32 @@ def _left_over(root: Path) -> int:
 
 
 def _whole_files(folder: Path) -> bool:
-    """Whether every file below is one that a reader can use."""
+    """Whether every file below the folder is complete."""
     for path in folder.rglob("*"):
         text = path.read_bytes() if path.is_file() else b"\n"
         whole = {".pdf": text.rstrip().endswith(b"%%EOF"), ".png": text.endswith(b"IEND\xaeB`\x82")}
         whole[".html"] = text.rstrip().endswith(b"</html>")
-        whole[".jsonl"] = not text or text.endswith(b"\n")  # of no runs there is no line
+        whole[".jsonl"] = not text or text.endswith(b"\n")  # empty if there are no runs
         if path.name.startswith("."):
-            continue  # a temporary file, which no reader looks at
+            continue  # a temporary file, which readers ignore
         if not whole.get(path.suffix, text.endswith(b"\n")):
-            print(f"\n{path} is half a file.", file=sys.stderr)
+            print(f"\n{path} is incomplete.", file=sys.stderr)
             return False
     return True
 
 
-def _begun(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
+def _start(module: str, *arguments: str) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _command(module: str, *arguments: str) -> int:
-    return _begun(module, *arguments).wait()
+    return _start(module, *arguments).wait()
 
 
 @contextmanager
 def _running(module: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
-    process = _begun(module, *arguments)
+    process = _start(module, *arguments)
     try:
         yield process
     finally:
@@ -250,20 +250,22 @@ def _running(module: str, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
-def _tell(done: int, of: int) -> None:
+def _show_progress(done: int, of: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {of} ", end="", file=sys.stderr, flush=True)
 
 
-ZERO = ("wrong ends", "corrupt records", "steps lost beyond the checkpoint", "workers left over", "failed calls")
-ZERO += ("half files", "crashes", "writes outside")
+ZERO = ("wrong results", "corrupt records", "steps lost beyond the checkpoint", "workers left over", "failed calls")
+ZERO += ("incomplete files", "crashes", "writes outside")
 
 
 def main() -> None:
-    """Print the figures of every fault."""
+    """Print the counts for all faults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="of trainings; a tenth as many of pools and of analyses")
-    parser.add_argument("--inputs", type=int, default=100_000, help="made of anything, for the readers of records")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="kills of training; a tenth as many of pools and of analyses"
+    )
+    parser.add_argument("--inputs", type=int, default=100_000, help="number of damaged records")
     arguments = parser.parse_args()
     soaks: dict[str, Callable[[], dict[str, Any]]] = {
         "trainings": lambda: killed_trainings(arguments.kills),
@@ -273,12 +275,12 @@ def main() -> None:
     }
     wrong = 0
     for name, soak in soaks.items():
-        begun = time.monotonic()
-        found = soak()
-        words = ", ".join(f"{value} {key}" for key, value in found.items())
-        print(f"\r{name}: {words} ({time.monotonic() - begun:.0f} s)", flush=True)
-        wrong += sum(found.get(key, 0) for key in ZERO)
-    print("All as it should be." if not wrong else f"{wrong} figures are not what they should be.")
+        started = time.monotonic()
+        counts = soak()
+        words = ", ".join(f"{value} {key}" for key, value in counts.items())
+        print(f"\r{name}: {words} ({time.monotonic() - started:.0f} s)", flush=True)
+        wrong += sum(counts.get(key, 0) for key in ZERO)
+    print("No faults." if not wrong else f"{wrong} faults.")
     sys.exit(bool(wrong))
 
 

@@ -1,4 +1,4 @@
-"""What a disk, a clock, a signal or a stranger's file can do to a run, with the real thing wherever it can be had."""
+"""Faults of disks, clocks, signals and foreign files, with real ones wherever possible."""
 
 import contextlib
 import json
@@ -33,10 +33,17 @@ def numbers(root: Path) -> tuple:
 @pytest.fixture
 def stopped(tmp_path):
     """A run that was stopped before its sixth step, with two checkpoints."""
-    asked = iter([False] * 5 + [True])
+    stop = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
-        train(SPEC, Session(tmp_path / "stopped", stop=lambda: next(asked)), checkpoint_seconds=0)
+        train(SPEC, Session(tmp_path / "stopped", stop=lambda: next(stop)), checkpoint_seconds=0)
     return record_of(SPEC, tmp_path / "stopped")
+
+
+def complete(record: Record) -> list[int]:
+    """Resume SPEC to its end; returns the steps that were reported."""
+    steps = []
+    train(SPEC, Session(record.root, report=lambda step, of: steps.append(step)))
+    return steps
 
 
 @contextlib.contextmanager
@@ -51,7 +58,7 @@ def small_disk(folder: Path, megabytes: int):
 
 
 @pytest.mark.needs("mount")
-def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
+def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_space(tmp_path):
     train(SPEC, Session(tmp_path / "roomy"))
     disk = tmp_path / "disk"
     with small_disk(disk, 4):
@@ -65,19 +72,19 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tmp_path):
                     while True:
                         file.write(bytes(4096))
 
-        with pytest.raises(RecordError, match=r"No space left on device.*make room"):
+        with pytest.raises(RecordError, match=r"No space left on device.*free space"):
             train(SPEC, Session(disk / "results", report=fill), checkpoint_seconds=0)
         assert steps[-1] == 5
         assert not list((disk / "results").rglob("summary.json"))
         filler.unlink()
         train(SPEC, Session(disk / "results", report=lambda step, of: steps.append(step)), checkpoint_seconds=0)
-        assert steps[5] == 5, "it did not go on from the last checkpoint that had been written"
+        assert steps[5] == 5, "it did not resume from the last checkpoint that was written"
         assert numbers(disk / "results") == numbers(tmp_path / "roomy")
         assert not [p.name for p in record_of(SPEC, disk / "results").folder.iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.needs("mount")
-def test_a_results_folder_that_is_read_only_is_named_before_anything_is_trained(tmp_path):
+def test_a_read_only_results_folder_is_reported_before_training(tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, 4):
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -100,59 +107,53 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, stopped, tmp_path, caplog):
-    train(SPEC, Session(tmp_path / "undisturbed"))
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one(damage, stopped, tmp_path, caplog):
+    train(SPEC, Session(tmp_path / "uninterrupted"))
     if DAMAGE[damage] is None:
         stopped.checkpoint.unlink()
     else:
         stopped.checkpoint.write_bytes(DAMAGE[damage](stopped.checkpoint.read_bytes()))
-    steps = []
-    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
-    assert steps[0] == 5, "the last checkpoint was of step 5, the one before of step 4"
-    assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
-    assert ("goes on from the checkpoint before" in caplog.text) == (damage != "gone")
+    assert complete(stopped)[0] == 5, "the last checkpoint was of step 5, the previous one of step 4"
+    assert numbers(stopped.root) == numbers(tmp_path / "uninterrupted")
+    assert ("resumes from the previous checkpoint" in caplog.text) == (damage != "gone")
     assert [p.name for p in stopped.folder.glob("checkpoint*")] == ["checkpoint.pt"]
 
 
-def test_two_damaged_checkpoints_are_refused_by_name(stopped):
+def test_two_damaged_checkpoints_are_rejected_by_name(stopped):
     for path in (stopped.checkpoint, stopped.previous_checkpoint):
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*\n.*checkpoint\.previous\.pt.*delete it"):
         train(SPEC, Session(stopped.root))
-    assert stopped.checkpoint.exists(), "nothing of it is thrown away"
+    assert stopped.checkpoint.exists(), "no checkpoint is deleted"
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(stopped):
-    """A second fault right after the first: what was gone on from is still there."""
+def test_a_damaged_checkpoint_does_not_replace_the_previous_one(stopped):
+    """After a second fault right after the first, the checkpoint that was resumed is still there."""
     stopped.checkpoint.write_bytes(b"damaged")
-    asked = iter([False, True])
+    stop = iter([False, True])
     with pytest.raises(Interrupted):
-        train(SPEC, Session(stopped.root, stop=lambda: next(asked)), checkpoint_seconds=0)
+        train(SPEC, Session(stopped.root, stop=lambda: next(stop)), checkpoint_seconds=0)
     stopped.checkpoint.unlink()  # as if the process had died between its two renames
-    steps = []
-    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
-    assert steps[0] == 5
+    assert complete(stopped)[0] == 5
 
 
-def test_failures_at_the_finish_never_send_a_run_back_to_its_start(stopped, tmp_path, monkeypatch):
-    train(SPEC, Session(tmp_path / "undisturbed"))
+def test_failures_to_write_the_summary_do_not_restart_a_run(stopped, tmp_path, monkeypatch):
+    train(SPEC, Session(tmp_path / "uninterrupted"))
 
     def fail(record: Record, summary: dict) -> None:
         raise RecordError("no room")
 
-    for _ in range(3):  # the weights are written, the summary is not
+    for _ in range(3):  # the weights are written, but not the summary
         with monkeypatch.context() as patch:
             patch.setattr(Record, "finish", fail)
             with pytest.raises(RecordError, match="no room"):
                 train(SPEC, Session(stopped.root))
-    steps = []
-    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
-    assert steps[0] == 6
-    assert numbers(stopped.root) == numbers(tmp_path / "undisturbed")
+    assert complete(stopped)[0] == 6
+    assert numbers(stopped.root) == numbers(tmp_path / "uninterrupted")
 
 
-def test_a_checkpoint_that_cannot_be_read_at_all_ends_the_attempt_and_is_kept(stopped):
-    """The disk may be there again later: what was not read is not thrown away, nor passed over."""
+def test_an_unreadable_checkpoint_ends_the_attempt_and_is_kept(stopped):
+    """The disk may be readable again later, so the checkpoint is neither deleted nor skipped."""
     content = stopped.checkpoint.read_bytes()
     stopped.checkpoint.unlink()
     stopped.checkpoint.mkdir()
@@ -160,33 +161,30 @@ def test_a_checkpoint_that_cannot_be_read_at_all_ends_the_attempt_and_is_kept(st
         train(SPEC, Session(stopped.root))
     stopped.checkpoint.rmdir()
     stopped.checkpoint.write_bytes(content)
-    steps = []
-    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
-    assert steps[0] == 6
+    assert complete(stopped)[0] == 6
 
 
-def test_tensors_that_are_more_than_their_memory_are_refused(record):
+@pytest.mark.parametrize("kind", ["expanded", "meta", "sparse"])
+def test_tensors_without_ordinary_storage_are_rejected(kind, record):
     import torch
 
-    tensors = [torch.zeros(1).expand(10**15), torch.zeros(3, device="meta"), torch.eye(3).to_sparse()]
-    for tensor in tensors:
-        torch.save({"model": {"w": tensor}, "sum": "0" * 64}, record.checkpoint)
-        with pytest.raises(RecordError, match="cannot be read"):
-            load_weights(record)
+    tensors = {"expanded": torch.zeros(1).expand(10**15), "meta": torch.zeros(3, device="meta")}
+    tensor = tensors.get(kind, torch.eye(3).to_sparse())
+    torch.save({"model": {"w": tensor}, "sum": "0" * 64}, record.checkpoint)
+    with pytest.raises(RecordError, match="cannot be read"):
+        load_weights(record)
 
 
-def test_a_checkpoint_of_before_there_were_sums_is_gone_on_from(stopped):
+def test_an_old_checkpoint_without_a_checksum_is_resumed(stopped):
     import torch
 
     content = torch.load(stopped.checkpoint, weights_only=True)
     del content["sum"]
     torch.save(content, stopped.checkpoint)
-    steps = []
-    train(SPEC, Session(stopped.root, report=lambda step, of: steps.append(step)))
-    assert steps[0] == 6
+    assert complete(stopped)[0] == 6
 
 
-def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopped, tmp_path):
+def test_a_checkpoint_that_would_execute_code_is_rejected(stopped, tmp_path):
     import pickle
 
     import torch
@@ -206,7 +204,7 @@ def test_a_checkpoint_that_would_execute_something_is_refused_and_does_not(stopp
 
 
 def test_clocks_that_jump_change_no_number(tmp_path):
-    """The time of day leaps by years, both ways, at each look; progress is counted on the monotonic clock."""
+    """The system time jumps by years in both directions at each call; durations use the monotonic clock."""
     code = (
         "import itertools, sys, time\n"
         "jumps = itertools.cycle([-1e9, 1e9, 0.0])\n"
@@ -224,8 +222,8 @@ def test_clocks_that_jump_change_no_number(tmp_path):
     assert 0 < record_of(SPEC, tmp_path / "jumping").summary()["wall_seconds"] < 600
 
 
-def test_a_second_interrupt_ends_the_command_and_its_workers_at_once(tmp_path):
-    """The worker is halted, so that it cannot stop by itself: it is the command that has to end it."""
+def test_a_second_interrupt_ends_the_command_and_its_workers_immediately(tmp_path):
+    """The worker is suspended and cannot stop by itself, so the command has to kill it."""
     command = [sys.executable, "-m", "experiments", "run", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
     command += ["--set", "epochs=200000", "--results", str(tmp_path)]
     listening = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a job in the background ignores it)
@@ -250,20 +248,20 @@ def test_a_second_interrupt_ends_the_command_and_its_workers_at_once(tmp_path):
 
 
 def holder_of(lock: Path) -> int:
-    """The process that has the file locked."""
+    """The process that holds the lock."""
     inode = str(lock.stat().st_ino)
     lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     return next(int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5].split(":")[-1] == inode)
 
 
-def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
-    """The kernel's limit on a process's memory, which the pool's workers inherit: only the large run hits it."""
+def test_a_worker_out_of_memory_is_reported_and_the_others_go_on(tmp_path):
+    """The pool's workers inherit a kernel limit on memory, which only the large run exceeds."""
     code = (
         "import resource, sys\n"
         "from dataclasses import replace\n"
         "from pathlib import Path\n"
         "from experiments.harness.machine import pool\n"
-        "from experiments.harness.runs.estimate import measured\n"
+        "from experiments.harness.runs.estimate import load_estimate\n"
         "from experiments.harness.runs.record import record_of\n"
         "from experiments.harness.work.session import Session\n"
         "from tests.faults.test_faults import SPEC\n"
@@ -272,7 +270,7 @@ def test_a_worker_without_memory_is_reported_and_the_others_go_on(tmp_path):
         "    large = replace(SPEC, model='resnet20', train_examples=16384, batch_size=16384, micro_batches=1)\n"
         "    small = [SPEC, replace(SPEC, seed=1)]\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30))\n"
-        "    outcome = pool.run([large, *small], Session(root), jobs=2, estimate=measured(root))\n"
+        "    outcome = pool.run([large, *small], Session(root), jobs=2, estimate=load_estimate(root))\n"
         "    assert set(outcome.trained) == set(small), outcome\n"
         "    assert 'memory' in outcome.failed[large], outcome.failed[large]\n"
         "    assert 'memory' in record_of(large, root).failure()\n"
@@ -295,23 +293,23 @@ def record(tmp_path):
     ("name", "content", "words"),
     [
         ("summary.json", b'{"test_accuracy": NaN}', "NaN is not a number"),
-        ("summary.json", b'{"a": 1, "a": 2}', "twice"),
+        ("summary.json", b'{"a": 1, "a": 2}', "repeated"),
         ("summary.json", '{"a": 1}'.encode("utf-16"), "cannot be read"),
         ("spec.json", b"\xef\xbb\xbf{}", "not JSON"),
         ("env.json", b"[" * 50_000, "not JSON"),
         ("summary.json", b'{"wall_seconds": ' + b"9" * 400 + b"}", "400 digits"),
     ],
 )
-def test_what_is_not_json_to_the_letter_is_refused_by_name(name, content, words, record):
+def test_files_that_are_not_strict_json_are_rejected_by_name(name, content, words, record):
     (record.folder / name).write_bytes(content)
     with pytest.raises(RecordError, match=rf"{name}.*{words}"):
         record.summary(), record.spec(), record.environments()
 
 
-def test_a_line_of_ten_gigabytes_is_refused_without_reading_it(record):
+def test_a_line_of_ten_gigabytes_is_rejected_without_reading_it(record):
     path = record.folder / "metrics.jsonl"
     with open(path, "wb") as file:
-        file.truncate(10 * 10**9)  # a hole: it takes no room
+        file.truncate(10 * 10**9)  # a sparse file, which takes no space
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(RecordError, match=r"metrics\.jsonl.*10000000000 bytes"):
         record.metrics()
@@ -336,13 +334,13 @@ def test_links_out_of_a_runs_folder_are_not_followed(name, record, tmp_path):
     assert target.read_bytes() == before
 
 
-def test_a_folder_or_a_lock_that_is_a_link_is_refused(record, tmp_path):
+def test_a_folder_or_a_lock_that_is_a_link_is_rejected(record, tmp_path):
     outside = tmp_path / "outside"
     record.folder.rename(outside)
     record.folder.symlink_to(outside)
     with pytest.raises(RecordError, match="link"):
         record.spec()
-    with pytest.raises(RecordError, match="is a link"):
+    with pytest.raises(RecordError, match="is a symbolic link"):
         record.create(inputs.SPEC)
     assert state_of(inputs.SPEC, record.root)[0] == "damaged"
     record.folder.unlink()
@@ -356,13 +354,13 @@ def test_a_folder_or_a_lock_that_is_a_link_is_refused(record, tmp_path):
     record.folder.rename(outside)
     record.folder.symlink_to(outside)
     (outside / "lock").unlink()
-    with pytest.raises(RecordError, match="is a link"), record.locked():
+    with pytest.raises(RecordError, match="is a symbolic link"), record.locked():
         pass
     assert not (outside / "lock").exists()
     assert victim.read_text() == "precious"
 
 
-def test_what_a_record_says_cannot_steer_a_terminal(record):
+def test_a_record_cannot_send_control_characters_to_a_terminal(record):
     (record.folder / "summary.json").unlink()
     record.fail("\x1b[2Jgone \ud800")
     record.add_environment({"\x1b[2Jname": "\ud800"})
@@ -376,7 +374,7 @@ def test_what_a_record_says_cannot_steer_a_terminal(record):
     assert "\x1b" not in done.stdout
 
 
-def test_pipes_are_not_waited_for(record):
+def test_a_pipe_is_rejected_without_blocking(record):
     (record.folder / "metrics.jsonl").unlink()
     os.mkfifo(record.folder / "metrics.jsonl")
     with pytest.raises(RecordError, match="not a regular file"):
@@ -384,12 +382,12 @@ def test_pipes_are_not_waited_for(record):
 
 
 @pytest.mark.parametrize("run_id", ["../outside", "a/b", "..", ""])
-def test_a_run_is_a_name_and_no_path(run_id, tmp_path):
-    with pytest.raises(RecordError, match="not the name of a run"):
+def test_a_path_is_not_a_run_id(run_id, tmp_path):
+    with pytest.raises(RecordError, match="is not a run id"):
         Record(tmp_path, run_id)
 
 
-def test_a_spec_that_claims_another_folder_is_refused(record):
+def test_a_run_id_in_a_spec_file_is_not_used(record):
     content = json.loads((record.folder / "spec.json").read_text())
     (record.folder / "spec.json").write_text(json.dumps({**content, "run_id": "../../outside"}))
-    assert record.spec() == inputs.SPEC, "the name is worked out from the spec, never read"
+    assert record.spec() == inputs.SPEC, "the id is computed from the spec, not read"

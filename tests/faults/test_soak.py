@@ -1,4 +1,4 @@
-"""The soak's own functions with small numbers: `make soak` has the large ones, and pools and analyses beside them."""
+"""The functions of `make soak` with small numbers; pools and analyses are killed only by `make soak`."""
 
 import pytest
 
@@ -6,17 +6,16 @@ from tests.faults import inputs, soak
 
 
 @pytest.mark.slow
-def test_a_training_killed_at_random_instants_ends_as_if_it_had_not_been():
-    found = soak.killed_trainings(4, seed=1)
-    assert found["kills"] == 4
-    assert found["finished runs"] >= 1
-    assert sum(found[name] for name in ("wrong ends", "corrupt records", "steps lost beyond the checkpoint")) == 0, (
-        found
-    )
+def test_training_killed_at_random_times_matches_uninterrupted_training():
+    counts = soak.killed_trainings(4, seed=1)
+    assert counts["kills"] == 4
+    assert counts["finished runs"] >= 1
+    faults = ("wrong results", "corrupt records", "steps lost beyond the checkpoint")
+    assert sum(counts[name] for name in faults) == 0, counts
 
 
-def test_readers_of_damaged_records_refuse_or_read_and_never_fail():
-    found = inputs.read(1500, seed=1)
-    assert found["inputs"] == 1500
-    assert found["refused"] > 500, "the inputs are too tame to show anything"
-    assert found["crashes"] == found["writes outside"] == 0
+def test_readers_of_damaged_records_return_or_reject_and_never_crash():
+    counts = inputs.read(1500, seed=1)
+    assert counts["inputs"] == 1500
+    assert counts["rejected"] > 500, "the damage is too weak to show anything"
+    assert counts["crashes"] == counts["writes outside"] == 0

@@ -48,8 +48,10 @@ def test_counts_valid_labels(hidden, rho):
 @given(weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e4), min_size=1, max_size=4), rho=st.sampled_from([0.0, 0.3]))
 def test_any_weights(weights, rho):
     model, parts = mlp(), [data(3, 5, seed=i) for i in range(len(weights))]
-    told = iter([w for w in weights for _ in range(2 if rho else 1)])
-    msam.backward(lambda part: msam.Output(loss_of(model)(part), next(told)), None, model, rho=rho, micro_batches=parts)
+    weight = iter([w for w in weights for _ in range(2 if rho else 1)])
+    msam.backward(
+        lambda part: msam.Output(loss_of(model)(part), next(weight)), None, model, rho=rho, micro_batches=parts
+    )
     if sum(weights):
         expected = reference_over(model, parts, weights, rho)
         torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
@@ -119,12 +121,12 @@ def test_counts_in_any_order_stay_in_fp16s_range(counts):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
     parts = [(x.float(), y) for x, y in (data(4, 5, seed=i) for i in range(3))]
-    told = iter([count for count in counts for _ in range(2)])
+    weight = iter([count for count in counts for _ in range(2)])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
 
     def loss_fn(part):
         with torch.autocast("cpu", torch.float16):
-            return F.cross_entropy(model(part[0]), part[1]), next(told)
+            return F.cross_entropy(model(part[0]), part[1]), next(weight)
 
     msam.backward(loss_fn, None, model, rho=0.05, micro_batches=parts, scaler=scaler)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())

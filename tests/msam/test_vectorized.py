@@ -121,7 +121,7 @@ def test_the_model_is_called_once_for_each_pass_whatever_m():
     assert sizes == [12, 12]
     sizes.clear()
     vectorized(model, data(11, 5), 4, rho=0.1)
-    assert sizes == [3, 3, 3, 3, 3, 3, 2, 2], "sizes differ, so micro-batches take their turns"
+    assert sizes == [3, 3, 3, 3, 3, 3, 2, 2], "sizes differ, so the default loop is used"
 
 
 @pytest.mark.parametrize("small", [True, False])

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests, and the same runs trained without it to compare with."""
+"""One real Slurm for all tests, and the same runs trained without Slurm for comparison."""
 
 import contextlib
 import json
@@ -16,43 +16,43 @@ from tests.slurm.loopback import Loopback
 
 LONG = ("vit_cifar", "--profile", "smoke", "--seeds", "1", "--set", "epochs=24")
 LONG = (*LONG, "--set", "micro_batches=4", "--set", "rho=0.1")
-"""One run of some seconds, of mSAM."""
+"""One mSAM run of several seconds."""
 
 
 def pytest_collection_modifyitems(items):
-    """A cluster's tests come first, on one process: they wait most of the time, and the others compute meanwhile."""
+    """Run the cluster's tests first, in one process: they mostly wait, while other processes compute."""
     items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
 def loopback():
-    """Starts a cluster with these options; all end with the session."""
+    """A function that starts a cluster with the given options; all clusters end with the session."""
     with contextlib.ExitStack() as started:
 
         def start(**options) -> Loopback:
-            one = Loopback(**options)
-            started.callback(one.stop)
-            return one
+            cluster = Loopback(**options)
+            started.callback(cluster.stop)
+            return cluster
 
         yield start
 
 
 @pytest.fixture(scope="session")
 def cluster(loopback):
-    """The one of most tests."""
+    """The cluster that most tests use."""
     return loopback()
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The results root of LONG, trained on this machine."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    train_here(LONG, root)
+    root = tmp_path_factory.mktemp("uninterrupted")
+    train_locally(LONG, root)
     return root
 
 
-def train_here(target: tuple[str, ...], root: Path) -> None:
-    """What the main command trains without Slurm."""
+def train_locally(target: tuple[str, ...], root: Path) -> None:
+    """Train with the main command, without Slurm."""
     command = [sys.executable, "-m", "experiments", "run", *target, "--results", str(root)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
 
@@ -69,7 +69,7 @@ class Command:
         self.cluster, self.root = cluster, root
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """What it prints, after it has ended with `code`."""
+        """Run the command, check that it exits with `code`, and return its output."""
         command = [sys.executable, "-m", "slurm", *arguments, "--results", str(self.root)]
         environment = {**os.environ, **self.cluster.environment}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170)
@@ -95,26 +95,26 @@ class Command:
         return submission["arrays"][0]["ids"][0].split("_")[0]
 
     def epochs(self) -> list[int]:
-        """How many epochs each run has recorded."""
+        """Number of epochs that each run has recorded."""
         return [len(path.read_text().splitlines()) for path in self.root.glob("runs/*/metrics.jsonl")]
 
     def until_it_trains(self) -> None:
-        """Until every run that has begun has some epochs behind it."""
+        """Wait until every started run has recorded some epochs."""
         self.until(lambda: self.epochs() and min(self.epochs()) > 2)
 
-    def assert_undisturbed(self, undisturbed: Path) -> None:
-        """The runs came to what they came to without Slurm, bit for bit."""
-        found, here = numbers(self.root), numbers(undisturbed)
-        assert found
-        assert found == {run: here[run] for run in found}
+    def assert_uninterrupted(self, uninterrupted: Path) -> None:
+        """Check that the runs match those trained without Slurm bit for bit."""
+        actual, expected = numbers(self.root), numbers(uninterrupted)
+        assert actual
+        assert actual == {run: expected[run] for run in actual}
 
-    def assert_resumed(self, requeues: list[int], undisturbed: Path) -> None:
-        """LONG ends well, in as many sessions, each of them but the first resumed."""
+    def assert_resumed(self, requeues: list[int], uninterrupted: Path) -> None:
+        """Check that LONG succeeds with these requeues, and that each session after the first resumed."""
         self.wait(*LONG)
         (sessions,) = self.sessions()
         assert [session["requeues"] for session in sessions] == requeues
         assert all(session["first_step"] > 4 for session in sessions[1:]), "restarted instead of resumed"
-        self.assert_undisturbed(undisturbed)
+        self.assert_uninterrupted(uninterrupted)
 
     def sessions(self) -> list[list[dict]]:
         """The provenance of each run."""
@@ -122,8 +122,8 @@ class Command:
 
 
 def numbers(root: Path) -> dict[str, tuple]:
-    """All that a run's training came to, by run: scores, curves and weights, without the times."""
-    found = {}
+    """The results of training by run: scores, curves and weights, without times."""
+    results = {}
     for path in root.glob("runs/*/summary.json"):
         summary = json.loads(path.read_text())
         summary = {name: value for name, value in summary.items() if not name.endswith("_seconds")}
@@ -131,5 +131,5 @@ def numbers(root: Path) -> dict[str, tuple]:
         for line in lines:
             del line["seconds"]
         weights = torch.load(path.parent / "checkpoint.pt", weights_only=True)["model"]
-        found[path.parent.name] = (summary, lines, {name: tensor.tolist() for name, tensor in weights.items()})
-    return found
+        results[path.parent.name] = (summary, lines, {name: tensor.tolist() for name, tensor in weights.items()})
+    return results

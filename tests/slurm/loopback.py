@@ -1,7 +1,8 @@
-"""A real Slurm on this machine alone: munged, slurmctld and two slurmd on loopback, ended with this process.
+"""A real Slurm on this machine: munged, slurmctld and two slurmd on loopback, which end with this process.
 
-Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. Two nodes of 32 CPUs and 4 GPUs, which
-do not exist; partitions debug, low (preempted by high, and queued again) and high. No accounting, as on many clusters.
+On Debian: apt-get install --no-install-recommends slurm-wlm munge; it runs as root. It has two nodes with 32 simulated
+CPUs and 4 simulated GPUs each, and the partitions debug, low (preempted by high and requeued) and high. There is no
+accounting, as on many clusters.
 """
 
 import ctypes
@@ -65,11 +66,11 @@ PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF
 
 
 class Loopback:
-    """The cluster, from construction until `stop`. `environment` leads Slurm's commands to it."""
+    """The cluster, from construction until `stop`. With `environment`, Slurm's commands use it."""
 
     def __init__(self, largest_array: int = 1001) -> None:
         needs.require("slurm")
-        self.state = Path(tempfile.mkdtemp(prefix="slurm-"))  # its sockets' paths must stay below 108 bytes
+        self.state = Path(tempfile.mkdtemp(prefix="slurm-"))  # socket paths must be shorter than 108 bytes
         self.state.chmod(0o755)
         self.environment = {"SLURM_CONF": str(self.state / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
@@ -78,7 +79,7 @@ class Loopback:
             host=socket.gethostname().split(".")[0], state=self.state, ports=ports, largest_array=largest_array
         )
         (self.state / "slurm.conf").write_text(text)
-        for gpu in range(4):  # Slurm wants devices that exist: these are twins of /dev/null
+        for gpu in range(4):  # Slurm needs existing devices: these are copies of /dev/null
             os.mknod(self.state / f"gpu{gpu}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
         gpus = f"NodeName=n[1-2] Name=gpu Type=none Flags=nvidia_gpu_env File={self.state}/gpu[0-3]"
         (self.state / "gres.conf").write_text(f"AutoDetect=off\n{gpus}\n")
@@ -103,13 +104,13 @@ class Loopback:
         _until(lambda: self("sinfo", "-h", "-N", "-p", "debug", "-o", "%T").split() == ["idle"] * 2, 60, self._logs)
 
     def __call__(self, *command: str, check: bool = False) -> str:
-        """What a command of Slurm prints."""
+        """The output of a Slurm command."""
         environment = {**os.environ, **self.environment}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=check)
         return done.stdout
 
     def stop(self) -> None:
-        """End all jobs and daemons, and remove what they kept."""
+        """End all jobs and daemons, and remove their files."""
         if len(self._daemons) > 1:
             self("scancel", "--user=root")
             with_jobs = time.monotonic() + 15
@@ -147,16 +148,16 @@ MUNGE_FILES = {"key-file": ".key", "socket": ".sock", "pid-file": ".pid", "log-f
 
 
 def _die_with_parent() -> None:
-    """Linux: end this process when the one that started it is gone, however it went."""
+    """End this process (on Linux) when its parent dies, however it dies."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    for one in held:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
         one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
         one.close()
     return ports
 

@@ -14,7 +14,7 @@ import torch
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.provenance import ROOT, code_hash
-from tests.slurm.conftest import LONG, Command, numbers, train_here
+from tests.slurm.conftest import LONG, Command, numbers, train_locally
 
 pytestmark = pytest.mark.slow
 
@@ -23,38 +23,38 @@ TWELVE = ("linear_cifar", "--profile", "smoke", "--seeds", "12")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 
 
-def test_a_table_trained_by_slurm_is_the_table_trained_here(slurm, tmp_path):
-    """Thirteen jobs, four at a time, one of which fails at first."""
+def test_a_table_trained_by_slurm_matches_one_trained_locally(slurm, tmp_path):
+    """Thirteen jobs, four at a time; one of them fails at first."""
     specs = catalogue.runs("table1", "smoke", 1)
     bad = specs[5]
     folder = slurm.root / "runs" / bad.run_id
     folder.mkdir(parents=True)
     (folder / "checkpoint.pt").write_bytes(b"no checkpoint")
-    said = slurm("submit", *TABLE, "--parallelism", "4")
-    assert "To stop: scancel" in said
+    output = slurm("submit", *TABLE, "--parallelism", "4")
+    assert "To stop: scancel" in output
     assert "nothing to submit" in slurm("submit", *TABLE), "queued runs were submitted again"
-    seen = []
+    running = []
 
     def ended() -> bool:
         states = slurm.cluster("squeue", "-h", "-r", "-j", slurm.job(), "-t", "all", "-o", "%T").split()
-        seen.append(states.count("RUNNING"))
+        running.append(states.count("RUNNING"))
         return len(states) == 13 and not {"RUNNING", "PENDING", "COMPLETING"} & set(states)
 
     slurm.until(ended, 170)
-    assert max(seen) == 4
-    said = slurm("status", *TABLE)
-    assert "12 done, 1 failed." in said
-    line = next(line for line in said.splitlines() if line.startswith(bad.run_id))
+    assert max(running) == 4
+    output = slurm("status", *TABLE)
+    assert "12 done, 1 failed." in output
+    line = next(line for line in output.splitlines() if line.startswith(bad.run_id))
     assert "checkpoint.pt cannot be read" in line
-    log = Path(re.search(rf"{bad.run_id}.*\n\s+log: (.*)", said).group(1))
+    log = Path(re.search(rf"{bad.run_id}.*\n\s+log: (.*)", output).group(1))
     assert "Traceback" in log.read_text()
 
     (folder / "checkpoint.pt").unlink()
     assert "Submitted 1 of 13 runs" in slurm("submit", *TABLE)
     slurm.wait(*TABLE)
-    train_here(TABLE, tmp_path / "here")
-    here = numbers(tmp_path / "here")
-    assert numbers(slurm.root) == {spec.run_id: here[spec.run_id] for spec in specs}
+    train_locally(TABLE, tmp_path / "local")
+    local = numbers(tmp_path / "local")
+    assert numbers(slurm.root) == {spec.run_id: local[spec.run_id] for spec in specs}
     assert "nothing to submit" in slurm("submit", *TABLE)
     command = [sys.executable, "-m", "analysis", *TABLE, "--results", str(slurm.root)]
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -71,34 +71,34 @@ def test_small_runs_share_a_job(slurm):
     assert len({session["slurm_job"] for (session,) in slurm.sessions()}) == 1
 
 
-def test_a_time_limits_signal_queues_the_job_again_and_changes_nothing(slurm, undisturbed):
+def test_a_job_is_requeued_before_its_time_limit_and_matches(slurm, uninterrupted):
     slurm("submit", *LONG)
     slurm.until_it_trains()
     slurm.cluster("scancel", "--signal=USR2", slurm.job())
-    slurm.assert_resumed([0, 1], undisturbed)
+    slurm.assert_resumed([0, 1], uninterrupted)
 
 
-def test_a_preempted_job_goes_on_and_changes_nothing(slurm, undisturbed):
+def test_a_preempted_job_resumes_and_matches(slurm, uninterrupted):
     slurm("submit", *LONG, "--partition", "low")
     slurm.until_it_trains()
     slurm.cluster("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.assert_resumed([0, 1], undisturbed)
+    slurm.assert_resumed([0, 1], uninterrupted)
 
 
-def test_whatever_else_ends_a_job_it_is_queued_again_and_changes_nothing(slurm, undisturbed):
-    """An administrator's requeue, then the failure of its node."""
+def test_a_job_resumes_after_a_requeue_and_a_node_failure_and_matches(slurm, uninterrupted):
+    """First an administrator requeues it, then its node fails."""
     slurm("submit", *LONG)
     slurm.until_it_trains()
     slurm.cluster("scontrol", "requeue", slurm.job(), check=True)
     slurm.until(lambda: len(slurm.sessions()[0]) == 2)
     node = slurm.sessions()[0][1]["slurm_nodes"]
     slurm.cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test", check=True)
-    slurm.cluster("scontrol", "update", f"nodename={node}", "state=resume")  # unless it came back by itself
-    slurm.assert_resumed([0, 1, 2], undisturbed)
+    slurm.cluster("scontrol", "update", f"nodename={node}", "state=resume")  # if it has not come back by itself
+    slurm.assert_resumed([0, 1, 2], uninterrupted)
 
 
-def test_many_runs_are_several_arrays_one_after_the_other(loopback, tmp_path):
-    """On a cluster that takes arrays of four at most, and has no node to run them on."""
+def test_many_runs_become_several_arrays_one_after_the_other(loopback, tmp_path):
+    """On a cluster with at most four jobs per array and no available node."""
     small = loopback(largest_array=4)
     small("scontrol", "update", "nodename=n[1-2]", "state=drain", "reason=test", check=True)
     slurm = Command(small, tmp_path)
@@ -113,39 +113,39 @@ def test_many_runs_are_several_arrays_one_after_the_other(loopback, tmp_path):
     assert "12 cancelled." in slurm("status", *TWELVE)
 
 
-def test_a_job_killed_without_a_word_is_lost_and_submitted_again(slurm, undisturbed):
+def test_a_killed_job_is_lost_and_can_be_submitted_again(slurm, uninterrupted):
     slurm("submit", *LONG)
     slurm.until_it_trains()
     os.kill(_python_of(slurm), signal.SIGKILL)
-    said = slurm.wait(*LONG, code=1)
-    assert "lost" in said
-    assert "Submit again" in said
+    output = slurm.wait(*LONG, code=1)
+    assert "lost" in output
+    assert "Submit again" in output
     assert "Submitted 1 of 1 runs" in slurm("submit", *LONG)
     slurm.wait(*LONG)
-    slurm.assert_undisturbed(undisturbed)
+    slurm.assert_uninterrupted(uninterrupted)
 
 
 def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
     target = ("vit_cifar", "--profile", "smoke", "--set", "epochs=2000")
     slurm("submit", *target, "--parallelism", "2")
     slurm.until(lambda: len(slurm.epochs()) == 2 and min(slurm.epochs()) > 1)
-    assert "Asked Slurm to end 8 jobs" in slurm("cancel", *target)
-    said = slurm.wait(*target, code=1)
-    assert said.count("  cancelled ") == 8
+    assert "Asked Slurm to cancel 8 jobs" in slurm("cancel", *target)
+    output = slurm.wait(*target, code=1)
+    assert output.count("  cancelled ") == 8
     assert len(list(slurm.root.glob("runs/*/checkpoint.pt"))) == 2
     assert "No run" in slurm("cancel", *target)
 
 
-def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
+def test_two_ranks_on_two_nodes_train_the_same_network_as_one(slurm, tmp_path):
     mean = ("linear_cifar", "--profile", "smoke", "--seeds", "1", "--set", "micro_batches=4", "--set", "rho=0.05")
     slurm("submit", *mean, "--set", "ranks=2", "--nodes", "2")
     slurm.wait(*mean, "--set", "ranks=2")
-    train_here(mean, tmp_path / "one")
+    train_locally(mean, tmp_path / "one")
     (two,), (one,) = numbers(slurm.root).values(), numbers(tmp_path / "one").values()
     for name, value in one[0].items():
         assert two[0][name] == pytest.approx(value, abs=1e-5), name
-    for here, there in zip(one[1], two[1], strict=True):
-        assert there == pytest.approx(here, abs=1e-5)
+    for line, other in zip(one[1], two[1], strict=True):
+        assert other == pytest.approx(line, abs=1e-5)
     for name, weights in one[2].items():
         torch.testing.assert_close(torch.tensor(two[2][name]), torch.tensor(weights), rtol=0, atol=1e-5)
     ((session,),) = slurm.sessions()
@@ -153,7 +153,7 @@ def test_two_ranks_on_two_nodes_train_what_one_trains(slurm, tmp_path):
     assert session["slurm_nodes"] == "n[1-2]"
 
 
-def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
+def test_ranks_are_requeued_together_and_a_dead_rank_ends_its_job(slurm):
     target = (*LONG, "--set", "ranks=2")
     slurm("submit", *target)
     slurm.until_it_trains()
@@ -170,7 +170,12 @@ def test_ranks_are_queued_again_together_and_a_dead_one_ends_its_job(slurm):
 
 def test_submitting_from_inside_a_job(slurm):
     command = f"cd {ROOT} && {sys.executable} -m slurm submit {' '.join(ONE)} --results {slurm.root}"
-    outer = ("-n2", "--mem-per-cpu=300", "-o", f"{slurm.root}.log")  # srun refuses it with the inner job's --mem
+    outer = (
+        "-n2",
+        "--mem-per-cpu=300",
+        "-o",
+        f"{slurm.root}.log",
+    )  # srun rejects it together with the inner job's --mem
     slurm.cluster("sbatch", "--wait", *outer, "--wrap", command, check=True)
     slurm.wait(*ONE)
 
@@ -188,14 +193,14 @@ def test_queued_jobs_run_the_code_that_was_submitted(slurm):
     slurm("submit", *two)
     changed.write_text(whole + "# another line\n")
     slurm.cluster("scontrol", "update", "nodename=n[1-2]", "state=resume", check=True)
-    said = slurm.wait(*two, code=1)
-    assert "1 done, 1 lost" in said
-    assert "no longer the code that was submitted" in slurm.logs()
+    output = slurm.wait(*two, code=1)
+    assert "1 done, 1 lost" in output
+    assert "has changed since it was submitted" in slurm.logs()
     slurm("submit", *two)
     slurm.wait(*two)
 
 
-def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm):
+def test_a_submission_interrupted_before_its_ids_are_written_is_found_by_name(slurm):
     slurm("submit", "linear_cifar", "--profile", "smoke")
     (path,) = slurm.root.glob("slurm/*/submission.json")
     submission = json.loads(path.read_text())
@@ -212,20 +217,20 @@ def test_a_submission_cut_off_before_its_ids_were_written_is_found_by_name(slurm
         (("table1", "--profile", "paper", "--gpus", "8"), "node configuration is not available"),
     ],
 )
-def test_what_sbatch_refuses_is_printed_in_its_words(slurm, arguments, words):
-    said = slurm("submit", *arguments, code=2)
-    assert words in said
-    assert "Nothing was submitted" in said
+def test_sbatchs_message_is_printed_if_it_rejects_a_job(slurm, arguments, words):
+    output = slurm("submit", *arguments, code=2)
+    assert words in output
+    assert "Nothing was submitted" in output
     assert not list(slurm.root.glob("slurm/*/submission.json"))
     assert words in slurm("submit", *arguments, "--dry-run", code=2)
 
 
-def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slurm):
+def test_a_dry_run_shows_the_jobs_and_lets_sbatch_check_them_but_submits_nothing(slurm):
     before = slurm.cluster("squeue", "-h", "-t", "all")
-    said = slurm("submit", "resnet_cifar", "--profile", "paper", "--dry-run")
-    assert "#SBATCH --gpus-per-node=1" in said
-    assert "to start at" in said
-    assert re.search(r"about [1-9][0-9.]* GPU-hours", said)
+    output = slurm("submit", "resnet_cifar", "--profile", "paper", "--dry-run")
+    assert "#SBATCH --gpus-per-node=1" in output
+    assert "to start at" in output
+    assert re.search(r"about [1-9][0-9.]* GPU-hours", output)
     assert slurm.cluster("squeue", "-h", "-t", "all") == before
     assert not (slurm.root / "runs").exists()
 
@@ -234,19 +239,19 @@ def test_a_dry_run_shows_the_jobs_has_sbatch_check_them_and_submits_nothing(slur
 @pytest.mark.parametrize(
     ("options", "words"), [("size=1m", "No space left"), ("size=50m", "MB free"), ("ro", "cannot be written")]
 )
-def test_a_results_folder_without_room_is_refused_before_sbatch(slurm, options, words):
+def test_a_full_or_read_only_results_folder_is_rejected_before_sbatch(slurm, options, words):
     slurm.root.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(slurm.root)], check=True)
     try:
-        said = slurm("submit", *ONE, code=2)
+        output = slurm("submit", *ONE, code=2)
     finally:
         subprocess.run(["umount", str(slurm.root)], check=True)
-    assert words in said
-    assert "--results" in said
+    assert words in output
+    assert "--results" in output
 
 
 def _python_of(slurm: Command, rank: str = "0") -> int:
-    """The process that trains in the (first) task of the last submission; another cluster may count its jobs alike."""
+    """The training process of the last submission's first task; SLURM_CONF excludes other clusters' equal job ids."""
     job, conf = slurm.job(), slurm.cluster.environment["SLURM_CONF"]
     for folder in Path("/proc").iterdir():
         try:
@@ -254,8 +259,8 @@ def _python_of(slurm: Command, rank: str = "0") -> int:
             command = (folder / "cmdline").read_bytes() if environment else b""
         except OSError:
             continue
-        wanted = (f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={conf}")
-        mine = {text.encode() for text in wanted} <= set(environment)
+        variables = (f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", f"SLURM_CONF={conf}")
+        mine = {text.encode() for text in variables} <= set(environment)
         if mine and b"submitit.core._submit" in command and b"srun" not in command:
             return int(folder.name)
     raise AssertionError(f"no process of job {job}")

@@ -1,4 +1,4 @@
-"""What is submitted, without a Slurm: needs, packing, scripts, the site's file, and refusals."""
+"""Submissions without Slurm: resources, packing, scripts, the site's file, and errors."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from experiments import bert_glue, resnet_cifar, wrn_cifar
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import Estimate, gpu_hours, measured
+from experiments.harness.runs.estimate import Estimate, gpu_hours, load_estimate
 from experiments.harness.runs.provenance import ROOT, code_hash
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
@@ -29,14 +29,14 @@ def call(*arguments, path="/"):
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu"])
 @pytest.mark.parametrize("table", ["table1", "table2"])
-def test_small_profiles_ask_for_one_core_and_two_gigabytes(table, profile):
+def test_small_profiles_request_one_core_and_two_gigabytes(table, profile):
     for spec in catalogue.runs(table, profile):
-        asked = resources(spec, NOTHING)
-        assert (asked.gpus, asked.cpus) == (0, 1)
-        assert asked.memory_gb <= 2
+        requested = resources(spec, NOTHING)
+        assert (requested.gpus, requested.cpus) == (0, 1)
+        assert requested.memory_gb <= 2
 
 
-def test_paper_runs_ask_for_a_gpu_and_have_an_estimate():
+def test_paper_runs_request_a_gpu_and_have_an_estimate():
     for table in ("table1", "table2"):
         for spec in catalogue.runs(table, "paper"):
             assert resources(spec, NOTHING).gpus == 1
@@ -45,28 +45,27 @@ def test_paper_runs_ask_for_a_gpu_and_have_an_estimate():
     assert resources(bert_glue.PAPER, NOTHING) == ENCODER
 
 
-def test_measured_times_decide_the_time_limit(tmp_path):
+def test_measured_times_set_the_time_limit(tmp_path):
     spec = resnet_cifar.SMOKE
     record = record_of(spec, tmp_path)
     record.create(spec)
     record.finish({"wall_seconds": 1200.0})
-    assert resources(spec, measured(tmp_path)).minutes == 60  # twice 20 minutes, and the least, by half hours
-    assert resources(spec, measured(tmp_path), minutes=7).minutes == 7
+    assert resources(spec, load_estimate(tmp_path)).minutes == 60  # twice 20 minutes plus the minimum, rounded up
+    assert resources(spec, load_estimate(tmp_path), minutes=7).minutes == 7
 
 
-def test_runs_are_packed_and_arrays_stay_below_the_largest():
+def test_runs_are_packed_into_arrays_of_limited_size():
     specs = catalogue.runs("linear_cifar", "smoke", 25)
-    found = arrays(specs, NOTHING, largest=4, runs_per_job=3)
-    assert [len(array.jobs) for array in found] == [4, 4, 1]
-    assert [spec for array in found for job in array.jobs for spec in job] == specs
-    assert all(len(job) <= 3 for array in found for job in array.jobs)
-    assert found[0].size.minutes == 3 * resources(specs[0], NOTHING).minutes
+    packed = arrays(specs, NOTHING, largest=4, runs_per_job=3)
+    assert [len(array.jobs) for array in packed] == [4, 4, 1]
+    assert [spec for array in packed for job in array.jobs for spec in job] == specs
+    assert all(len(job) <= 3 for array in packed for job in array.jobs)
+    assert packed[0].size.minutes == 3 * resources(specs[0], NOTHING).minutes
 
 
-def test_runs_of_different_needs_are_different_arrays():
+def test_runs_with_different_resources_are_in_different_arrays():
     specs = [resnet_cifar.PAPER, bert_glue.PAPER, replace(resnet_cifar.PAPER, seed=1)]
-    found = arrays(specs, NOTHING)
-    assert [array.jobs for array in found] == [((specs[0],), (specs[2],)), ((specs[1],),)]
+    assert [array.jobs for array in arrays(specs, NOTHING)] == [((specs[0],), (specs[2],)), ((specs[1],),)]
 
 
 def test_ranks_are_processes_with_a_gpu_each(tmp_path):
@@ -81,7 +80,7 @@ def test_ranks_are_processes_with_a_gpu_each(tmp_path):
         arrays([spec], NOTHING, nodes=3)
 
 
-def test_a_script_says_nothing_of_any_site_but_what_its_file_says(tmp_path):
+def test_only_the_sites_file_puts_site_options_into_a_script(tmp_path):
     (array,) = arrays([resnet_cifar.PAPER], NOTHING)
     bare = script(array, tmp_path, site.Site())
     for word in ("partition", "account", "qos", "constraint", "wckey", "module", "gres"):
@@ -105,20 +104,20 @@ def test_a_script_says_nothing_of_any_site_but_what_its_file_says(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("partitoin = 'gpu'", "'partitoin', which is not known"),
+        ("partitoin = 'gpu'", "unknown setting 'partitoin'"),
         ("modules = 'python'", "modules must be a list of strings"),
         ("partition = 3", "partition must be a string"),
         ("gpus_through = 'magic'", "gpus_through must be"),
         ("partition = ", "cannot be read"),
     ],
 )
-def test_a_wrong_site_file_is_refused_with_the_mend(tmp_path, content, words):
+def test_a_wrong_site_file_is_rejected_with_the_reason(tmp_path, content, words):
     (tmp_path / "site.toml").write_text(content)
     with pytest.raises(SpecError, match=words):
         site.read(tmp_path / "site.toml")
 
 
-def test_a_missing_site_file_is_refused_only_where_it_was_named(tmp_path, monkeypatch):
+def test_a_missing_site_file_is_an_error_only_if_it_was_named(tmp_path, monkeypatch):
     with pytest.raises(SpecError, match="cannot be read"):
         site.read(tmp_path / "site.toml")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -131,16 +130,16 @@ def test_a_missing_site_file_is_refused_only_where_it_was_named(tmp_path, monkey
     assert site.read().flags == {"qos": "short"}
 
 
-def test_without_slurm_the_local_form_is_named(tmp_path):
+def test_without_slurm_the_error_names_the_local_command(tmp_path):
     done = call("submit", "table1", "--profile", "smoke", "--results", tmp_path)
     assert done.returncode == 2
     assert "no Slurm" in done.stderr
     assert f"python -m slurm submit table1 --profile smoke --results {tmp_path} --cluster local" in done.stderr
     assert not list(tmp_path.iterdir())
-    assert "go to a machine of the cluster" in call("cancel", "table1", "--results", tmp_path).stderr
+    assert "use a machine of the cluster" in call("cancel", "table1", "--results", tmp_path).stderr
 
 
-def test_the_local_form_trains_through_the_pool_of_the_main_command(tmp_path):
+def test_cluster_local_trains_like_the_main_command(tmp_path):
     command = [sys.executable, "-m", "slurm", "submit", "linear_cifar", "--profile", "smoke", "--seeds", "1"]
     done = subprocess.run(
         [*command, "--cluster", "local", "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
@@ -158,7 +157,7 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(tmp_path):
     assert "#SBATCH --exclusive" not in done.stdout
 
 
-def test_what_is_timed_asks_for_a_node_of_its_own(tmp_path):
+def test_timing_runs_request_a_whole_node(tmp_path):
     done = call("submit", "table4", "--profile", "cpu", "--dry-run", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("#SBATCH --exclusive") == done.stdout.count("#SBATCH --array") > 0
@@ -185,7 +184,7 @@ def test_mistakes_end_in_a_sentence_and_status_2(tmp_path, arguments, words):
 
 
 @pytest.mark.parametrize("command", [["submit", "table1", "--dry-run"], ["status", "table1"]], ids=" ".join)
-def test_submitting_and_looking_need_no_torch(tmp_path, command):
+def test_submitting_and_status_do_not_import_torch(tmp_path, command):
     code = (
         "import sys\n"
         "from slurm.__main__ import main\n"
@@ -199,7 +198,7 @@ def test_submitting_and_looking_need_no_torch(tmp_path, command):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_snapshot_is_the_training_code_and_is_made_once(tmp_path):
+def test_the_snapshot_is_the_training_code_and_is_copied_once(tmp_path):
     folder = snapshot(tmp_path)
     code = "from experiments.harness.runs.provenance import code_hash; print(code_hash())"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
@@ -220,17 +219,17 @@ def submitted(root, specs, ids):
     (folder / "submission.json").write_text(json.dumps(submission))
 
 
-def test_where_the_queue_cannot_be_asked_nothing_is_called_lost(tmp_path, monkeypatch):
+def test_no_run_is_lost_if_the_queue_cannot_be_queried(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     specs = catalogue.runs("linear_cifar", "smoke", 3)
     submitted(tmp_path, specs[:2], ["7_0", "7_1"])
     record = record_of(specs[0], tmp_path)
     record.create(specs[0])
     record.finish({})
-    assert [run.state for run in standings(specs, tmp_path)] == ["done", "submitted", "not begun"]
+    assert [run.state for run in standings(specs, tmp_path)] == ["done", "submitted", "not started"]
 
 
-def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
+def test_the_queue_determines_the_states_of_runs(tmp_path, monkeypatch):
     specs = catalogue.runs("linear_cifar", "smoke", 6)
     submitted(tmp_path, specs, [f"7_{i}" for i in range(6)])
     for spec in (specs[0], specs[3]):
@@ -239,17 +238,17 @@ def test_how_runs_stand_by_what_the_queue_says(tmp_path, monkeypatch):
     states = [("PENDING", "Priority"), ("RUNNING", "None"), ("OUT_OF_MEMORY", "None"), ("FAILED", "None")]
     queue = {f"7_{i}": scheduler.Job(f"7_{i}", *state) for i, state in enumerate([(s, "msam-x", r) for s, r in states])}
     monkeypatch.setattr(scheduler, "queue", lambda users: queue)
-    monkeypatch.setattr(scheduler, "fates", lambda ids: {"7_4": "NODE_FAIL"})
-    found = standings(specs, tmp_path)
-    assert [run.state for run in found] == ["queued", "running", "lost", "failed", "lost", "lost"]
-    assert "Priority" in found[0].words
-    assert "OUT_OF_MEMORY" in found[2].words
-    assert found[3].words == ": ValueError: no such luck"
-    assert "NODE_FAIL" in found[4].words
-    assert "without a trace" in found[5].words
+    monkeypatch.setattr(scheduler, "final_states", lambda ids: {"7_4": "NODE_FAIL"})
+    runs = standings(specs, tmp_path)
+    assert [run.state for run in runs] == ["queued", "running", "lost", "failed", "lost", "lost"]
+    assert "Priority" in runs[0].words
+    assert "OUT_OF_MEMORY" in runs[2].words
+    assert runs[3].words == ": ValueError: no such luck"
+    assert "NODE_FAIL" in runs[4].words
+    assert "its final state is unknown" in runs[5].words
 
 
-def test_one_submission_at_a_time_and_a_sentence_where_nothing_can_be_written(tmp_path):
+def test_submissions_exclude_each_other_and_an_unwritable_folder_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SlurmError, match="--results"), alone(tmp_path / "file"):
         pass

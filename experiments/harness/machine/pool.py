@@ -1,6 +1,6 @@
-"""Runs many specs on the cores or GPUs of one machine: one process a run, with live progress.
+"""Runs many specs on the cores or GPUs of one machine: one process per run, with live progress.
 
-A run has its process for itself, so that one that fails, runs out of memory or is killed takes no other with it.
+Each run has a separate process, so a run that fails, runs out of memory or is killed does not affect the others.
 Processes are forked from a server that has imported torch once and never computed anything.
 """
 
@@ -26,19 +26,19 @@ from experiments.harness.runs.spec import Run, Timing
 from experiments.harness.work.session import Interrupted, Session
 
 REPORT_SECONDS = 0.5
-"""Least time between a worker's reports of where it is."""
+"""Shortest time between a worker's progress reports."""
 
 INTERRUPTED = 130
-"""A worker's exit status when it was stopped and its checkpoint is written."""
+"""Exit status of a worker that was stopped after it wrote its checkpoint."""
 
 
 @dataclass
 class Outcome:
-    """What became of the runs that `run` was given."""
+    """The outcome of all runs of a pool."""
 
     trained: list[Run] = field(default_factory=list)
     failed: dict[Run, str] = field(default_factory=dict)
-    """Each with its traceback, or with how its process ended."""
+    """Each failed run with its traceback, or with how its process ended."""
     interrupted: bool = False
 
 
@@ -50,8 +50,8 @@ class _Worker:
     slot: int
     fraction: float = 0.0
     failure: str | None = None
-    silent: bool = False
-    """It has closed its end of the pipe: only its process is left to wait for."""
+    pipe_closed: bool = False
+    """Whether the worker has closed its end of the pipe, so that only its process is left to wait for."""
     asked_to_stop: bool = False
 
 
@@ -63,17 +63,17 @@ def run(
     estimate: Estimate,
     redo: bool = False,
 ) -> Outcome:
-    """Train the specs, `jobs` at a time, and show how far they are. Ctrl-C or SIGTERM stops all of them cleanly.
+    """Train the specs, `jobs` at a time, and show progress. Ctrl-C or SIGTERM stops all of them cleanly.
 
     Args:
         specs: Runs that are not done.
-        session: Where records and data are; the workers' own `report` and `stop` take the place of its.
-        jobs: Workers at a time; on GPUs, one for each.
-        estimate: Seconds that each run is expected to take; weighs the progress bar.
-        redo: Train them again: each keeps what it has until its own turn comes.
+        session: The folders of records and data; workers replace its `report` and `stop`.
+        jobs: Number of workers; on GPUs, one per GPU.
+        estimate: Expected seconds of each run, for the progress bar.
+        redo: Retrain the specs; each keeps its old result until it restarts.
 
     Returns:
-        What was trained, what failed and why.
+        Which runs were trained, and which failed and why.
     """
     context = multiprocessing.get_context("forkserver")
     texts = any(isinstance(DATASETS[spec.dataset], TextSet) for spec in specs)
@@ -85,11 +85,11 @@ def run(
     display = Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
-            while waiting and len(workers) < _together(waiting[0], workers, jobs) and not stopping.is_set():
+            while waiting and len(workers) < _max_workers(waiting[0], workers, jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
                 slot = next(i for i in range(jobs) if i not in taken)
                 workers.append(_start(context, waiting.pop(0), session, slot, redo))
-            listening = [w.reports for w in workers if not w.silent]
+            listening = [w.reports for w in workers if not w.pipe_closed]
             wait([*listening, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
                 _receive(worker)
@@ -107,7 +107,7 @@ def run(
 
 
 def default_jobs(device: str) -> int:
-    """One worker for each core this process may use, or for each GPU."""
+    """One worker per core that this process may use, or per GPU."""
     if device == "cpu":
         return cores()
     import torch
@@ -115,14 +115,14 @@ def default_jobs(device: str) -> int:
     return torch.cuda.device_count()
 
 
-def _together(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
-    """How many workers there may be with this run among them: what is timed has the machine for itself."""
+def _max_workers(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
+    """The most workers at a time if this run is one of them: a timing run needs the machine to itself."""
     return 1 if any(isinstance(s, Timing) for s in (spec, *(w.spec for w in workers))) else jobs
 
 
 def _start(context: Any, spec: Run, session: Session, slot: int, redo: bool) -> _Worker:
     receiver, sender = context.Pipe(duplex=False)
-    # Not a daemon: those may not start loader processes.
+    # Not a daemon process, because daemons may not start loader processes.
     process = context.Process(target=_work, args=(sender, spec, session, slot, redo))
     process.start()
     sender.close()
@@ -130,7 +130,7 @@ def _start(context: Any, spec: Run, session: Session, slot: int, redo: bool) -> 
 
 
 def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: bool) -> None:
-    """In the worker: train one run, report its progress, and say in the exit status how it ended."""
+    """In the worker: train one run and report its progress; the exit status says how it ended."""
     stopping = Flag()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stopping.set)
@@ -146,7 +146,7 @@ def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: boo
             last = time.monotonic()
             try:
                 reports.send(step / steps)
-            except OSError:  # the pool is gone, and with it the reader of this run's result
+            except OSError:  # the pool has died, so nobody waits for this run
                 stopping.set()
 
     session = replace(session, report=report, stop=stopping.is_set)
@@ -155,7 +155,7 @@ def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: boo
             try:
                 execute(spec, session, redo=redo)
                 return
-            except RunLocked:  # another command trains it: wait for its result
+            except RunLocked:  # another command is training it: wait for the result
                 time.sleep(REPORT_SECONDS)
         sys.exit(INTERRUPTED)
     except Interrupted:
@@ -166,22 +166,22 @@ def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: boo
 
 
 def _visible_gpu(slot: int) -> str:
-    """The slot's GPU among those this process was given."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",")[slot] if given else str(slot)
+    """The slot's GPU among those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[slot] if visible else str(slot)
 
 
 def _receive(worker: _Worker) -> None:
-    """Take in what the worker has sent: a fraction done, or a traceback."""
+    """Read the worker's messages: the fraction done, or a traceback."""
     try:
-        while not worker.silent and worker.reports.poll():
+        while not worker.pipe_closed and worker.reports.poll():
             message = worker.reports.recv()
             if isinstance(message, str):
                 worker.failure = message
             else:
                 worker.fraction = message
     except (EOFError, OSError):
-        worker.silent = True
+        worker.pipe_closed = True
 
 
 def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> None:
@@ -192,11 +192,10 @@ def _close(worker: _Worker, outcome: Outcome, root: Path, stopping: bool) -> Non
         outcome.trained.append(worker.spec)
         return
     if (code == INTERRUPTED and stopping) or (worker.asked_to_stop and worker.failure is None):
-        return  # the latter: stopped before it had begun to listen for signals
+        return  # the second case: stopped before its signal handlers were set
     if code == INTERRUPTED:
         outcome.failed[worker.spec] = (
-            "A signal from outside stopped this run; its checkpoint is written. Run the same command again to "
-            "resume it."
+            "A signal from outside stopped this run after its checkpoint. Run the same command again to resume it."
         )
         return
     if worker.failure is None:
@@ -226,7 +225,7 @@ def _stop_on_signals() -> Iterator[Flag]:
     def stop(number: int, frame: Any) -> None:
         stopping.set()
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        os.write(2, b"\nStopping: each run writes its checkpoint (Ctrl-C again to drop them).\n")
+        os.write(2, b"\nStopping: each run writes its checkpoint (Ctrl-C again to stop without checkpoints).\n")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -238,7 +237,7 @@ def _stop_on_signals() -> Iterator[Flag]:
 
 @contextmanager
 def _killed_at_the_end(workers: Sequence[_Worker]) -> Iterator[None]:
-    """No worker outlives the block, even one that a second Ctrl-C ends."""
+    """Kill the remaining workers when the block ends, even if a second Ctrl-C ends it."""
     try:
         yield
     finally:
@@ -248,7 +247,7 @@ def _killed_at_the_end(workers: Sequence[_Worker]) -> Iterator[None]:
 
 @contextmanager
 def _worker_environment(specs: Sequence[Run]) -> Iterator[None]:
-    """Set `library_settings` for the block, before the workers' server starts."""
+    """Set `library_settings` within the block, before the fork server starts."""
     settings = library_settings(specs)
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -1,4 +1,4 @@
-"""How far many runs are: a bar on a terminal, a line for each elsewhere."""
+"""Progress of many runs: a bar on a terminal, otherwise a line per run."""
 
 import sys
 import time
@@ -13,16 +13,16 @@ from experiments.harness.runs.spec import Run, in_percent
 
 
 class Display:
-    """A live bar on a terminal, a line for each finished run elsewhere; both with the time left.
+    """A line for each finished run and, on a terminal, a live bar; both show the time left.
 
     Args:
         specs: All runs.
-        estimate: How long each will take, for the bar.
+        estimate: Expected time of each run, for the bar.
     """
 
     def __init__(self, specs: Sequence[Run], estimate: Estimate) -> None:
         self.seconds = {spec: estimate.weight(spec) for spec in specs}
-        self.done, self.begun = 0.0, time.monotonic()
+        self.done, self.started = 0.0, time.monotonic()
         self.count = 0
         self.bar = tqdm(
             total=sum(self.seconds.values()),
@@ -32,14 +32,14 @@ class Display:
         )
 
     def update(self, fractions: Mapping[Run, float]) -> None:
-        """Show how far each run at work is, from 0 to 1."""
+        """Show the progress of each active run, from 0 to 1."""
         done = self.done + sum(self.seconds[spec] * fraction for spec, fraction in fractions.items())
         self.bar.n = min(done, self.bar.total)
         names = "; ".join(f"{spec.title} {fraction:.0%}" for spec, fraction in fractions.items())
         self.bar.set_description_str(f"{self.count}/{len(self.seconds)} runs, {self._left(done)} left: {names}")
 
     def finished(self, spec: Run, failure: str | None, root: Path) -> None:
-        """Print what came out of a run, or the last line of why it failed."""
+        """Print a run's score, or the last line of its failure."""
         self.done += self.seconds[spec]
         self.count += 1
         record = record_of(spec, root)
@@ -48,19 +48,19 @@ class Display:
         elif record.done:
             summary = record.summary()
             name = spec.score
-            found = f"{100 * summary[name]:.1f} %" if in_percent(name) else f"{summary[name]:.4g}"
-            words = f"{name.replace('_', ' ')} {found} in {summary['wall_seconds']:.0f} s"
+            score = f"{100 * summary[name]:.1f} %" if in_percent(name) else f"{summary[name]:.4g}"
+            words = f"{name.replace('_', ' ')} {score} in {summary['wall_seconds']:.0f} s"
         else:
-            words = "stopped, its checkpoint is written"
+            words = "stopped, checkpoint written"
         line = f"[{self.count}/{len(self.seconds)}] {spec.title}: {words}; {self._left(self.done)} left"
         tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.bar.close()
 
     def _left(self, done: float) -> str:
-        elapsed = time.monotonic() - self.begun
+        elapsed = time.monotonic() - self.started
         if done <= 0 or elapsed < 1:
             return "?"
         return duration(elapsed * (sum(self.seconds.values()) - done) / done)

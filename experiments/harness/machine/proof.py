@@ -1,8 +1,8 @@
-"""Proof, before a GPU night, that a target's cells can be built, trained, stopped, resumed and scored at full size.
+"""Checks, before a night of GPU time, that cells can be built, trained, stopped, resumed and scored at full size.
 
-Models are whole; inputs are made up (what `fetch` gets is not checked here), batches small, m is 2 at most, and the
-training loop is the one that the runs will go through, on whatever device is there. Cells that differ in nothing that a
-check could see (learning rate, rho, epochs, data of as many labels) are checked once.
+Models have full size and use the real training loop, on whatever device is there. Inputs are random (downloads are
+checked by `fetch`), batches are small and m is at most 2. Cells that differ only in what a check cannot see (learning
+rate, rho, epochs, data with as many labels) are checked once.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from experiments.harness.runs.estimate import work
 from experiments.harness.runs.facts import MODELS, image_set, is_images, text_set
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import timed_steps
-from experiments.harness.runs.provenance import used
+from experiments.harness.runs.provenance import resources_used
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Curvature, Run, SpecError, Timing, Training
 from experiments.harness.tasks.data import ImageData
@@ -36,12 +36,12 @@ PEAKS = {
 """FLOP/s of dense products by NVIDIA's data sheets (A100 80 GB, 2021; H100 SXM, 2023)."""
 
 UTILISATION = (0.05, 0.4)
-"""Of the peak that trainings of this size reach, a guess: less with narrow convolutions, more with encoders."""
+"""Share of the peak that training reaches at this size. A guess: lower for narrow convolutions, higher for encoders."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell to check: the spec that stands for it, and the one that is trained in its place."""
+    """A cell to check: a spec, and the reduced spec that is trained instead."""
 
     spec: Training
     reduced: Training
@@ -49,20 +49,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found. Of an estimate there is the lower and the upper end; none of them was measured."""
+    """The result of a check. Estimates are pairs of a lower and an upper bound; they are not measured."""
 
     failure: str | None = None
     parameters: int = 0
     seconds: float = 0.0
-    """That the check took."""
+    """Duration of the check."""
     memory: int = 0
-    """Peak of bytes, resident here or allocated on the GPU that is here."""
+    """Peak bytes of the check: allocated if this machine has a GPU, otherwise resident."""
     step_flops: float = 0.0
-    """Of a training step at the spec's own batch size."""
+    """FLOP of a training step at the spec's batch size."""
     gpu_memory: tuple[float, float] = (0.0, 0.0)
-    """Bytes at the spec's own batch size and m, with activations of half precision and of single precision."""
+    """Estimated bytes at the spec's batch size and m, with half-precision and with single-precision activations."""
     run_seconds: tuple[float, float] = (0.0, 0.0)
-    """Of the whole run on the named GPU."""
+    """Estimated seconds of the whole run on the given GPU."""
 
 
 def distinct(specs: Iterable[Run]) -> list[Cell]:
@@ -72,56 +72,56 @@ def distinct(specs: Iterable[Run]) -> list[Cell]:
         trainings = timed_steps(spec) if isinstance(spec, Timing) else [spec]
         for one in trainings:
             if not isinstance(one, Training):
-                continue  # a simulation: solved on the CPU, in full, by its own run
+                continue  # a simulation: its run is short and needs no GPU
             reduced = _reduced(one)
             key = replace(reduced, learning_rate=1.0, weight_decay=float(reduced.weight_decay > 0))
-            blind = {**key.to_dict(), "dataset": _outputs(key)}
-            cells.setdefault(tuple(blind.items()), Cell(one, reduced))
+            visible = {**key.to_dict(), "dataset": _outputs(key)}
+            cells.setdefault(tuple(visible.items()), Cell(one, reduced))
     return list(cells.values())
 
 
-def prove(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
-    """Check the cells, `jobs` at a time and each in its own process, in order.
+def check_cells(cells: Sequence[Cell], jobs: int, gpu: str) -> Iterator[tuple[Cell, Report]]:
+    """Check the cells in order, `jobs` at a time, each in a separate process.
 
     Raises:
         SpecError: for an unknown GPU.
     """
     if gpu not in PEAKS:
-        raise SpecError(f"The peak of {gpu!r} is not known: name one of {', '.join(PEAKS)}.")
+        raise SpecError(f"Unknown GPU {gpu!r}: choose one of {', '.join(PEAKS)}.")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["experiments.harness.machine.worker"])
 
-    def apart(cell: Cell) -> Report:
+    def in_own_process(cell: Cell) -> Report:
         with ProcessPoolExecutor(1, mp_context=context) as process:
             try:
-                return process.submit(prove_one, cell, gpu).result()
+                return process.submit(check_cell, cell, gpu).result()
             except Exception as error:  # the process was killed, possibly out of memory
                 return Report(failure=f"{type(error).__name__}: {error}")
 
     with ThreadPoolExecutor(jobs) as threads:
-        yield from zip(cells, threads.map(apart, cells), strict=True)
+        yield from zip(cells, threads.map(in_own_process, cells), strict=True)
 
 
-def prove_one(cell: Cell, gpu: str) -> Report:
-    """Build, train, stop, resume and score one cell; for a curvature run, multiply once with the Hessian."""
-    begun = time.monotonic()
+def check_cell(cell: Cell, gpu: str) -> Report:
+    """Build, train, stop, resume and score one cell; for a curvature run, multiply the Hessian with one vector."""
+    started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="msam-check-") as folder:
-            parameters = _carried_out(cell.reduced, Path(folder))
-        wanted = published(cell.spec)
-        if wanted and abs(parameters - wanted[0]) > 0.005 * wanted[0]:
-            raise RuntimeError(f"{parameters} parameters, but {wanted[0]:.0f} were published ({wanted[1]})")
+            parameters = _train_and_resume(cell.reduced, Path(folder))
+        expected = published(cell.spec)
+        if expected and abs(parameters - expected[0]) > 0.005 * expected[0]:
+            raise RuntimeError(f"{parameters} parameters, but the published count is {expected[0]:.0f} ({expected[1]})")
         flops, saved = costs(cell.spec)
     except Exception as error:
         return Report(failure=f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-    spec, memory = cell.spec, used()
+    spec, memory = cell.spec, resources_used()
     step, whole = flops * spec.batch_size * (1 if spec.rho == 0 else 2), flops * work(spec) * spec.ranks
     peak = PEAKS[gpu]["bfloat16" if spec.precision == "bfloat16" else "tf32" if spec.tf32 else "float32"]
     copies = 2 + (2 if spec.base_optimizer == "adamw" else 1) + (2 if spec.rho else 0) + (spec.ema > 0)
     weights, activations = 4.0 * parameters * copies, saved * -(-spec.batch_size // spec.micro_batches)
     return Report(
         parameters=parameters,
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - started,
         memory=memory.get("peak_gpu_bytes", memory["peak_memory_bytes"]),
         step_flops=step,
         gpu_memory=(weights + activations / 2, weights + activations),
@@ -130,7 +130,7 @@ def prove_one(cell: Cell, gpu: str) -> Report:
 
 
 def published(spec: Training) -> tuple[float, str] | None:
-    """How many parameters the spec's model has by its source, and that; None for our own small ones."""
+    """The published parameter count of the spec's model and its source; None for our own small models."""
     if spec.model == "resnet50":
         stem, head = 7 * 7 * 3 * 64 - 3 * 3 * 3 * 64, 2049 * (1000 - _outputs(spec))
         return 25_557_032 - stem - head, "torchvision's, with CIFAR's stem and head"
@@ -139,19 +139,18 @@ def published(spec: Training) -> tuple[float, str] | None:
 
 
 def _outputs(spec: Training) -> int:
-    """Of the spec's network: one for each label, and one for a regression."""
+    """The outputs of the spec's network: one per label, or one for a regression."""
     return image_set(spec.dataset).classes if is_images(spec.dataset) else text_set(spec.dataset).outputs
 
 
 def _reduced(spec: Training) -> Training:
-    """What is trained in a spec's place: the same model and method, two small batches."""
-    several = spec.micro_batches > 1
+    """The spec that is trained instead: the same model and method, two small batches."""
     if isinstance(spec, Curvature):
         spec = replace(spec, measured_examples=BATCH, measured_rho=0.01)
     return replace(
         spec,
         seed=0,
-        micro_batches=2 if several else 1,
+        micro_batches=2 if spec.micro_batches > 1 else 1,
         rho=0.01 if spec.rho else 0.0,
         ranks=1,
         batch_size=BATCH,
@@ -165,8 +164,8 @@ def _reduced(spec: Training) -> Training:
     )
 
 
-def _carried_out(spec: Training, root: Path) -> int:
-    """Train the spec in two goes, with a checkpoint between them; returns the number of parameters."""
+def _train_and_resume(spec: Training, root: Path) -> int:
+    """Train the spec in two sessions with a checkpoint between them; returns the number of parameters."""
     import torch
 
     from experiments.harness.work.train import train
@@ -174,38 +173,38 @@ def _carried_out(spec: Training, root: Path) -> int:
     if not torch.cuda.is_available():
         spec = replace(spec, device="cpu", tf32=False, deterministic=False)
     training = spec.network or spec
-    asked = iter([False] * (STEPS - 1) + [True])
+    stop = iter([False] * (STEPS - 1) + [True])
     with contextlib.suppress(Interrupted):
-        train(training, Session(root, stop=lambda: next(asked)), build=made_up)
+        train(training, Session(root, stop=lambda: next(stop)), build=synthetic_task)
     record = record_of(training, root)
     if not record.checkpoint.exists() or record.done:
-        raise RecordError("The run did not stop for its checkpoint.")
-    train(training, Session(root), build=made_up)
+        raise RecordError("The run did not stop at its checkpoint.")
+    train(training, Session(root), build=synthetic_task)
     if [session["first_step"] for session in record.environments()] != [1, STEPS]:
-        raise RecordError("The run did not go on from its checkpoint.")
+        raise RecordError("The run did not resume from its checkpoint.")
     if isinstance(spec, Curvature):
-        _multiplied(spec, training)
+        _check_hessian(spec, training)
     return int(record.summary()["parameters"])
 
 
-def _multiplied(spec: Curvature, training: Training) -> None:
-    """One product with the Hessian."""
+def _check_hessian(spec: Curvature, training: Training) -> None:
+    """Multiply the Hessian with one vector and check that the product is finite."""
     import torch
 
     from experiments.harness.work.hessian import Hessian
 
-    task = made_up(replace(training, precision="float32", tf32=False))
+    task = synthetic_task(replace(training, precision="float32", tf32=False))
     task.model.eval()
     batch = task.sample("train", spec.measured_examples)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
     hessian = Hessian(partial(task.loss_fn, task.model), parameters, [(batch, spec.measured_examples)], keep=False)
     product = hessian @ [torch.randn_like(p) for p in parameters]
     if not all(part.isfinite().all() for part in product):
-        raise RuntimeError("A product with the Hessian is not finite.")
+        raise RuntimeError("A Hessian-vector product is not finite.")
 
 
-def made_up(spec: Training, data_root: Path | None = None) -> Any:
-    """The spec's task with new weights, on random pixels or random tokens of the greatest length."""
+def synthetic_task(spec: Training, data_root: Path | None = None) -> Any:
+    """The spec's task with new weights, on random images or on random tokens of the maximum length."""
     import numpy as np
     import torch
 
@@ -229,7 +228,7 @@ def made_up(spec: Training, data_root: Path | None = None) -> Any:
 
 
 def encoder(spec: Training) -> Any:
-    """A text model of the spec's architecture with random weights; nothing is fetched for those of the hub."""
+    """A text model of the spec's architecture with random weights; models of the hub are not downloaded."""
     import transformers
 
     from experiments.harness.tasks import texts
@@ -249,7 +248,7 @@ def encoder(spec: Training) -> Any:
 
 
 class _Tokens:
-    """Made-up texts, all of the greatest length, with the face of `glue._Examples`."""
+    """Random tokens, all of the maximum length, with the interface of `texts._Examples`."""
 
     def __init__(self, tokens: Any, labels: Any) -> None:
         self.tokens, self.labels = tokens, labels
@@ -270,9 +269,9 @@ class _Tokens:
 
 
 def costs(spec: Training) -> tuple[float, float]:
-    """Of one forward and backward pass of one example: FLOP, and bytes kept in between if all are float32.
+    """The cost of one forward and backward pass of one example: FLOP, and bytes of saved activations in float32.
 
-    Counted on torch's meta device, without computing anything.
+    Counted on torch's meta device, without any computation.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -289,7 +288,7 @@ def costs(spec: Training) -> tuple[float, float]:
 
     def keep(tensor: Any) -> Any:
         if storage_of(tensor) not in weights:
-            kept[storage_of(tensor)] = tensor  # alive, so that no other one takes its storage's address
+            kept[storage_of(tensor)] = tensor  # kept alive, so that no other tensor reuses its storage's address
         return tensor
 
     with FlopCounterMode(display=False) as counter:
@@ -301,5 +300,5 @@ def costs(spec: Training) -> tuple[float, float]:
 
 
 def storage_of(tensor: Any) -> int:
-    """Identifies a tensor's memory, on the meta device too, where no tensor has an address."""
+    """Identifies a tensor's storage, including on the meta device, where tensors have no address."""
     return tensor.untyped_storage()._cdata

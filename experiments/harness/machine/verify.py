@@ -1,4 +1,4 @@
-"""Whether a finished run reproduces bit for bit: it is made again in another folder and compared, file by file."""
+"""Checks whether a finished run reproduces bit for bit: retrains it in another folder and compares the files."""
 
 import tempfile
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ from experiments.harness.work.execute import execute
 from experiments.harness.work.session import Interrupted, Session
 
 TIMES = ("seconds", "wall_seconds", "step_seconds")
-"""What differs from run to run."""
+"""Fields that differ every time."""
 
 EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
-"""Entries of a session that may explain a difference, the likeliest first."""
+"""Entries of a session that may explain a difference, most likely first."""
 
 
 def verify(
@@ -27,102 +27,102 @@ def verify(
     session: Session,
     epochs: int | None = None,
 ) -> list[str]:
-    """Make a finished run again in a temporary folder and compare what it left.
+    """Execute a finished run again in a temporary folder and compare the two records.
 
     Args:
         record: The finished run.
-        session: Its provenance says what differs; the temporary folder takes the place of its results root.
-        epochs: Train only so many; None: all, and compare the scores and the final weights too.
+        session: The session to run in; the temporary folder replaces its results root.
+        epochs: Number of epochs to train and compare; None: all epochs, the scores and the final weights.
 
     Returns:
-        A sentence for each difference, the first place where the lines part among them; empty if there is none.
+        One sentence per difference; of metrics.jsonl, only the first line that differs. Empty if all match.
 
     Raises:
         RecordError: if the run is not finished, or damaged.
-        SpecError: if it cannot be compared: it timed something, or other epochs are asked for than it has.
+        SpecError: if the run cannot be compared (a timing or data-parallel run), or `epochs` is out of range.
     """
     if not record.done:
         raise RecordError(f"Run {record.run_id} is not finished: run it first.")
     spec = record.spec()
     _check(spec, epochs)
     with tempfile.TemporaryDirectory(prefix="msam-verify-") as folder:
-        again = record_of(spec, Path(folder))
-        if spec.network:  # what is measured anew is the measurement, not the network's training
-            _copy_network(record_of(spec.network, record.root), again.root)
+        repeat = record_of(spec, Path(folder))
+        if spec.network:  # only the measurement is repeated, not the training of the network
+            _copy_network(record_of(spec.network, record.root), repeat.root)
         try:
-            execute(spec, _until(epochs, spec, replace(session, root=again.root)))
+            execute(spec, _stopped_after(epochs, spec, replace(session, root=repeat.root)))
         except Interrupted:
             if epochs is None:
                 raise
-        return _differences(record, again, epochs)
+        return _differences(record, repeat, epochs)
 
 
 def _copy_network(network: Record, root: Path) -> None:
-    """What a measurement needs of the network's run, checked as any record is."""
+    """Copy the parts of a network's record that a measurement needs; they are checked as they are read."""
     copy = record_of(network.spec(), root)
     copy.create(network.spec())
     for session in network.environments():
         copy.add_environment(session)
     weights = network.read_checkpoint(network.checkpoint)
     if weights is None:
-        raise RecordError(f"{network.checkpoint} is not there: train run {network.run_id} again with --redo.")
+        raise RecordError(f"{network.checkpoint} is missing: retrain run {network.run_id} with --redo.")
     copy.write_checkpoint(weights)
     copy.finish(network.summary())
 
 
 def _check(spec: Run, epochs: int | None) -> None:
     if isinstance(spec, Timing):
-        raise SpecError("A cost run is of times, which are never the same twice: run it again with --redo and compare.")
+        raise SpecError("A timing run measures times, which always differ: rerun it with --redo and compare them.")
     if spec.processes > 1:
-        raise SpecError("A data-parallel run needs its processes: submit it again to another --results and compare.")
+        raise SpecError("A data-parallel run needs several processes: submit it with another --results and compare.")
     if epochs is None:
         return
     if type(spec) is not Training:
-        raise SpecError("Only a training has epochs: leave --epochs out.")
+        raise SpecError("Only training runs have epochs: leave --epochs out.")
     if not 0 < epochs <= spec.epochs:
-        raise SpecError(f"epochs is {epochs}, but this run has 1 to {spec.epochs}.")
+        raise SpecError(f"epochs is {epochs}, but must be 1 to {spec.epochs} for this run.")
 
 
-def _until(epochs: int | None, spec: Run, session: Session) -> Session:
-    """The session, whose `stop` ends the run after so many epochs."""
+def _stopped_after(epochs: int | None, spec: Run, session: Session) -> Session:
+    """The session with a `stop` that ends the run after this many epochs."""
     done = False
 
-    def reached(step: int, steps: int) -> None:
+    def report(step: int, steps: int) -> None:
         nonlocal done
-        wanted = steps if epochs is None else steps * epochs // spec.flat["epochs"]
-        done = epochs is not None and step >= wanted
-        session.report(min(step, wanted), wanted)
+        last = steps if epochs is None else steps * epochs // spec.flat["epochs"]
+        done = epochs is not None and step >= last
+        session.report(min(step, last), last)
 
-    return replace(session, report=reached, stop=lambda: done)
+    return replace(session, report=report, stop=lambda: done)
 
 
-def _differences(record: Record, again: Record, epochs: int | None) -> list[str]:
-    before, now = record.metrics(), again.metrics()
+def _differences(record: Record, repeat: Record, epochs: int | None) -> list[str]:
+    before, now = record.metrics(), repeat.metrics()
     if epochs is not None:
         before, now = before[:epochs], now[:epochs]
-    found = []
+    differences = []
     if len(before) != len(now):
-        found.append(f"metrics.jsonl has {len(before)} lines there and {len(now)} here.")
+        differences.append(f"metrics.jsonl had {len(before)} lines and now has {len(now)}.")
     for number, (line, other) in enumerate(zip(before, now, strict=False), start=1):
-        if words := _parted(line, other):
-            found.append(f"metrics.jsonl parts in line {number}: {words}.")
+        if words := _changed(line, other):
+            differences.append(f"metrics.jsonl first differs in line {number}: {words}.")
             break
     if epochs is None:
-        if words := _parted(record.summary(), again.summary()):
-            found.append(f"summary.json: {words}.")
+        if words := _changed(record.summary(), repeat.summary()):
+            differences.append(f"summary.json differs: {words}.")
         if type(record.spec()) is Training:
-            found += _weights(load_weights(record), load_weights(again))
-    return [printable(words) for words in [*found, *_explanations(record, again)]] if found else []
+            differences += _weight_differences(load_weights(record), load_weights(repeat))
+    return [printable(words) for words in [*differences, *_explanations(record, repeat)]] if differences else []
 
 
-def _parted(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    names = [n for n in dict.fromkeys([*there, *here]) if n not in TIMES and there.get(n) != here.get(n)]
-    return ", ".join(f"{name} was {there.get(name)!r} and is {here.get(name)!r}" for name in names)
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = [n for n in dict.fromkeys([*before, *now]) if n not in TIMES and before.get(n) != now.get(n)]
+    return ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in names)
 
 
-def _weights(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[str]:
-    parted = [name for name in dict.fromkeys([*before, *now]) if not _same(before.get(name), now.get(name))]
-    return [f"{len(parted)} of {len(before)} tensors of the final weights differ, {parted[0]} first."] if parted else []
+def _weight_differences(before: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[str]:
+    names = [name for name in dict.fromkeys([*before, *now]) if not _same(before.get(name), now.get(name))]
+    return [f"{len(names)} of {len(before)} tensors of the final weights differ, first {names[0]}."] if names else []
 
 
 def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
@@ -132,15 +132,15 @@ def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return a.contiguous().flatten().view(torch.uint8).equal(b.contiguous().flatten().view(torch.uint8))
 
 
-def _explanations(record: Record, again: Record) -> list[str]:
+def _explanations(record: Record, repeat: Record) -> list[str]:
     try:
-        sessions, here = record.environments(), again.environments()[-1]
+        sessions, now = record.environments(), repeat.environments()[-1]
     except RecordError as error:
         return [str(error)]
-    found = []
+    explanations = []
     for name in EXPLAINS:
         values = [session.get(name) for session in sessions]
-        if any(value != here.get(name) for value in values):
-            there = " and ".join(dict.fromkeys(str(value) for value in values))
-            found.append(f"It may be the {name}: {there} there, {here.get(name)} here.")
-    return found
+        if any(value != now.get(name) for value in values):
+            before = " and ".join(dict.fromkeys(str(value) for value in values))
+            explanations.append(f"Possible cause: {name} was {before} and is {now.get(name)}.")
+    return explanations

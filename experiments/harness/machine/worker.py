@@ -1,6 +1,6 @@
-"""What the pool's fork server imports once for all workers: torch and the training loop. Nothing is computed.
+"""Imported once by the pool's fork server, for all workers. Nothing is computed.
 
-`torch._dynamo` is part of it: torch loads it with the first optimizer, otherwise once in every worker.
+torch imports `torch._dynamo` with the first optimizer; without this line, every worker would import it.
 """
 
 import torch._dynamo  # noqa: F401

@@ -1,15 +1,15 @@
-"""Which experiments there are, and which runs a name stands for. Standard library only.
+"""The list of experiments, and the runs that a name stands for. Standard library only.
 
 An experiment is a module of `experiments/` with a docstring and
 
-    TABLE     the table its runs fill, "table1" say
+    TABLE     the table its runs fill, for example "table1"
     RUNS      profile -> cells: the runs of the table, each written once, at seed 0
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
-    VARIES    the fields that a study varies, ("batch_size",) say (optional): a cell is compared with the cell that
-              equals it in everything else, and so by default in every field that does not define the arms
+    VARIES    the fields that a study varies, for example ("batch_size",) (optional). A cell is compared with the cell
+              that equals it in all other fields; without VARIES, in every field that does not define the arms.
 
-Targets are an experiment's name, a table's name, or either followed by "-tuning"; and "all", every table without the
-grids.
+A target is an experiment's name, a table's name, either of them followed by "-tuning", or "all": every table, without
+the grids.
 """
 
 import importlib
@@ -32,7 +32,7 @@ TUNING_SEEDS = 2
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment module, read."""
+    """The contents of one experiment module."""
 
     name: str
     table: str
@@ -44,12 +44,12 @@ class Experiment:
 
 def catalogue() -> dict[str, Experiment]:
     """All experiments by name, in the order of their tables."""
-    found = {}
+    by_name = {}
     for module_info in pkgutil.iter_modules(experiments.__path__):
         if module_info.ispkg or module_info.name.startswith("_"):
             continue
         module = importlib.import_module(f"experiments.{module_info.name}")
-        found[module_info.name] = Experiment(
+        by_name[module_info.name] = Experiment(
             name=module_info.name,
             table=module.TABLE,
             summary=(module.__doc__ or "").strip().split("\n")[0],
@@ -57,11 +57,11 @@ def catalogue() -> dict[str, Experiment]:
             tuning=getattr(module, "TUNING", {}),
             varies=_varies(module),
         )
-    return dict(sorted(found.items(), key=lambda item: (item[1].table, item[0])))
+    return dict(sorted(by_name.items(), key=lambda item: (item[1].table, item[0])))
 
 
 def targets() -> list[str]:
-    """Every name that `cells` understands."""
+    """Every name that `cells` accepts."""
     known = catalogue().values()
     names = list(dict.fromkeys([*(e.table for e in known), *(e.name for e in known)]))
     grids = [f"{n}-tuning" for n in names if any(e.tuning and n in (e.name, e.table) for e in known)]
@@ -72,12 +72,12 @@ def cells(target: str, profile: str) -> list[Run]:
     """The cells (specs at seed 0) of an experiment, a table, or one of their grids.
 
     Raises:
-        SpecError: for an unknown target or profile, with the known ones.
+        SpecError: for an unknown target or profile; the message lists the known ones.
     """
     if profile not in PROFILES:
-        raise SpecError(f"Unknown profile {profile!r}; the profiles are {', '.join(PROFILES)}.")
+        raise SpecError(f"Unknown profile {profile!r}: choose one of {', '.join(PROFILES)}.")
     if target not in targets():
-        raise SpecError(f"Unknown experiment or table {target!r}; there are {', '.join(targets())}.")
+        raise SpecError(f"Unknown experiment or table {target!r}: choose one of {', '.join(targets())}.")
     name, tuning = target.removesuffix("-tuning"), target.endswith("-tuning")
     chosen = [e for e in catalogue().values() if name in (e.name, e.table, "all")]
     lists = [(e.tuning if tuning else e.runs).get(profile, ()) for e in chosen]
@@ -90,18 +90,18 @@ def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[
     Args:
         target: An experiment, a table, or one of their grids.
         profile: Size of the runs.
-        seeds: How many seeds; None takes the profile's own number.
-        changes: "FIELD=VALUE" each, for all of them.
+        seeds: Number of seeds; None takes the profile's default.
+        changes: "FIELD=VALUE" strings, applied to every run.
 
     Raises:
-        SpecError: for what is unknown or cannot be run, and for a target without runs in the profile.
+        SpecError: for an unknown name, a spec that cannot be run, or a target without runs in the profile.
     """
     default = TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
     if seeds is not None and seeds < 1:
         raise SpecError(f"seeds is {seeds}, but must be 1 or more.")
     specs = with_seeds(cells(target, profile), seeds or default)
     if not specs:
-        raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another with --profile.")
+        raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another profile with --profile.")
     if not changes:
         return specs
     fields = dict(_change(text) for text in changes)
@@ -109,7 +109,7 @@ def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[
 
 
 def varies(target: str) -> tuple[str, ...]:
-    """The fields that the experiments of a target vary, in the order of their declarations."""
+    """The fields that the experiments of a target vary, in the order declared."""
     name = target.removesuffix("-tuning")
     chosen = [e for e in catalogue().values() if name in (e.name, e.table)]
     return tuple(dict.fromkeys(field for e in chosen for field in e.varies))
@@ -126,7 +126,7 @@ def _varies(module: ModuleType) -> tuple[str, ...]:
 def _change(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3; it was given {text!r}.")
+        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3, but got {text!r}.")
     if name not in names():
         raise SpecError(f"Unknown field {name!r}; the fields are: {', '.join(names())}.")
     try:

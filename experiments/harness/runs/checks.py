@@ -1,4 +1,4 @@
-"""What a spec's fields may be. Standard library only."""
+"""Allowed values of a spec's fields. Standard library only."""
 
 import math
 import types
@@ -40,47 +40,47 @@ class SpecError(Mistake, ValueError):
     """A spec that cannot be run. The message says what to change."""
 
 
-def refuse(name: str, value: Any, allowed: str) -> typing.NoReturn:
-    """Raise the `SpecError` of a field's value that cannot be run."""
+def reject(name: str, value: Any, allowed: str) -> typing.NoReturn:
+    """Raise a `SpecError`: this field's value cannot be run."""
     raise SpecError(f"{name} is {value!r}, but must be {allowed}.")
 
 
 def typed(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type: an int may stand for a float, and nothing else for anything.
+    """`value` as the field's type. The only conversion is from int to float.
 
     Raises:
-        SpecError: for another type, and for a number that is not finite.
+        SpecError: for another type, or for a number that is not finite.
     """
     allowed = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if type(value) is int and float in allowed and int not in allowed:
         value = float(value)
     if type(value) not in allowed:
         words = " or ".join("nothing" if t is type(None) else t.__name__ for t in allowed)
-        refuse(name, value, f"of type {words}")
+        reject(name, value, f"of type {words}")
     if isinstance(value, float) and not math.isfinite(value):
-        refuse(name, value, "a finite number")
+        reject(name, value, "a finite number")
     return value
 
 
 def check_ranges(fields: Mapping[str, Any]) -> None:
-    """Refuse a value that its field never has, whatever the others are.
+    """Reject a value that its field may not have, whatever the other fields are.
 
     Raises:
-        SpecError: with the field, its value and what is allowed.
+        SpecError: with the field, its value and the allowed values.
     """
     for name, value in fields.items():
         if name in CHOICES and value not in CHOICES[name]:
-            refuse(name, value, f"one of {', '.join(CHOICES[name])}")
+            reject(name, value, f"one of {', '.join(CHOICES[name])}")
         if name in POSITIVE and not value > 0:
-            refuse(name, value, "greater than 0")
+            reject(name, value, "greater than 0")
         if name in NOT_NEGATIVE and not value >= 0:
-            refuse(name, value, "0 or greater")
+            reject(name, value, "0 or greater")
         if name in POSITIVE_OR_NONE and value is not None and not value > 0:
-            refuse(name, value, "greater than 0, or left out")
+            reject(name, value, "greater than 0, or left out")
         if name in SHARES and not 0 <= value < 1:
-            refuse(name, value, "at least 0 and below 1")
+            reject(name, value, "at least 0 and below 1")
     if not fields["seed"] < 2**32:
-        refuse("seed", fields["seed"], "below 2**32")
+        reject("seed", fields["seed"], "below 2**32")
 
 
 def is_callable(model: str) -> bool:

@@ -1,7 +1,7 @@
-"""What is known of each data set and each model before anything is loaded: one row each. Standard library only.
+"""What is known about each data set and model before anything is loaded: one row each. Standard library only.
 
-A new data set is a row here and the loader that the row names. A model needs a row only for a short name: a spec may
-also name `"module:callable"`.
+To add a data set, add a row and the loader that it names. A model needs a row only if it has a short name: a spec may
+also give `"module:callable"`.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ TASKS = "experiments.harness.tasks"
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
-"""Of CIFAR-10's training pixels; CIFAR-100 is scaled alike."""
+"""Of CIFAR-10's training pixels; CIFAR-100 is scaled the same way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set: its sizes, and where it is loaded."""
+    """A data set: its sizes and its loader."""
 
     train: int
     """Training examples."""
     test: int
     """Test examples."""
     loader: str = ""
-    """`"module:function"`; the function takes the set's name and a folder to look in first, or None."""
+    """`"module:function"`; the function takes the set's name and a folder to search first, or None."""
     metric: str = "accuracy"
-    """What the score of its table is, in words."""
+    """The name of the score in its table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,33 +40,33 @@ class ImageSet(DataSet):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSet(DataSet):
-    """Sentences, or pairs of them, with a label or a value each. The loader returns `glue_files.TextData`.
+    """Sentences, or pairs of them, each with a label or a value. The loader returns `glue_files.TextData`.
 
-    The sizes of GLUE's tasks (Wang et al. 2019, arXiv 1804.07461) are those of the official training split and of the
-    validation split, which is the test part here: the labels of the real one are withheld.
+    The sizes of GLUE's tasks (Wang et al. 2019, arXiv 1804.07461) are those of the official training and validation
+    splits. The validation split serves as the test set, because the labels of the official test set are withheld.
     """
 
     columns: tuple[str, ...] = ("sentence",)
-    """One sentence or two."""
+    """The columns with the text: one sentence or two."""
     labels: tuple[str, ...] = ()
     """Names of the labels 0, 1, ...; none for a regression."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """The official ones, as `texts.scores` computes them; the first is the score."""
+    """The official metrics, as `texts.scores` computes them; the first is the score."""
     second: tuple[str, str] | None = None
-    """The second official score's name in a run's summary, and in words."""
+    """The second official score: its name in a run's summary, and its name in words."""
     validation: tuple[str, ...] = ("validation",)
     empty: int = 0
-    """Rows of the official training split whose text is empty: they are left out."""
+    """Number of rows of the official training split whose text is empty; they are dropped."""
     rows: tuple[int, ...] = ()
-    """Other numbers of training rows that complete copies of the set have."""
+    """Other training row counts that complete copies of the set have."""
     grid: tuple[int | None, int] | None = None
-    """How many training examples a grid trains on (None: all others), and how many it holds out. The three large tasks
-    choose on a part of theirs: a grid on all of MNLI would cost more than the table."""
+    """Number of training examples that a grid trains on (None: all that are not held out), and number held out. The
+    three large tasks use a part of their data: a grid on all of MNLI would cost more than the table."""
     loader: str = f"{TASKS}.glue_files:load_texts"
 
     @property
     def outputs(self) -> int:
-        """Outputs of a network: one for each label, and one for a regression."""
+        """Outputs of a network: one per label, or one for a regression."""
         return max(1, len(self.labels))
 
 
@@ -146,14 +146,14 @@ class Model:
     """A model that specs call by a short name."""
 
     of: type[DataSet]
-    """What it takes."""
+    """The kind of data set that it takes."""
     parameters: float | None = None
-    """How many it has, as rounded as they were published; None for our own small ones."""
+    """Published parameter count, with the published rounding; None for our own small models."""
     source: str = ""
-    """Who published that number."""
+    """Who published that count."""
     guessed_speed: float = 400
-    """Examples a second forward and backward on an A100-class GPU with TensorFloat-32: a guess for plans. Not measured:
-    no GPU has run these yet. The default is that of an encoder."""
+    """Examples per second, forward and backward, on an A100-class GPU with TensorFloat-32. A guess for plans, not
+    measured: no GPU has run these models yet. The default is for an encoder."""
 
 
 MODELS = {
@@ -172,8 +172,7 @@ MODELS = {
     "regression": Model(SimulatedSet),
     "two-layer": Model(SimulatedSet),
 }
-"""By name. Besides these a spec may name a folder with a checkpoint, whose path holds a slash, or
-`"module:callable"`."""
+"""By name. A spec may also name a folder with a checkpoint (its path must contain a slash), or `"module:callable"`."""
 
 
 GLUE_GRIDS = {name: data.grid for name, data in DATASETS.items() if isinstance(data, TextSet) and data.grid}
@@ -181,19 +180,19 @@ GLUE_GRIDS = {name: data.grid for name, data in DATASETS.items() if isinstance(d
 
 
 def is_images(dataset: str) -> bool:
-    """Whether a data set is one of images."""
+    """Whether a data set holds images."""
     return isinstance(DATASETS[dataset], ImageSet)
 
 
 def image_set(dataset: str) -> ImageSet:
-    """The facts of a set of images."""
+    """The facts about an image data set."""
     data = DATASETS[dataset]
     assert isinstance(data, ImageSet), f"{dataset} is not a set of images"
     return data
 
 
 def text_set(dataset: str) -> TextSet:
-    """The facts of a set of texts."""
+    """The facts about a text data set."""
     data = DATASETS[dataset]
     assert isinstance(data, TextSet), f"{dataset} is not a set of texts"
     return data

@@ -1,7 +1,7 @@
-"""The files of records and other JSON: written whole, and checked when read.
+"""Files of records and other JSON: written atomically and checked when read.
 
-Records may come from anywhere: they are data, never code, and what is not a regular file in its own folder, or larger
-than any record, or not strict JSON, is rejected, naming the file. Standard library only.
+Records may come from anywhere, so they are read as data, never as code. A file that is not a regular file, or lies in
+a linked folder, or is larger than any record, or is not strict JSON, is rejected by name. Standard library only.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 from experiments.harness.runs.command_line import Mistake
 
 LARGEST_TEXT = 64 * 2**20
-"""Bytes that a reader takes from a JSON file or from metrics.jsonl; real ones have some thousands."""
+"""The largest JSON or metrics.jsonl file that is read, in bytes; real ones have some thousands."""
 
 
 class RecordError(Mistake):
@@ -25,7 +25,7 @@ class RecordError(Mistake):
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object so that a reader sees the old file or the whole new one."""
+    """Write a JSON object so that a reader sees either the old file or the complete new one."""
     write_text(path, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
 
 
@@ -40,9 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
-    """A temporary path next to `path` that takes its place when the block ends well.
+    """A temporary path next to `path` that replaces it when the block succeeds.
 
-    What was there before is kept as `former`, if given: one of the two is whole whenever this process dies.
+    The old file is kept as `former`, if given, so one of the two is complete whenever this process is killed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
@@ -58,24 +58,24 @@ def replacing(path: Path, former: Path | None = None) -> Iterator[Path]:
 
 
 def printable(text: str) -> str:
-    """A text out of a record for a terminal: what would steer it, or cannot be written, is shown by its code."""
+    """A record's text, safe for a terminal: control and unprintable characters are shown as escape codes."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Around the writing of a run's file: an error says how to mend it."""
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an error while a run's file is written into a sentence that says how to fix it."""
     try:
         yield
     except OSError as error:
         raise RecordError(
-            f"{path} cannot be written ({error.strerror or error}): make room there, and the same command goes on from "
-            "the last checkpoint."
+            f"{path} cannot be written ({error.strerror or error}): free space there, and the same command resumes "
+            "from the last checkpoint."
         ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text so that a reader sees the old file or the whole new one."""
+    """Write a text so that a reader sees either the old file or the complete new one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -89,65 +89,67 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path, LARGEST_TEXT).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path} cannot be read ({error}): mend it or move its folder away.") from error
+        raise RecordError(f"{path} cannot be read ({error}): repair it or move its folder away.") from error
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
     """The contents of a regular file in a folder that is not a link.
 
     Raises:
-        OSError: if it is missing, or anything else, or larger than `most`.
+        OSError: if it is missing, not a regular file, or larger than `most`.
     """
     if path.parent.is_symlink():
-        raise OSError(errno.ELOOP, "its folder is a link", str(path))
+        raise OSError(errno.ELOOP, "its folder is a symbolic link", str(path))
     with open(path, "rb", opener=no_link) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if most is not None and status.st_size > most:
-            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than any record", str(path))
+            raise OSError(errno.EFBIG, f"it has {status.st_size} bytes, more than any record has", str(path))
         return file.read()
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener that follows no link and waits for no pipe."""
+    """An opener that does not follow links and does not block on pipes."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def parse_object(text: str, path: Path) -> dict[str, Any]:
-    """A JSON object out of the text that `path` holds.
+    """Parse a file's text as one JSON object; `path` is for the error message.
 
     Raises:
-        RecordError: if it is anything else.
+        RecordError: if it is not one JSON object.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_int=_whole)
+        content = json.loads(
+            text, object_pairs_hook=_reject_repeated, parse_constant=_reject_constant, parse_int=_parse_integer
+        )
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is not JSON ({error}): mend it or move its folder away.") from error
+        raise RecordError(f"{path} is not JSON ({error}): repair it or move its folder away.") from error
     if not isinstance(content, dict):
-        raise RecordError(f"{path} does not hold a JSON object: mend it or move its folder away.")
+        raise RecordError(f"{path} does not hold a JSON object: repair it or move its folder away.")
     return content
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("a name is repeated in one object")
     return content
 
 
-def _whole(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > 20:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
 
-def _no_number(name: str) -> float:
+def _reject_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number in JSON")
 
 
 def finite(content: Any) -> Any:
-    """JSON has no NaN: a number that is not finite is written as its name."""
+    """The content with numbers that are not finite replaced by their names, since JSON has no NaN."""
     if isinstance(content, Mapping):
         return {k: finite(v) for k, v in content.items()}
     if isinstance(content, list | tuple):

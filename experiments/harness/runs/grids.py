@@ -1,4 +1,4 @@
-"""Lists of cells that experiments share: the arms of a block, grids, seeds, and what is measured of them."""
+"""Lists of cells that experiments share: the arms of a block, grids, seeds, curvature and timing runs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,21 +21,21 @@ def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho
 
 
 def curvature_of(cells: Iterable[Training], *, examples: int, rho: float) -> list[Run]:
-    """Curvature runs of the networks that these cells end with, on so many training and so many test examples."""
+    """Curvature runs of these cells' final networks, on `examples` training and `examples` test examples."""
     measured: dict[str, Any] = {"measured_examples": examples, "measured_rho": rho}
     return [Curvature(**_fields(cell, Training), **measured) for cell in cells]
 
 
 def timing_of(cell: Training, *, rho: float, micro_batches: int, rounds: int, workers: int = 1) -> Timing:
-    """The timing of all arms' steps on the network of a cell, with m up to `micro_batches`."""
+    """The timing run of all arms' steps on the network of a cell, with m up to `micro_batches`."""
     fields = _fields(cell, Network) | {"rho": rho, "micro_batches": micro_batches}
     return Timing(**fields, rounds=rounds, workers=workers)
 
 
 def timed_steps(timing: Timing, workers: int = 1) -> list[Training]:
-    """Whose steps a timing takes on so many workers: those of the four methods, with m = 2, 4, ... up to its own.
+    """The cells whose steps a timing run measures: the four methods, with m = 2, 4, ... up to its own m.
 
-    Several workers perturb their own micro-batches, so an m that they do not divide is left out.
+    Each worker perturbs its own micro-batches, so an m that the number of workers does not divide is skipped.
     """
     counts = [2**k for k in range(1, timing.micro_batches.bit_length()) if not 2**k % workers]
     base = Training(**_fields(timing, Network) | {"micro_batches": 1, "rho": 0.0}, epochs=1)
@@ -44,12 +44,12 @@ def timed_steps(timing: Timing, workers: int = 1) -> list[Training]:
 
 
 def _fields(run: Run, cls: type[Run]) -> dict[str, Any]:
-    """The fields of a run that every run of this class has."""
+    """The run's fields that `cls` also has."""
     return {name: getattr(run, name) for name in hints(cls)}
 
 
 def with_networks(specs: Iterable[Run]) -> list[Run]:
-    """The specs, each behind the training whose network it measures."""
+    """The specs, each preceded by the training run whose network it measures."""
     return list(dict.fromkeys(s for spec in specs for s in (spec.network, spec) if s is not None))
 
 
@@ -63,8 +63,8 @@ def tuning_grid(
 ) -> list[Training]:
     """The grid that chooses a block's hyper-parameters, the same for every method.
 
-    It is scored on training examples that are held out. First the base optimizer's learning rate (unless it is
-    a published one); then, at the one that `base` has, rho for SAM, and rho and m for mSAM.
+    Runs are scored on held-out training examples. First comes the base optimizer's learning rate (unless a published
+    one is used); then, at the learning rate of `base`, rho for SAM, and rho and m for mSAM.
     """
     base = replace(base, holdout_examples=holdout_examples)
     return [
@@ -74,15 +74,15 @@ def tuning_grid(
 
 
 def with_seeds(cells: Iterable[R], seeds: int) -> list[R]:
-    """Every cell at seeds 0, ..., seeds - 1; seed by seed, so that an interrupted sweep has whole rows."""
+    """Every cell at seeds 0, ..., seeds - 1; seed by seed, so that an interrupted sweep has complete rows."""
     cells = list(cells)
     return list(dict.fromkeys(replace(cell, seed=seed) for seed in range(seeds) for cell in cells))
 
 
 def with_ranks(specs: Iterable[Run], ranks: int) -> list[Run]:
-    """The specs with `ranks` data-parallel processes where that divides their micro-batches; the others as they are.
+    """The specs with `ranks` data-parallel processes where `ranks` divides their micro-batches; others are unchanged.
 
-    So are the networks that curvature runs among them measure: with other ranks they would be other networks.
+    Networks that curvature runs measure are also unchanged: other ranks would make other networks.
     """
     specs = list(specs)
     measured = {spec.network for spec in specs}

@@ -1,11 +1,11 @@
-"""The arms: what a run can be one of, what each arm is compared with, how it is named and drawn.
+"""The arms: which runs belong to each, what each is compared with, and how each is named and drawn.
 
-Standard library only. Experiments, tables, figures, claims, the report and the command line read this list. A new arm
-is one entry here and one line in an experiment.
+Standard library only. Experiments, tables, figures, claims, the report and the command line read this list. To add an
+arm, add one entry here and one line to an experiment.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,54 +18,55 @@ BASE_OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 """The base optimizers, and their names in tables."""
 
 CHOSEN = ("rho",)
-"""Fields that each arm has its own best value of: they may differ in every comparison, and equal ones go first."""
+"""Fields that are tuned for each arm: they may differ in every comparison, but a cell with an equal value is preferred.
+"""
 
 
 def zero(value: float) -> bool:
-    """No perturbation."""
+    """True without a perturbation."""
     return value == 0
 
 
 def positive(value: float) -> bool:
-    """A perturbation."""
+    """True with a perturbation."""
     return value > 0
 
 
 def one(value: int) -> bool:
-    """The whole mini-batch at once."""
+    """True if the mini-batch is not split."""
     return value == 1
 
 
 def several(value: int) -> bool:
-    """A mini-batch split into micro-batches."""
+    """True if the mini-batch is split into micro-batches."""
     return value > 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One method that runs are made with."""
+    """One method that runs are trained with."""
 
     name: str
-    """In records, CSV files and on the command line."""
+    """Its name in records, CSV files and on the command line."""
     words: str
-    """In tables: `{base}` stands for the base optimizer, `{m}` for the number of micro-batches."""
+    """Its name in tables: `{base}` stands for the base optimizer, `{m}` for the number of micro-batches."""
     legend: str
-    """In the keys of figures, where all values of m share a line; `{base}` as above."""
+    """Its name in the legends of figures, where all values of m share a line; `{base}` as above."""
     title: str
-    """In lists of runs, where `{optimizer}`, `{m}` and `{rho}` are the run's."""
+    """Its name in lists of runs; `{optimizer}`, `{m}` and `{rho}` are filled in from the run."""
     colour: str
     line: Any
     """Matplotlib's line style."""
     mark: str
     """Matplotlib's marker."""
     has: Mapping[str, Callable[[Any], bool]]
-    """What makes a run one of this arm: a condition on each field that defines it."""
+    """The conditions that a run of this arm meets: one for each field that defines the arm."""
     change: Callable[[Fields], dict[str, Any]] | None = None
-    """For an arm that is defined relative to its block's base: the fields that differ from a base with these fields."""
+    """For an arm that is defined relative to its block's base: takes the base's fields, returns those that differ."""
     against: tuple[str, ...] = ()
     """The arms that tables compare it with."""
     claimed: tuple[str, ...] = ()
-    """Those of `against` whose comparison is a line under the table."""
+    """The arms of `against` whose comparison is printed under the table."""
 
     def called(self, run: "Run") -> str:
         """The arm's name in tables, for this run."""
@@ -76,7 +77,7 @@ class Arm:
         return self.title.format(optimizer=run.base_optimizer, m=run.micro_batches, rho=f"{run.rho:g}")
 
     def changed(self, base: Fields) -> dict[str, Any]:
-        """What this arm changes of a base with these fields."""
+        """The fields that this arm changes in a base with these fields."""
         return self.change(base) if self.change else {}
 
     def fits(self, fields: Fields) -> bool:
@@ -159,42 +160,42 @@ ARMS = {
         ),
     )
 }
-"""By name, in the order of the tables' rows. Of several entries that a run fits the last one is its arm."""
+"""By name, in the order of the tables' rows. If a run fits several entries, its arm is the last of them."""
 
 
 def arm_of(run: "Run") -> Arm:
-    """The arm of a run by itself: of an arm that is relative to a base, a run by itself is a base."""
+    """The arm of a single run. A run of an arm that is relative to a base counts as a base."""
     fields = run.flat
     return next(arm for arm in reversed(ARMS.values()) if arm.change is None and arm.fits(fields))
 
 
 def arms_of(cells: Iterable["Run"], varies: Sequence[str] = ()) -> dict["Run", Arm]:
-    """The arm of each cell among these cells, so that those relative to a base are seen.
+    """The arm of each cell of a table, including arms that are relative to a base.
 
     Args:
         cells: The cells of a table.
-        varies: The fields that the study varies: a cell that differs from a base in one of them is no arm.
+        varies: The fields that the study varies; a difference from the base in one of them does not make an arm.
     """
     arms = {cell: arm_of(cell) for cell in cells}
     for arm in (arm for arm in ARMS.values() if arm.change):
         for base in [cell for cell in arms if arm.fits(cell.flat)]:
             changed = arm.changed(base.flat)
-            if not changed.keys() & set(varies) and (cell := replace(base, **changed)) in arms:
-                arms[cell] = arm
+            if not changed.keys() & set(varies):
+                arms |= {cell: arm for cell in arms if cell.flat == {**base.flat, **changed}}
     return arms
 
 
 def reference(cell: "Run", name: str, arms: Mapping["Run", Arm], varies: Sequence[str] = ()) -> "Run | None":
-    """The cell of another arm that a cell is compared with; None if there is none.
+    """The cell of another arm that a cell is compared with, or None.
 
-    The two are equal in everything except the fields that define their arms and, if no cell is that close, the fields
-    that the study varies. A field on which both arms have the same condition (m of mSAM and of the control) is equal
-    too; only `CHOSEN` fields may differ, and a cell with the same value is preferred.
+    The two cells are equal in all fields except those that define their arms and, if there is no such cell, those that
+    the study varies. A field on which both arms have the same condition (m for mSAM and the control) must be equal too.
+    Only `CHOSEN` fields may always differ, and a cell with equal values is preferred.
 
     Args:
         cell: The cell to compare.
         name: The other arm.
-        arms: The arms of all cells of the table, as `arms_of` gives them.
+        arms: The arms of all cells of the table, from `arms_of`.
         varies: The fields that the study declares.
     """
     mine, other = arms[cell], ARMS[name]

@@ -1,4 +1,4 @@
-"""What a process may use and is asked to do: cores, the libraries' settings, a wish to stop."""
+"""Settings of a process: its cores, the libraries' environment variables, a flag that asks it to stop."""
 
 import os
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ def cores() -> int:
 
 
 class Flag:
-    """Set by a signal handler. A threading.Event will not do: its lock is not for handlers that interrupt it."""
+    """A flag that a signal handler sets. threading.Event does not work: its lock is not safe in signal handlers."""
 
     def __init__(self) -> None:
         self.value = False
 
     def set(self, *_: object) -> None:
-        """Set it; takes what a signal handler is given."""
+        """Set the flag; takes the arguments of a signal handler."""
         self.value = True
 
     def is_set(self) -> bool:
@@ -27,15 +27,15 @@ class Flag:
 
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-"""Environment in which glibc keeps large blocks instead of returning them to the system after each batch, which took
-about a sixth off a step of the `cpu` ResNet at batch 128."""
+"""Environment variables that make glibc keep large blocks instead of returning them to the system after each batch.
+This made a step of the `cpu` ResNet at batch 128 about a sixth faster."""
 
 
 def library_settings(specs: Sequence[Run]) -> dict[str, str]:
     """Environment variables for the processes that train these runs; libraries read them when they are loaded.
 
-    Threads: no more than a run is allowed. Memory: see `ALLOCATOR`. Torch's profiler, by which cost runs count memory,
-    does not print when it begins and ends, or that there is no GPU.
+    They limit the threads to what the specs allow, set `ALLOCATOR`, and silence torch's profiler, which timing runs use
+    to count memory and which otherwise logs its start and end, and a missing GPU.
     """
     threads = str(max((s.threads for s in specs), default=1))
     return {

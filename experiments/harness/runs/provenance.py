@@ -29,7 +29,7 @@ TRAINING_CODE = (
         )
     ),
 )
-"""The folders and files that can change a number of a run; not what starts runs, watches them or shows them."""
+"""The folders and files that can change a run's numbers; code that only starts, watches or shows runs is left out."""
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn"),
@@ -38,25 +38,25 @@ PACKAGES = (
 
 
 DIFF_CHARACTERS = 100_000
-"""Of a dirty checkout's changes that a record keeps."""
+"""How much of a dirty checkout's diff a record keeps."""
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Provenance of this session, as it is when called: call it before the work starts.
+    """Provenance of this session. Call it before the work starts.
 
     Returns:
-        What `checkout` and `machine` do.
+        The entries of `checkout` and `machine`.
     """
     return {**checkout(command), **machine()}
 
 
 def checkout(command: str) -> dict[str, Any]:
-    """Which commit a command was given at.
+    """The state of the checkout that a command was started in.
 
     Returns:
-        `commit` and `dirty` (None outside a git checkout; changes under results/ do not count), `changes` (of a dirty
-        checkout: its files by `git status`, then the diff, cut off where it is very long), `lock` (a hash of
-        requirements.lock, if it is there), `command`.
+        `commit` and `dirty` (None outside a git checkout; changes under results/ do not count), `changes` (for a dirty
+        checkout, the files by `git status`, then the diff, truncated if it is very long), `lock` (a hash of
+        requirements.lock, if there is one), `command`.
     """
     status = _git("status", "--porcelain", "--", ".", ":!results")
     changes = f"{status}\n\n{_git('diff', 'HEAD', '--', '.', ':!results') or ''}" if status else None
@@ -72,11 +72,11 @@ def checkout(command: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What a run is trained by, and when it begins.
+    """The code, versions and hardware that train a run, and its start time.
 
     Returns:
-        `code` (a hash of the training code as it lies on the disk), `python`, `packages`, `cpu`, `cores`, `system`,
-        `driver` (of NVIDIA's GPUs), `started`.
+        `code` (a hash of the training code on disk), `python`, `packages`, `cpu`, `cores`, `system`, `driver` (NVIDIA's
+        GPU driver), `started`.
     """
     return {
         "code": code_hash(),
@@ -91,11 +91,11 @@ def machine() -> dict[str, Any]:
 
 
 def code_hash(root: Path = ROOT, folders: Sequence[str] = TRAINING_CODE) -> str:
-    """Sixteen hexadecimal digits over the names and contents of the training code's files, or of other folders'.
+    """A hash of 16 hexadecimal digits over the names and contents of the training code's files.
 
     Args:
         root: The checkout.
-        folders: Folders below it, whose Python files count, and single files.
+        folders: Folders below it, whose Python files are hashed, and single files.
     """
     digest = hashlib.sha256()
     for folder in folders:
@@ -104,26 +104,26 @@ def code_hash(root: Path = ROOT, folders: Sequence[str] = TRAINING_CODE) -> str:
     return digest.hexdigest()[:16]
 
 
-def used() -> dict[str, Any]:
-    """What this process has used so far.
+def resources_used() -> dict[str, Any]:
+    """CPU time and peak memory of this process so far.
 
     Returns:
-        `cpu_seconds`, `peak_memory_bytes` (resident) and, where torch has used a GPU, `peak_gpu_bytes` (allocated). A
-        process that has worked on several runs has one peak for all.
+        `cpu_seconds`, `peak_memory_bytes` (resident) and, if torch has used a GPU, `peak_gpu_bytes` (allocated). A
+        process that worked on several runs has one peak over all of them.
     """
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = {
+    usage = {
         "cpu_seconds": round(time.process_time(), 3),
         "peak_memory_bytes": resident if sys.platform == "darwin" else resident * 1024,
     }
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        usage["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return usage
 
 
 def command_line() -> str:
-    """The command this process was started with, as a person would type it."""
+    """The command that started this process, as a user would type it."""
     return " ".join(["python -m experiments", *sys.argv[1:]])
 
 
@@ -145,7 +145,7 @@ def _lock_hash() -> str | None:
 
 
 def _driver() -> str | None:
-    """The first line of what NVIDIA's driver says of itself."""
+    """The first line of NVIDIA's driver version file."""
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):

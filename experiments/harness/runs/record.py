@@ -1,15 +1,15 @@
-"""One run's folder: opened, appended to, checkpointed, finished and read back.
+"""A run's record, which is its folder: created, appended to, checkpointed, finished and read back.
 
     results/runs/<run_id>/
         spec.json         the spec and the format of the record
         env.json          one entry for each session that worked on the run: commit, command, versions, machine
-        metrics.jsonl     one line an epoch, flushed
-        checkpoint.pt     the state to resume from, replaced by rename; after the finish only the weights
-        checkpoint.previous.pt    the one before, until the finish
-        summary.json      flat numbers and strings, written last: no summary, not done
-        failure.json      why the last attempt ended, if it failed; removed by the next attempt
+        metrics.jsonl     one line per epoch, flushed
+        checkpoint.pt     the state to resume from, replaced atomically; once the run is done, only the weights
+        checkpoint.previous.pt    the checkpoint before it, until the run is done
+        summary.json      flat numbers and strings, written last: a run without it is not done
+        failure.json      why the last attempt failed; removed by the next attempt
 
-The folder is the only state. Standard library only: reading records never waits for torch.
+The folder is the only state. Standard library only, so that records can be read without importing torch.
 """
 
 import contextlib
@@ -36,28 +36,28 @@ from experiments.harness.runs.files import (
     read_json,
     read_text,
     replacing,
+    write_errors,
     write_json,
     write_text,
-    written,
 )
 from experiments.harness.runs.spec import Run, SpecError, Training, from_dict
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the files below. A reader refuses a record of a newer format by name."""
+"""Format of the files above. A record of a newer format is rejected by name."""
 
 
 LARGEST_CHECKPOINT = 64 * 2**30
-"""Bytes that a reader takes from a checkpoint."""
+"""The largest checkpoint that is read, in bytes."""
 
-ANEW = "delete it, and the run goes on from the checkpoint before, or starts over"
+DELETE_TO_RESUME = "delete it, and the run resumes from the previous checkpoint or starts over"
 
 DEFAULT_ROOT = Path(__file__).resolve().parents[3] / "results"
 
 
 class RunLocked(RecordError):
-    """Another process is at work on this run."""
+    """Another process is working on this run."""
 
 
 @dataclass(frozen=True)
@@ -68,68 +68,66 @@ class Record:
     run_id: str
 
     def __post_init__(self) -> None:
-        """Refuse what is not the name of a folder.
+        """Reject a run id that is not the name of a folder.
 
         Raises:
-            RecordError: for a path, or nothing.
+            RecordError: for a path, or an empty string.
         """
         if self.run_id in ("", ".", "..") or "/" in self.run_id or "\0" in self.run_id:
-            raise RecordError(
-                f"{self.run_id!r} is not the name of a run: those are the folders in {self.root / 'runs'}."
-            )
+            raise RecordError(f"{self.run_id!r} is not a run id: give the name of a folder in {self.root / 'runs'}.")
 
     @property
     def folder(self) -> Path:
-        """Where the run's files are."""
+        """The folder with the run's files."""
         return self.root / "runs" / self.run_id
 
     @property
     def checkpoint(self) -> Path:
-        """The state to resume from; after the finish, the final weights."""
+        """The state to resume from; once the run is done, the final weights."""
         return self.folder / "checkpoint.pt"
 
     @property
     def done(self) -> bool:
-        """Whether the run has finished: it has a summary."""
+        """Whether the run is finished, that is, has a summary."""
         return (self.folder / "summary.json").is_file()
 
     def create(self, spec: Run) -> None:
-        """Make the folder and say in it what the run is; a folder of the same run is taken over.
+        """Create the folder and write the spec; an existing folder of the same run is kept.
 
         Raises:
             RecordError: if the folder cannot be written, or holds another spec or a newer format.
         """
-        self._refuse_link()
+        self._reject_link()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RecordError(
-                f"The run folder {self.folder} cannot be made ({error.strerror}): choose a writable "
-                "results folder with --results."
+                f"The run folder {self.folder} cannot be created ({error.strerror}): choose a writable results folder "
+                "with --results."
             ) from error
         if (self.folder / "spec.json").exists():
             if self.spec() != spec:
                 raise RecordError(f"{self.folder} holds another run's spec.json: move that folder away.")
         else:
-            with written(self.folder / "spec.json"):
+            with write_errors(self.folder / "spec.json"):
                 write_json(self.folder / "spec.json", {"format": FORMAT, "spec": spec.to_dict()})
 
-    def _refuse_link(self) -> None:
+    def _reject_link(self) -> None:
         if self.folder.is_symlink():
-            raise RecordError(f"{self.folder} is a link, and a run's folder must not be one: move it away.")
+            raise RecordError(f"{self.folder} is a symbolic link, but a run folder must not be one: move it away.")
 
     def begin(self, spec: Run, *, redo: bool = False) -> bool:
-        """`create` the folder for another attempt, emptied first if `redo`; call it while the run is `locked`.
+        """Prepare the folder for an attempt; `redo` empties it first. Call it while the run is `locked`.
 
         Returns:
-            Whether there is something to do: a finished run is left alone.
+            Whether the run still has to be done: a finished run is left unchanged.
         """
         self.create(spec)
         if redo:
             self.remove()
             self.create(spec)
         for name in ("checkpoint.pt", "env.json", "metrics.jsonl", "summary.json"):
-            for path in self.folder.glob(f".{name}.*"):  # of processes that were killed while they wrote one
+            for path in self.folder.glob(f".{name}.*"):  # temporary files of processes that were killed
                 with contextlib.suppress(OSError):
                     path.unlink()
         if self.done:
@@ -151,17 +149,17 @@ class Record:
             raise RecordError(f"{path} is not a run's spec: move its folder out of the results.")
         if version > FORMAT:
             raise RecordError(
-                f"{path} was written by a newer version of this project (record format {version}, this one "
-                f"reads {FORMAT}): update this checkout, or use another results folder."
+                f"{path} was written by a newer version of this project (record format {version}; this version reads "
+                f"{FORMAT}): update this checkout, or use another results folder."
             )
         try:
             spec = from_dict(content["spec"])
         except SpecError as error:
-            raise RecordError(f"{path} holds a spec this version cannot run: {error}") from error
+            raise RecordError(f"{path} holds a spec that this version cannot run: {error}") from error
         if spec.run_id != self.run_id:
             raise RecordError(
-                f"{path} describes run {spec.run_id}, not {self.run_id}: the folder was renamed or the file "
-                "edited. Give the folder its name back, or move it out of the results."
+                f"{path} describes run {spec.run_id}, not {self.run_id}: the folder was renamed or the file edited. "
+                "Restore the folder's name, or move it out of the results."
             )
         return spec
 
@@ -169,51 +167,51 @@ class Record:
         """Append one session's provenance to env.json."""
         path = self.folder / "env.json"
         sessions = self.environments() if path.exists() else []
-        with written(path):
+        with write_errors(path):
             write_json(path, {"sessions": [*sessions, dict(environment)]})
 
     def environments(self) -> list[dict[str, Any]]:
         """The provenance of each session that worked on the run, oldest first."""
         sessions = read_json(self.folder / "env.json").get("sessions")
         if not isinstance(sessions, list) or not all(isinstance(s, dict) for s in sessions):
-            raise RecordError(f"{self.folder / 'env.json'} has no list of sessions: it was edited.")
+            raise RecordError(f"{self.folder / 'env.json'} has no list of sessions: move the run's folder away.")
         return sessions
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Note in env.json, with what `add_environment` adds in the block, when the session ended and what it used.
+        """Add the session's end, time and memory to the entry that `add_environment` writes within the block.
 
-        However the block ends; a process that is killed leaves no note.
+        This happens however the block ends, unless the process is killed.
         """
-        begun, before = time.monotonic(), provenance.used()["cpu_seconds"]
+        started, before = time.monotonic(), provenance.resources_used()["cpu_seconds"]
         path = self.folder / "env.json"
         count = len(self.environments()) if path.exists() else 0
         try:
             yield
         finally:
-            with contextlib.suppress(OSError, RecordError):  # the result is worth more than this note
+            with contextlib.suppress(OSError, RecordError):  # the result matters more than this entry
                 sessions = self.environments()
                 if len(sessions) > count:
-                    used = provenance.used()
+                    used = provenance.resources_used()
                     sessions[-1] |= {
                         **used,
                         "cpu_seconds": round(used["cpu_seconds"] - before, 3),
-                        "wall_seconds": round(time.monotonic() - begun, 3),
+                        "wall_seconds": round(time.monotonic() - started, 3),
                         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
                     }
                     write_json(path, {"sessions": sessions})
 
     def write_checkpoint(self, content: bytes | memoryview) -> None:
-        """Replace the checkpoint; the one before is kept until the run is finished.
+        """Replace the checkpoint; the previous one is kept until the run is finished.
 
         Raises:
-            RecordError: if it cannot be written, because the disk is full, say; then the old ones are there.
+            RecordError: if it cannot be written, for example on a full disk; the old checkpoints are then kept.
         """
-        with written(self.checkpoint), replacing(self.checkpoint, self.previous_checkpoint) as temporary:
+        with write_errors(self.checkpoint), replacing(self.checkpoint, self.previous_checkpoint) as temporary:
             temporary.write_bytes(content)
 
     def read_checkpoint(self, path: Path) -> bytes | None:
-        """The contents of `checkpoint` or `previous_checkpoint`; None if it is not there.
+        """The contents of `checkpoint` or `previous_checkpoint`; None if the file is missing.
 
         Raises:
             RecordError: if it cannot be read, or is not a regular file.
@@ -223,38 +221,38 @@ class Record:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RecordError(f"{path} cannot be read ({error.strerror}): {ANEW}.") from error
+            raise RecordError(f"{path} cannot be read ({error.strerror}): {DELETE_TO_RESUME}.") from error
 
     @property
     def previous_checkpoint(self) -> Path:
-        """The checkpoint before the last one, of a run that is not finished."""
+        """The checkpoint before the last one; only an unfinished run has it."""
         return self.folder / "checkpoint.previous.pt"
 
     def append(self, metrics: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl and flush it to the disk.
 
         Raises:
-            RecordError: if it cannot be written, because the disk is full, say.
+            RecordError: if it cannot be written, for example on a full disk.
         """
         path = self.folder / "metrics.jsonl"
-        with written(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
+        with write_errors(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def rewind(self, epoch: int) -> None:
-        """Drop lines of metrics.jsonl beyond `epoch`: they postdate the checkpoint that is resumed."""
+        """Drop the lines of metrics.jsonl after `epoch`: they are newer than the checkpoint that is resumed."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in self.metrics() if line.get("epoch", 0) <= epoch]
-            with written(path):
+            with write_errors(path):
                 write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line cut off by a crash is left out.
+        """The lines of metrics.jsonl; a last line that a crash truncated is left out.
 
         Raises:
-            RecordError: for a damaged line that is not the last.
+            RecordError: for a damaged line that is not the last one.
         """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
@@ -271,9 +269,9 @@ class Record:
         return lines
 
     def finish(self, summary: Mapping[str, float | int | str | None]) -> None:
-        """Write summary.json: from here on the run is done."""
+        """Write summary.json, which makes the run done."""
         (self.folder / "failure.json").unlink(missing_ok=True)
-        with written(self.folder / "summary.json"):
+        with write_errors(self.folder / "summary.json"):
             write_json(self.folder / "summary.json", dict(summary))
         self.previous_checkpoint.unlink(missing_ok=True)
 
@@ -282,11 +280,11 @@ class Record:
         return read_json(self.folder / "summary.json")
 
     def fail(self, message: str, traceback: str = "") -> None:
-        """Say in the record why this attempt ended; where that cannot be written, only in the log."""
+        """Record why this attempt failed; if that cannot be written, log it."""
         try:
             write_json(self.folder / "failure.json", {"message": message, "traceback": traceback})
         except OSError as error:
-            log.warning("The failure of run %s could not be written down: %s", self.run_id, error)
+            log.warning("The failure of run %s could not be recorded: %s", self.run_id, error)
 
     def failure(self) -> str | None:
         """Why the last attempt failed, in one sentence, or None."""
@@ -294,11 +292,11 @@ class Record:
         return printable(str(read_json(path).get("message"))) if path.exists() else None
 
     def clear_failure(self) -> None:
-        """Forget the last attempt's failure: a new one has begun."""
+        """Delete the last attempt's failure: a new attempt has started."""
         (self.folder / "failure.json").unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Delete the run, the summary first: a half-deleted run is an unfinished one."""
+        """Delete the run, the summary first, so that a half-deleted run is not done."""
         (self.folder / "summary.json").unlink(missing_ok=True)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name != "lock":
@@ -306,12 +304,12 @@ class Record:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; the kernel lets go of it when the process dies, however it dies.
+        """Lock the run for this process; the kernel releases the lock when the process ends, however it ends.
 
         Raises:
             RunLocked: if another process holds it.
         """
-        self._refuse_link()
+        self._reject_link()
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "lock", "a", opener=no_link) as file:
             try:
@@ -322,7 +320,7 @@ class Record:
 
     @property
     def busy(self) -> bool:
-        """Whether a process is at work on the run."""
+        """Whether a process is working on the run."""
         try:
             with open(self.folder / "lock", opener=no_link) as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -339,10 +337,10 @@ def record_of(spec: Run, root: Path) -> Record:
 
 
 def state_of(spec: Run, root: Path) -> tuple[str, str]:
-    """What the disk says of a run, and words about it.
+    """The state of a run on disk, and details in words.
 
     Returns:
-        "done", "running", "failed", "begun", "not begun" or "damaged"; then how far it is, or why it failed.
+        "done", "running", "failed", "started", "not started" or "damaged"; then its progress, or why it failed.
     """
     record = record_of(spec, root)
     try:
@@ -350,7 +348,7 @@ def state_of(spec: Run, root: Path) -> tuple[str, str]:
             record.spec(), record.summary()
             return "done", ""
         if not record.folder.exists():
-            return "not begun", ""
+            return "not started", ""
         lines = record.metrics()
         if lines and type(spec) is Training:
             left = lines[-1]["seconds"] / lines[-1]["epoch"] * (spec.epochs - lines[-1]["epoch"])
@@ -363,13 +361,13 @@ def state_of(spec: Run, root: Path) -> tuple[str, str]:
             return "running", f"{progress}, about {duration(left)} left" if lines else ""
         if failure := record.failure():
             return "failed", f": {' '.join(failure.split())}"
-        return ("begun", progress) if lines or record.checkpoint.exists() else ("not begun", "")
+        return ("started", progress) if lines or record.checkpoint.exists() else ("not started", "")
     except (KeyError, OSError, OverflowError, RecordError, TypeError, ValueError, ZeroDivisionError) as error:
         return "damaged", f": {printable(str(error))}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 42 s, 7 min, 3.5 h."""
+    """Seconds in readable form: 42 s, 7 min, 3.5 h."""
     if seconds < 99:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"

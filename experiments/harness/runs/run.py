@@ -1,4 +1,4 @@
-"""What every kind of run has: its fields, the hash that names its folder, and its flat JSON. Standard library only."""
+"""What all kinds of run share: fields, the hash that names the folder, and flat JSON. Standard library only."""
 
 import dataclasses
 import functools
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.harness.runs import methods
-from experiments.harness.runs.checks import SpecError, check_ranges, refuse, typed
+from experiments.harness.runs.checks import SpecError, check_ranges, reject, typed
 from experiments.harness.runs.facts import DATASETS
 
 if TYPE_CHECKING:
     from experiments.harness.runs.spec import Training
 
 RECIPE = 1
-"""Raised whenever the meaning of training changes, so that old runs are not taken for new ones."""
+"""Increased whenever the meaning of training changes, so that old runs are not taken for new ones."""
 
 ORDER = (
     *("profile", "dataset", "model", "base_optimizer", "learning_rate", "epochs", "batch_size", "rho"),
@@ -27,23 +27,23 @@ ORDER = (
     *("channels_last", "fused", "compile", "tf32", "deterministic", "threads", "ranks", "curvature_every"),
     *("measured_examples", "measured_rho", "workers", "normalised", "recipe"),
 )
-"""The order of the fields in records and CSV files; those of a later version follow by themselves."""
+"""The order of the fields in records and CSV files; fields of a later version come after these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What every kind of run has. Every field that can change a run's numbers is in its spec, and nothing else is.
+    """The spec of a run: exactly the fields that can change its numbers.
 
-    A field equal to its default in a training is left out of the hash: a field that a later version adds, with the
-    default that means "as before", leaves the names of finished runs unchanged.
+    A field at its default is left out of the hash. So a field that a later version adds, with a default that means
+    "as before", leaves the ids of finished runs unchanged.
     """
 
     kind: ClassVar[str]
-    """In records."""
+    """The kind's name in records."""
     module: ClassVar[str]
-    """The module of the harness that carries out this kind."""
+    """The module of the harness that executes this kind."""
     renamed: ClassVar[Mapping[str, str]] = {}
-    """Fields that have another name in records."""
+    """Fields with a different name in records."""
 
     profile: str
     dataset: str
@@ -54,24 +54,24 @@ class Run:
     rho: float = 0.0
     """Radius of the perturbation: its L2 norm over all parameters together."""
     micro_batches: int = 1
-    """m, the number of micro-batches a mini-batch is split into (not the examples in one)."""
+    """m, the number of micro-batches that a mini-batch is split into (not their size)."""
     adaptive: bool = False
-    """Whether the perturbation is ASAM's, elementwise; its rho does not compare with SAM's."""
+    """Whether the perturbation is ASAM's, elementwise; its rho is not comparable with SAM's."""
     seed: int = 0
     train_examples: int | None = None
-    """Size of the training subset, drawn once per data set whatever the seed; None takes all."""
+    """Size of the training subset, which is the same for every seed; None takes all."""
     momentum: float = 0.9
-    """Of SGD; AdamW keeps torch's betas."""
+    """SGD's momentum; AdamW keeps torch's betas."""
     device: str = "cpu"
     threads: int = 1
-    """Of one worker process: bit-for-bit equality holds for equal threads only."""
+    """Threads of one worker process; runs match bit for bit only at an equal number of threads."""
     recipe: int = RECIPE
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run, before anything expensive starts.
+        """Reject a spec that cannot be run, before anything expensive starts.
 
         Raises:
-            SpecError: with a sentence that names the field, its value and what is allowed.
+            SpecError: with a sentence that names the field, its value and the allowed values.
         """
         for name, annotation in hints(type(self)).items():
             object.__setattr__(self, name, typed(name, getattr(self, name), annotation))
@@ -79,17 +79,17 @@ class Run:
         self.check()
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         if self.micro_batches > self.batch_size:
-            allowed = f"at most the batch size, {self.batch_size} here: every micro-batch needs an example"
-            refuse("micro_batches", self.micro_batches, allowed)
+            allowed = f"at most the batch size, {self.batch_size}: every micro-batch needs an example"
+            reject("micro_batches", self.micro_batches, allowed)
         if self.adaptive and not self.rho:
-            refuse("adaptive", True, "left out where rho is 0: there is no perturbation to scale")
+            reject("adaptive", True, "left out if rho is 0: there is no perturbation to scale")
         available = DATASETS[self.dataset].train
         if (self.train_examples or 0) > self.available:
-            refuse("train_examples", self.train_examples, f"at most {available}, held-out examples included")
+            reject("train_examples", self.train_examples, f"at most {available}, including held-out examples")
         if self.examples < self.batch_size:
-            refuse("batch_size", self.batch_size, f"at most the {self.examples} training examples")
+            reject("batch_size", self.batch_size, f"at most the {self.examples} training examples")
 
     @property
     def method(self) -> str:
@@ -98,71 +98,71 @@ class Run:
 
     @property
     def available(self) -> int:
-        """How many examples could be trained on."""
+        """Number of examples that could be trained on."""
         return DATASETS[self.dataset].train
 
     @property
     def examples(self) -> int:
-        """How many examples are trained on."""
+        """Number of examples that are trained on."""
         return self.train_examples or self.available
 
     @property
     def processes(self) -> int:
-        """Data-parallel processes that carry out the run together."""
+        """Number of data-parallel processes that train the run."""
         return 1
 
     @property
     def network(self) -> "Training | None":
-        """The training whose final weights the run measures; None if it measures none."""
+        """The training run whose final weights this run measures; None if it measures none."""
         return None
 
     @property
     def score(self) -> str:
-        """Which number of the run's summary its table shows and compares."""
+        """The name of the summary number that the run's table shows and compares."""
         raise NotImplementedError
 
     @property
     def title(self) -> str:
-        """One line for people: what is run, how, and with which seed."""
+        """One line that describes the run: what, how, and which seed."""
         raise NotImplementedError
 
     @functools.cached_property
     def flat(self) -> Mapping[str, Any]:
-        """Every field of every kind by its name in records; those that this kind lacks have their defaults."""
+        """All fields of all kinds by their names in records; fields that this kind lacks have their defaults."""
         own = {self.renamed.get(name, name): getattr(self, name) for name in hints(type(self))}
         known = {**defaults(), "kind": self.kind, **own}
         return {name: known[name] for name in in_order()}
 
     def to_dict(self) -> dict[str, Any]:
-        """`flat`, ready for JSON; a field that is not in `ORDER` is written only if it is not at its default."""
-        usual = defaults()
-        return {name: value for name, value in self.flat.items() if name in ORDER or value != usual[name]}
+        """`flat`, ready for JSON; a field that is not in `ORDER` is left out at its default."""
+        default = defaults()
+        return {name: value for name, value in self.flat.items() if name in ORDER or value != default[name]}
 
     @functools.cached_property
     def run_id(self) -> str:
         """Twelve hexadecimal digits of a SHA-256 over the fields that differ from their defaults."""
-        usual = defaults()
-        fields = {k: v for k, v in self.flat.items() if k == "recipe" or k not in usual or v != usual[k]}
+        default = defaults()
+        fields = {k: v for k, v in self.flat.items() if k == "recipe" or k not in default or v != default[k]}
         text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def from_dict(fields: Mapping[str, Any]) -> Run:
-    """The inverse of `Run.to_dict`: a run of the kind that the fields name.
+    """The inverse of `Run.to_dict`: a run of the kind given in the fields.
 
     Raises:
-        SpecError: for unknown or missing fields, and for values that cannot be run.
+        SpecError: for unknown or missing fields, or values that cannot be run.
     """
     cls = kinds().get(fields.get("kind", "train"))
     if cls is None:
-        refuse("kind", fields["kind"], f"one of {', '.join(kinds())}")
-    known, usual = {**dict.fromkeys(names()), "kind": None}, defaults()
+        reject("kind", fields["kind"], f"one of {', '.join(kinds())}")
+    known, default = {**dict.fromkeys(names()), "kind": None}, defaults()
     own = {cls.renamed.get(f.name, f.name): f for f in dataclasses.fields(cls)}
     for name, value in fields.items():
         if name not in known:
             raise SpecError(f"Unknown field {name!r} in a spec; the fields are: {', '.join(known)}.")
-        if name not in own and name != "kind" and value != usual.get(name):
-            refuse(name, value, f"{usual.get(name)!r}, or left out, in a {cls.__name__} run")
+        if name not in own and name != "kind" and value != default.get(name):
+            reject(name, value, f"{default.get(name)!r}, or left out, in a {cls.__name__} run")
     required = [name for name, f in own.items() if f.default is dataclasses.MISSING]
     if missing := [name for name in required if name not in fields]:
         raise SpecError(f"A spec lacks the field {missing[0]!r}; it needs {', '.join(required)}.")
@@ -170,11 +170,11 @@ def from_dict(fields: Mapping[str, Any]) -> Run:
 
 
 def from_text(fields: Mapping[str, str]) -> Run:
-    """A run from a row of `runs.csv`: other columns are skipped, and empty ones have their default.
+    """A run from a row of `runs.csv`: other columns are skipped, and empty ones get their default.
 
     Raises:
-        SpecError: as `from_dict` does.
-        ValueError: for a text that is not a value of its field.
+        SpecError: as in `from_dict`.
+        ValueError: for a text that its field cannot hold.
     """
     values: dict[str, Any] = {}
     for name, annotation in {**names(), "kind": str}.items():
@@ -186,7 +186,7 @@ def from_text(fields: Mapping[str, str]) -> Run:
 
 @functools.cache
 def kinds() -> dict[str, type[Run]]:
-    """Every kind of run by its name in records, the trainings first."""
+    """Every kind of run by its name in records, training first."""
 
     def below(cls: type[Run]) -> Iterator[type[Run]]:
         for kind in cls.__subclasses__():
@@ -197,7 +197,7 @@ def kinds() -> dict[str, type[Run]]:
 
 
 def hints(cls: type[Run]) -> dict[str, Any]:
-    """The types of a kind's fields by name; asking for them takes longer than all other checks of a spec."""
+    """The types of a kind's fields by name; cached, since this takes longer than all other checks of a spec."""
     if cls not in _HINTS:
         known = typing.get_type_hints(cls)
         _HINTS[cls] = {f.name: known[f.name] for f in dataclasses.fields(cls)}
@@ -219,13 +219,13 @@ def names() -> dict[str, Any]:
 
 @functools.cache
 def in_order() -> tuple[str, ...]:
-    """Every name in records: those in `ORDER`, then those of later versions."""
+    """All field names in records: those in `ORDER`, then those of later versions."""
     return tuple(dict.fromkeys((*ORDER, *names())))
 
 
 @functools.cache
 def defaults() -> dict[str, Any]:
-    """The defaults of all fields that have one, by their names in records; a training's go first."""
+    """The defaults of all fields that have one, by their names in records; training's defaults take precedence."""
     known = [(cls.renamed.get(f.name, f.name), f) for cls in kinds().values() for f in dataclasses.fields(cls)]
     fields = {name: f.default for name, f in reversed(known)}
     return {"kind": "train", **{k: v for k, v in fields.items() if v is not dataclasses.MISSING}}

@@ -1,4 +1,4 @@
-"""Which runs a command is about, as its command line says."""
+"""The runs that a command line selects."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +14,29 @@ from experiments.harness.runs.spec import Run
 
 @dataclass(frozen=True)
 class Runs:
-    """Which runs a command is about."""
+    """The runs that a command works on."""
 
-    target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table, as `list` names them.")]]
+    target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table; see `list`.")]]
     profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
-    seeds: Annotated[int | None, arg(help="How many paired seeds, 0, 1, ...; left out: the profile's own.")] = None
+    seeds: Annotated[int | None, arg(help="Number of paired seeds, 0, 1, ...; default: the profile's.")] = None
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
-        arg(metavar="FIELD=VALUE", help="Change fields of every spec; the tables leave such runs out."),
+        arg(metavar="FIELD=VALUE", help="Change a field of every spec; tables leave such runs out."),
     ] = ()
     results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
 
     @property
     def specs(self) -> list[Run]:
-        """The runs, and in front of those that measure a network the one that trains it.
+        """The runs; a run that measures a network is preceded by the run that trains it.
 
         Raises:
-            SpecError: if they are unknown, or cannot be run.
+            SpecError: if the target is unknown or its specs cannot be run.
         """
         return with_networks(catalogue.runs(self.target, self.profile, self.seeds, self.set))
 
     @property
     def root(self) -> Path:
-        """The results root, whatever folder the command goes to."""
+        """The results root as an absolute path."""
         return self.results.absolute()
 
     def __str__(self) -> str:

@@ -1,15 +1,15 @@
-"""The four kinds of run: one frozen value each, whose hash names the run's folder.
+"""The four kinds of run: frozen dataclasses whose hash names the run's folder.
 
-`Training` trains a network, `Curvature` measures the network that a training ends with, `Timing` times the steps of all
+`Training` trains a network, `Curvature` measures the final network of a training run, `Timing` times the steps of all
 arms, `Stability` simulates a theorem. All are written as the same flat JSON. Standard library only, so that listing,
-planning and analysing never wait for torch.
+planning and analysis never wait for torch.
 """
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from experiments.harness.runs import methods
-from experiments.harness.runs.checks import PROFILES, SpecError, is_callable, refuse
+from experiments.harness.runs.checks import PROFILES, SpecError, is_callable, reject
 from experiments.harness.runs.facts import DATASETS, ImageSet, SimulatedSet, TextSet, models_of
 from experiments.harness.runs.run import Run, defaults, from_dict, from_text, hints
 
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}
-"""How many paired seeds (0, 1, ...) a profile runs unless another number is given."""
+"""Default number of paired seeds (0, 1, ...) of each profile."""
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
-"""How the `paper` profile computes. Autocast to bfloat16 would be up to twice as fast by the data sheets, but rounds
-weights to so few bits that most of a small perturbation is lost, and what is left is twice as long and more
-(benchmarks/results/precision.md). TensorFloat-32 loses far less. Compiling and deterministic kernels wait for a GPU
-that measures what they bring and cost."""
+"""How the `paper` profile computes. By the data sheets, autocast to bfloat16 would be up to twice as fast. But it
+rounds weights to so few bits that most of a small perturbation is lost, and the rest is more than twice as long
+(benchmarks/results/precision.md). TensorFloat-32 loses far less. Compilation and deterministic kernels stay off until
+their gain and cost are measured on a GPU."""
 
 
 _TEXTS_ONLY = ("dropout", "attention", "max_length")
@@ -44,81 +44,80 @@ _IMAGES_ONLY = ("augmentation", "cutout", "image_size", "label_noise", "channels
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Run):
-    """A run that has a network: its data, model, optimizer and machine."""
+    """A run with a network: its data, model, optimizer and device."""
 
     test_examples: int | None = None
     """None takes the whole test set."""
     holdout_examples: int = 0
-    """If positive: the run is scored on this many training examples it never trains on, not on the test set."""
+    """If positive, the run is scored on this many held-out training examples instead of the test set."""
     augmentation: str = "none"
     """Of images; see `augment.py`."""
     cutout: int = 0
-    """Side, in pixels, of the square that is cut out of each training image; 0 cuts none."""
+    """Side, in pixels, of the square that is cut out of each training image; 0: no cutout."""
     image_size: int = 32
-    """Side, in pixels, that images are enlarged to: for pretrained models, which were made for larger ones."""
+    """Side, in pixels, that images are resized to; for pretrained models, which expect larger images."""
     label_smoothing: float = 0.0
     label_noise: float = 0.0
-    """Share of the training images whose label is replaced by a wrong one, drawn once for every run and method."""
+    """Share of the training images with a wrong label, the same images and labels for every seed and method."""
     nesterov: bool = False
     weight_decay: float = 0.0
     schedule: str = "cosine"
-    """Of the learning rate: half a cosine or a line down to 0, or a fifth after 30, 60 and 80 % of the epochs, as Wide
-    ResNets were published with (`step`)."""
+    """The learning rate schedule: `cosine` or `linear` decay to 0, or `step`: times 0.2 after 30, 60 and 80 % of the
+    epochs, as published for Wide ResNets."""
     clip_norm: float | None = None
-    """Largest norm of the gradient that the base optimizer is given, so after micro-batches were averaged."""
+    """Largest norm of the gradient that the base optimizer gets, clipped after micro-batches are averaged."""
     decay: str = "all"
-    """Which parameters `weight_decay` is for: all, or matrices alone, without biases and norms."""
+    """The parameters that `weight_decay` applies to: all, or only matrices (no biases or norms)."""
     dropout: float | None = None
-    """Of a text model; None leaves its own configuration."""
+    """Dropout of a text model; None keeps the model's configuration."""
     attention: str = "eager"
     """Implementation of attention in text models."""
     max_length: int = 128
-    """Tokens of a text after which it is cut off, special ones included."""
+    """Texts are truncated to this many tokens, including special tokens."""
     precision: str = "float32"
     channels_last: bool = True
     """Memory layout of images and convolutions."""
     fused: bool = False
     """Whether the base optimizer updates all parameters in one kernel."""
     compile: bool = False
-    """Whether the model goes through `torch.compile`."""
+    """Whether the model is compiled with `torch.compile`."""
     tf32: bool = False
     """Whether float32 products on a GPU may round their factors to TensorFloat-32."""
     deterministic: bool = False
-    """Of a GPU: whether only kernels are used that give the same bits each time. On the CPU all are."""
+    """Whether a GPU uses only deterministic kernels. On the CPU all kernels are."""
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         data = DATASETS[self.dataset]
         if isinstance(data, SimulatedSet):
-            refuse("dataset", self.dataset, "a set of images or texts: only stability runs simulate")
+            reject("dataset", self.dataset, "a set of images or texts: only stability runs simulate data")
         super().check()
         images = isinstance(data, ImageSet)
         known = models_of(self.dataset)
         if self.model not in known and "/" not in self.model and not (images and is_callable(self.model)):
-            own = ", or module:callable" if images else ""
-            allowed = f"one of {', '.join(known)} for {self.dataset}, or the path of a checkpoint's folder{own}"
-            refuse("model", self.model, allowed)
-        usual = _IMAGES_ONLY if not images else _TEXTS_ONLY
-        for name in usual:
+            custom = ", or module:callable" if images else ""
+            allowed = f"one of {', '.join(known)} for {self.dataset}, or the path of a checkpoint's folder{custom}"
+            reject("model", self.model, allowed)
+        for name in _TEXTS_ONLY if images else _IMAGES_ONLY:
             if getattr(self, name) != defaults()[name]:
-                refuse(name, getattr(self, name), f"left out, except for {'text models' if images else 'images'}")
+                reject(name, getattr(self, name), f"left out, except for {'text models' if images else 'images'}")
         if self.cutout > 32:
-            refuse("cutout", self.cutout, "at most 32, the side of the images")
+            reject("cutout", self.cutout, "at most 32, the side of the images")
         for name in ("tf32", "deterministic"):
             if self.device != "cuda" and getattr(self, name):
-                refuse(name, True, "left out on CPUs: it is for GPUs")
+                reject(name, True, "left out on CPUs: only GPUs have it")
         if self.image_size != 32 and "/" not in self.model:
-            refuse("image_size", self.image_size, "32, except for pretrained models of timm")
+            reject("image_size", self.image_size, "32, except for timm's pretrained models")
         if isinstance(data, TextSet) and not data.labels and self.label_smoothing:
-            refuse("label_smoothing", self.label_smoothing, f"0 for {self.dataset}, a regression")
+            reject("label_smoothing", self.label_smoothing, f"0 for {self.dataset}, a regression")
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            refuse("dropout", self.dropout, "at least 0 and below 1, or left out")
+            reject("dropout", self.dropout, "at least 0 and below 1, or left out")
         if (self.test_examples or 0) > data.test:
-            refuse("test_examples", self.test_examples, f"at most {data.test}, or left out to take all")
+            reject("test_examples", self.test_examples, f"at most {data.test}, or left out to take all")
 
     @property
     def available(self) -> int:
-        """How many examples could be trained on: all but the held-out ones."""
+        """Number of examples that could be trained on: all except the held-out ones."""
         return DATASETS[self.dataset].train - self.holdout_examples
 
 
@@ -132,28 +131,28 @@ class Training(Network):
     epochs: int
     warmup_epochs: float = 0.0
     ema: float = 0.0
-    """If positive: the run is scored by an exponential moving average of its weights and buffers, which keeps this
-    share of itself at each step; 0.999 say. Gradients are taken at the plain weights."""
+    """If positive, the run is scored with an exponential moving average of its weights and buffers with this decay, for
+    example 0.999. Gradients are computed at the plain weights."""
     ranks: int = 1
-    """Data-parallel processes, each on its share of every mini-batch; `micro_batches` counts those of all of them."""
+    """Data-parallel processes, each with its share of every mini-batch; `micro_batches` counts over all of them."""
     curvature_every: int = 0
-    """Epochs between measurements of the largest Hessian eigenvalue while training; the last epoch has one too. 0
-    measures none."""
+    """Epochs between measurements of the largest Hessian eigenvalue during training; the last epoch is measured too.
+    0: no measurement."""
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         super().check()
         if self.ranks > 1 and not self.divisible(self.ranks):
             allowed = (
-                f"a divisor of micro_batches ({self.micro_batches}), and these one of the batch size "
-                f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) stays on one"
+                f"a divisor of micro_batches ({self.micro_batches}), which must divide the batch size "
+                f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) needs ranks=1"
             )
-            refuse("ranks", self.ranks, allowed)
+            reject("ranks", self.ranks, allowed)
         if self.warmup_epochs >= self.epochs:
-            refuse("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
+            reject("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
 
     def divisible(self, ranks: int) -> bool:
-        """Whether so many ranks have whole micro-batches of one size each."""
+        """Whether every rank gets the same number of micro-batches, all of equal size."""
         return self.micro_batches % ranks == 0 and self.batch_size % self.micro_batches == 0
 
     @property
@@ -163,7 +162,7 @@ class Training(Network):
 
     @property
     def score(self) -> str:
-        """The accuracy or score of the part that is scored; the largest eigenvalue if it is measured on the way."""
+        """Accuracy or score on the test set or held-out part; the largest eigenvalue if it is measured in training."""
         if self.curvature_every:
             return "lambda_1"
         part = "holdout" if self.holdout_examples else "test"
@@ -181,30 +180,30 @@ class Training(Network):
 
 @dataclass(frozen=True, kw_only=True)
 class Curvature(Training):
-    """Measures the flatness of the network that a training with the same fields ends with."""
+    """Measures the flatness of the final network of the training run with the same fields."""
 
     kind = "curvature"
     module = "work.flatness"
 
     measured_examples: int = 0
-    """How many training examples, and how many test examples, it measures on."""
+    """Number of training examples, and of test examples, that it measures on."""
     measured_rho: float = 0.0
     """The radius at which sharpness is measured, the same for every arm."""
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         super().check()
         fewest = min(self.examples, self.test_examples or DATASETS[self.dataset].test)
         if self.measured_examples > fewest:
-            refuse("measured_examples", self.measured_examples, f"at most {fewest}, the training and test examples")
+            reject("measured_examples", self.measured_examples, f"at most {fewest}, the training and test examples")
         if self.holdout_examples:
-            refuse("holdout_examples", self.holdout_examples, "0 for a curvature run")
+            reject("holdout_examples", self.holdout_examples, "0 for a curvature run")
         if self.ranks > 1:
-            refuse("ranks", self.ranks, "1 for a curvature run")
+            reject("ranks", self.ranks, "1 for a curvature run")
 
     @property
     def network(self) -> Training:
-        """The training whose final weights are measured."""
+        """The training run whose final weights are measured."""
         return Training(**{name: getattr(self, name) for name in hints(Training)})
 
     @property
@@ -214,43 +213,43 @@ class Curvature(Training):
 
     @property
     def title(self) -> str:
-        """Like that of its training."""
+        """The title of its training run, marked as curvature."""
         return f"curvature of {super().title}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing(Network):
-    """Times the steps of every arm, with m = 2, 4, ... up to `micro_batches`, and of SAM and mSAM at `rho`."""
+    """Times the steps of every arm, with m = 2, 4, ... up to `micro_batches`; SAM and mSAM use `rho`."""
 
     kind = "cost"
     module = "work.timing"
     renamed: ClassVar = {"rounds": "epochs"}
 
     rounds: int
-    """How often each step is timed."""
+    """Number of times that each step is timed."""
     workers: int = 1
-    """Data-parallel processes that are timed after one alone."""
+    """Number of data-parallel processes, which are timed after a single process."""
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         super().check()
         m = self.micro_batches
         if not self.rho:
-            refuse("rho", self.rho, "greater than 0 for a timing")
+            reject("rho", self.rho, "greater than 0 for a timing run")
         if self.holdout_examples:
-            refuse("holdout_examples", self.holdout_examples, "0 for a timing")
+            reject("holdout_examples", self.holdout_examples, "0 for a timing run")
         if self.compile:
-            refuse("compile", True, "left out of a timing: it times models as they are")
+            reject("compile", True, "left out of a timing run, which times uncompiled models")
         if m < 2 or m & (m - 1) or self.batch_size % m:
-            refuse("micro_batches", m, f"a power of 2 that divides the batch size, {self.batch_size}, for a timing")
+            reject("micro_batches", m, f"a power of 2 that divides the batch size, {self.batch_size}, for a timing run")
         if m % self.workers:
-            refuse("workers", self.workers, f"a divisor of micro_batches, {m} here")
+            reject("workers", self.workers, f"a divisor of micro_batches, {m}")
         if self.workers > 1 and self.device != "cpu":
-            refuse("workers", self.workers, "1 on GPUs: several are timed on CPUs only")
+            reject("workers", self.workers, "1 on GPUs: several workers are timed only on CPUs")
 
     @property
     def score(self) -> str:
-        """The time of a step of mSAM over that of the base optimizer."""
+        """The time of an mSAM step, divided by that of a base optimizer step."""
         return f"msam_m{self.micro_batches}_w1_ratio"
 
     @property
@@ -261,7 +260,7 @@ class Timing(Network):
 
 @dataclass(frozen=True, kw_only=True)
 class Stability(Run):
-    """Simulates gradient descent, SAM or mSAM at a minimum, to find the largest sharpness at which it stays."""
+    """Simulates gradient descent, SAM or mSAM at a minimum to find the largest sharpness at which it is stable."""
 
     kind = "theory"
     module = "work.stability"
@@ -269,33 +268,33 @@ class Stability(Run):
     epochs: int
     momentum: float = 0.0
     normalised: bool = True
-    """Whether perturbations have the length rho; if not, they are rho times the gradient."""
+    """Whether perturbations have length rho; otherwise they are rho times the gradient."""
 
     def check(self) -> None:
-        """Refuse fields that do not go together."""
+        """Reject fields that do not go together."""
         super().check()
         if not isinstance(DATASETS[self.dataset], SimulatedSet):
             simulated = [name for name, data in DATASETS.items() if isinstance(data, SimulatedSet)]
-            refuse("dataset", self.dataset, f"{', '.join(simulated)} for a stability run")
+            reject("dataset", self.dataset, f"{', '.join(simulated)} for a stability run")
         if self.model not in models_of(self.dataset):
-            refuse("model", self.model, f"one of {', '.join(models_of(self.dataset))} for {self.dataset}")
+            reject("model", self.model, f"one of {', '.join(models_of(self.dataset))} for {self.dataset}")
         for name, only in (("base_optimizer", "sgd"), ("momentum", 0.0), ("device", "cpu"), ("adaptive", False)):
             if getattr(self, name) != only:
-                refuse(name, getattr(self, name), f"{only!r} in a stability run")
+                reject(name, getattr(self, name), f"{only!r} in a stability run")
 
     @property
     def score(self) -> str:
-        """The largest sharpness at which the method stays."""
+        """The largest sharpness at which the method is stable."""
         return "stable_sharpness"
 
     @property
     def title(self) -> str:
-        """Arm, model, batch size if it is a part of the data, learning rate, seed."""
+        """Arm, model, batch size if smaller than the data, learning rate, seed."""
         how = ("" if self.normalised else "unnormalised ") + methods.arm_of(self).described(self)
         batches = f" batches of {self.batch_size}" if self.batch_size < self.examples else ""
         return f"stability of {how} on {self.model}{batches} lr={self.learning_rate:g} seed {self.seed}"
 
 
 def in_percent(score: str) -> bool:
-    """Whether a number of a run's summary is shown times 100."""
+    """Whether a number of a run's summary is shown in percent."""
     return score.endswith(("_accuracy", "_score"))

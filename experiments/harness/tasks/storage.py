@@ -1,4 +1,4 @@
-"""Where data are kept and how they are fetched: the cache, its locks, checksums, downloads. Standard library only."""
+"""The data cache: its folder, locks, checksums and downloads. Standard library only."""
 
 import contextlib
 import errno
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class DataError(Mistake):
-    """Data that are not available or must not be used. The message says what to do."""
+    """Data that is unavailable or must not be used. The message says what to do."""
 
 
 class DataUnavailable(DataError):
-    """No source has the set. Nothing is wrong with any file: what does not need it can go on."""
+    """No source has the set. No file is damaged, so runs that do not need the set can go on."""
 
 
 class SourceUnavailable(Exception):
-    """This source cannot be reached: try the next one. The message becomes part of a `DataError`."""
+    """This source cannot be reached, so the next one is tried. The message becomes part of a `DataError`."""
 
 
 ANSWER_SECONDS = 10
-"""How long a server may take to answer, and later to send the next bytes."""
+"""How long a server may take to answer, and then to send the next bytes."""
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -44,9 +44,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msam"
 
 
-def refuse(what: object, expected: str, found: str, mend: str) -> NoReturn:
-    """Says that something has another checksum than it should, and what to do."""
-    raise DataError(f"{what} is truncated or altered: its checksum should be {expected}, found {found}. {mend}")
+def reject_checksum(source: object, expected: str, actual: str, mend: str) -> NoReturn:
+    """Raises the error for a wrong checksum, which says what to do."""
+    raise DataError(f"{source} is truncated or altered: its checksum should be {expected}, but is {actual}. {mend}")
 
 
 def file_checksum(path: Path, algorithm: str) -> str:
@@ -57,7 +57,7 @@ def file_checksum(path: Path, algorithm: str) -> str:
 
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Lets one process at a time put something into the cache. The kernel takes the lock back when its holder dies."""
+    """Locks a cache entry: one process at a time may write it. The kernel releases the lock when its holder dies."""
     cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f"{name}.lock").open("w") as file:
@@ -71,42 +71,42 @@ def locked(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def storage_errors(folder: Path, mend: str) -> Iterator[None]:
-    """Turns what the file system says about a folder into a sentence."""
+    """Turns a file system error about a folder into a sentence that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in DISK_FULL:
             raise DataError(
-                f"The disk of {folder} is full: free some 500 MB there and run again, or set "
-                f"XDG_CACHE_HOME to a folder on another disk."
+                f"The disk of {folder} is full: free about 500 MB there and run again, or set XDG_CACHE_HOME to a "
+                f"folder on another disk."
             ) from error
         raise DataError(f"{folder} cannot be used ({error}): {mend}.") from error
 
 
 def download(url: str, target: Path) -> None:
-    """Streams `url` into a file. Unlike torchvision's function it gives up on a silent server."""
-    with _open_url(url) as answer, target.open("wb") as file:
-        shutil.copyfileobj(answer, file, 1 << 20)
-        size, promised = file.tell(), answer.headers.get("Content-Length")
-    if promised is not None and size < int(promised):
-        raise OSError(f"the connection broke off after {size} of {promised} bytes")
+    """Streams `url` into a file. Unlike torchvision's function, it times out if the server does not answer."""
+    with _open_url(url) as response, target.open("wb") as file:
+        shutil.copyfileobj(response, file, 1 << 20)
+        size, expected = file.tell(), response.headers.get("Content-Length")
+    if expected is not None and size < int(expected):
+        raise OSError(f"the connection was lost after {size} of {expected} bytes")
 
 
 def _open_url(url: str) -> HTTPResponse:
-    """`urlopen` with one limit on everything up to the answer: a socket's timeout leaves name look-up out."""
-    answers: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
+    """`urlopen` with one timeout for everything up to the response: a socket's timeout excludes the name lookup."""
+    responses: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            answers.put(urllib.request.urlopen(url, timeout=ANSWER_SECONDS))
-        except Exception as error:  # handed to the caller below
-            answers.put(error)
+            responses.put(urllib.request.urlopen(url, timeout=ANSWER_SECONDS))
+        except Exception as error:  # raised in the calling thread below
+            responses.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=request, daemon=True).start()
     try:
-        answer = answers.get(timeout=ANSWER_SECONDS)
+        response = responses.get(timeout=ANSWER_SECONDS)
     except queue.Empty:
         raise TimeoutError(f"no answer within {ANSWER_SECONDS} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    if isinstance(response, Exception):
+        raise response
+    return response

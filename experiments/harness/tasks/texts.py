@@ -1,7 +1,7 @@
-"""Text classification and regression: from a spec to a Task.
+"""The task of a spec for text classification and regression.
 
-What a task will need is imported here, where the pool's fork server does it once: transformers would load an
-architecture when it is first asked for one, in every worker again.
+Architectures are imported here, so that the pool's fork server imports them once. Otherwise transformers would import
+them in every worker, when it is first asked for a model.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from experiments.harness.tasks.task import Task, generator, subsets, to_device
 EVALUATION_BATCH = 64
 
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-"""Files of which a folder with a tokenizer has one."""
+"""A folder with a tokenizer has at least one of these files."""
 
-transformers.logging.set_verbosity_error()  # of new classifiers and long texts, which are expected here
+transformers.logging.set_verbosity_error()  # new classifier heads and long texts are expected
 transformers.utils.logging.disable_progress_bar()
 
 
 def text_task(spec: Network, data_root: Path | None = None) -> Task:
-    """A task of GLUE, or the movie snippets, with an encoder of transformers and a new head."""
+    """A GLUE task, or the movie snippets, with an encoder from transformers and a new head."""
     task = text_set(spec.dataset)
     data = load(spec.dataset, data_root)
     tokenizer, model, origin = encoder(spec, task)
@@ -64,7 +64,7 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
 def task_of(
     spec: Network, model: nn.Module, trained: "_Examples", scored: Mapping[str, "_Examples"], data: dict[str, str]
 ) -> Task:
-    """The task of a spec with this model, on these tokens; `data` is for the record."""
+    """The task of a spec with this model on these tokens; `data` is for the record."""
     task = text_set(spec.dataset)
     device = torch.device(spec.device)
     model = model.to(device)
@@ -87,17 +87,17 @@ def task_of(
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
         model.eval()
-        found: dict[str, float] = {}
+        summary: dict[str, float] = {}
         for part, examples in scored.items():
             outputs = torch.empty(len(examples), task.outputs)
             for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
                 outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
             values = scores(task, outputs.numpy(), examples.labels)
-            found |= {f"{part}_{name}": value for name, value in values.items()}
-            found[f"{part}_score"] = values[task.metrics[0]]
-            found[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
-            found[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
-        return found
+            summary |= {f"{part}_{name}": value for name, value in values.items()}
+            summary[f"{part}_score"] = values[task.metrics[0]]
+            summary[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
+            summary[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
+        return summary
 
     def sample(part: str, count: int) -> dict[str, Tensor]:
         return ({**scored, "train": trained})[part].batch(range(count), device)
@@ -115,10 +115,10 @@ def task_of(
 
 
 def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedModel, str]:
-    """Tokenizer and model of a spec, its head freshly drawn from torch's global generator; and where they came from.
+    """Tokenizer, model and origin for a spec; the model's head is drawn from torch's global generator.
 
     Raises:
-        DataError: if they are not available or do not fit the spec, with what to do.
+        DataError: if they are unavailable or do not match the spec; the message says what to do.
     """
     folder, origin = _checkpoint(spec.model)
     place = str(folder or spec.model)
@@ -132,7 +132,7 @@ def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedM
         pretrained, loading = transformers.AutoModel.from_pretrained(
             place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kind, **options
         )
-    except Exception as error:  # the libraries raise whatever a damaged file makes of them
+    except Exception as error:  # a damaged file can make the libraries raise anything
         if isinstance(error, DataError):
             raise
         raise _unavailable(spec.model, error) from error
@@ -141,21 +141,21 @@ def encoder(spec: Network, task: TextSet) -> tuple[Any, transformers.PreTrainedM
     ]
     if wrong:
         raise DataError(
-            f"The weights of {spec.model} are not those of its config.json ({len(wrong)} differ, {wrong[0]} for one): "
-            "put the two that belong together there."
+            f"The weights of {spec.model} do not match its config.json ({len(wrong)} differ, for example {wrong[0]}): "
+            "put weights and config.json of the same model there."
         )
     model = transformers.AutoModelForSequenceClassification.from_config(config, **kind)
     model.base_model.load_state_dict(pretrained.state_dict(), strict=False)  # the classes differ in their poolers
     if spec.dropout is not None and (other := {m.p for m in model.modules() if type(m) is nn.Dropout} - {spec.dropout}):
         raise DataError(
-            f"dropout is {spec.dropout}, but {spec.model} keeps layers of {other}, which its own configuration names "
-            "otherwise: leave dropout out, and set it in config.json."
+            f"dropout is {spec.dropout}, but {spec.model} has layers with {other}, which its configuration sets under "
+            "another name: leave dropout out, and set it in config.json."
         )
     return tokenizer, model, origin
 
 
 def with_dropout(config: Any, spec: Network) -> Any:
-    """The configuration of a model of transformers with the spec's dropout."""
+    """A transformers configuration with the spec's dropout."""
     if spec.dropout is not None:
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             setattr(config, name, spec.dropout)
@@ -163,26 +163,26 @@ def with_dropout(config: Any, spec: Network) -> Any:
 
 
 def check(spec: Network, data_root: Path | None = None) -> None:
-    """Find out before any training whether data, tokenizer and configuration of a spec are available and fit.
+    """Check before any training that a spec's data, tokenizer and model are available and match.
 
     Raises:
-        DataError: if not. `DataUnavailable` if no source has the data.
+        DataError: if they do not match; `DataUnavailable` if no source has the data.
     """
     load(spec.dataset, data_root)
     encoder(spec, text_set(spec.dataset))
 
 
 def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's official metrics, each in [-1, 1], from the model's outputs.
+    """The task's official metrics, each in [-1, 1].
 
     Args:
         task: The task.
-        outputs: Logits, (N, classes); of a regression (N, 1).
+        outputs: Logits, (N, classes); for a regression (N, 1).
         labels: Classes or values, (N,).
     """
     predicted = outputs.argmax(1) if task.labels else outputs[:, 0].astype(np.float64)
     if not task.labels and np.ptp(predicted) == 0:
-        return dict.fromkeys(task.metrics, 0.0)  # of a constant the correlation is not defined
+        return dict.fromkeys(task.metrics, 0.0)  # the correlation with a constant is undefined
     known = {
         "accuracy": lambda: accuracy_score(labels, predicted),
         "f1": lambda: f1_score(labels, predicted, zero_division=0),
@@ -194,7 +194,7 @@ def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def majority(task: TextSet, trained: np.ndarray, labels: np.ndarray) -> float:
-    """The score of always answering with the commonest training label (of a regression, with the mean)."""
+    """The score of always predicting the most frequent training label (for a regression, the mean)."""
     if not task.labels:
         return 0.0
     answer = np.bincount(trained, minlength=len(task.labels)).argmax()
@@ -215,7 +215,7 @@ class _Examples(Protocol):
 
 
 class _Encoded:
-    """Texts as tokens, ready to be padded into batches."""
+    """Tokenized texts, which are padded into batches on demand."""
 
     def __init__(self, examples: Texts, tokenizer: Any, max_length: int) -> None:
         self.labels = examples.labels
@@ -228,11 +228,11 @@ class _Encoded:
         return len(self.labels)
 
     def by_length(self) -> list[int]:
-        """All examples, the shortest first: batches of equals need little padding."""
+        """All examples, shortest first, so that batches need little padding."""
         return sorted(range(len(self)), key=lambda i: len(self._tokens["input_ids"][i]))
 
     def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """These examples, padded to the longest of them: so micro-batches of the batch agree in shape."""
+        """These examples, padded to the longest of them, so that all micro-batches have equal shapes."""
         rows = {name: [values[i] for i in chosen] for name, values in self._tokens.items()}
         padded = self._tokenizer.pad(rows, return_tensors="pt")
         labels = torch.from_numpy(self.targets[list(chosen)])
@@ -240,7 +240,7 @@ class _Encoded:
 
 
 def checksum(model: transformers.PreTrainedModel) -> str:
-    """sha256 over the weights of the encoder, without the head."""
+    """sha256 over the encoder's weights, without the head."""
     digest = hashlib.sha256()
     for name, tensor in model.base_model.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -248,33 +248,33 @@ def checksum(model: transformers.PreTrainedModel) -> str:
 
 
 def _checkpoint(model: str) -> tuple[Path | None, str]:
-    """The folder of a checkpoint, None for a name of the hub; and what it is, for people."""
+    """The folder of a checkpoint (None for a model of the hub), and its origin in words."""
     if model == "minilm":
         return glue_files.minilm(), glue_files.MINILM
     if model in MODELS:
         return None, f"{model} from the hub"
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder} holds no checkpoint (no config.json): name a folder in transformers' layout.")
+        raise DataError(f"{folder} has no checkpoint (no config.json): name a folder in transformers' layout.")
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise DataError(  # transformers would make an empty one up
-            f"{folder} holds no tokenizer (none of {', '.join(TOKENIZERS)}): put the one of the model there."
+        raise DataError(  # transformers would create an empty one
+            f"{folder} has no tokenizer (none of {', '.join(TOKENIZERS)}): put the model's tokenizer there."
         )
     return folder, f"the folder {folder.name}"
 
 
 def _fit(spec: Network, config: Any, tokenizer: Any) -> None:
-    """Refuse texts longer than the model has positions, and tokens that it does not know."""
+    """Reject a max_length beyond the model's positions, and a tokenizer with more tokens than the model."""
     if len(tokenizer) > config.vocab_size:
         raise DataError(
-            f"The tokenizer of {spec.model} has {len(tokenizer)} tokens and the model {config.vocab_size}: put the two "
-            "that belong together there."
+            f"The tokenizer of {spec.model} has {len(tokenizer)} tokens, but the model has {config.vocab_size}: put "
+            "the tokenizer and weights of the same model there."
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:
         return
     if config.model_type in ("roberta", "xlm-roberta"):
-        positions -= config.pad_token_id + 1  # its positions are counted from there
+        positions -= config.pad_token_id + 1  # RoBERTa's positions start after the padding token
     if spec.max_length > positions:
         raise DataError(
             f"max_length is {spec.max_length}, but {spec.model} takes at most {positions} tokens: lower max_length."
@@ -282,8 +282,8 @@ def _fit(spec: Network, config: Any, tokenizer: Any) -> None:
 
 
 def _unavailable(model: str, error: Exception) -> DataError:
-    said = str(error).strip().splitlines()
+    message = [*str(error).strip().splitlines(), type(error).__name__][0]
     return DataError(
-        f"The model or tokenizer of {model} is not available ({said[0][:200] if said else type(error).__name__}): name "
-        "a folder that holds config.json, the weights and the tokenizer's files, or run once with a network."
+        f"The model or tokenizer of {model} is not available ({message[:200]}): name a folder with config.json, the "
+        "weights and the tokenizer's files, or run once with a network."
     )

@@ -1,1 +1,1 @@
-"""What carries one run out."""
+"""Executes one run."""

@@ -1,4 +1,4 @@
-"""The moving average of a model's weights and buffers that a run with `ema` is scored by."""
+"""The moving average of a model's weights and buffers; a run with `ema` is scored with it."""
 
 import copy
 
@@ -8,9 +8,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class MovingAverage:
-    """Keeps `decay` of itself at each update; the first one takes the model as it is. Counts are the model's own.
+    """An exponential moving average. The first update copies the model; integer buffers are always copied.
 
-    torch's `AveragedModel` counts its updates in a tensor, which it sends to the device each time: a wait a step.
+    torch's `AveragedModel` counts its updates in a tensor and copies it to the device, which waits at every step.
 
     Args:
         model: On its device.
@@ -20,25 +20,25 @@ class MovingAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(model).requires_grad_(False)
         self._update = get_ema_multi_avg_fn(decay)
-        self._begun = False
+        self._started = False
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the model's weights and buffers in."""
+        """Add the model's current weights and buffers to the average."""
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        averaged = [pair for pair in pairs if pair[0].is_floating_point() and self._begun]
+        averaged = [pair for pair in pairs if pair[0].is_floating_point() and self._started]
         for own, new in pairs:
-            if not own.is_floating_point() or not self._begun:
+            if not own.is_floating_point() or not self._started:
                 own.copy_(new)
         if averaged:
             self._update([own for own, _ in averaged], [new for _, new in averaged], 0)
-        self._begun = True
+        self._started = True
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The average, for a checkpoint."""
         return self.module.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint's."""
+        """Restore the average from a checkpoint."""
         self.module.load_state_dict(state)
-        self._begun = True
+        self._started = True

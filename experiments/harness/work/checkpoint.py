@@ -1,7 +1,7 @@
-"""What a run resumes from: saved whole, checked when it is read, with the one before in reserve.
+"""Checkpoints: saved atomically, verified when read, with the previous one as a fallback.
 
-A checkpoint is a file of torch's with a sum over all that it holds, so that one that was cut off or has lost a bit is
-known. It is read without executing anything: tensors, numbers, strings and their collections.
+A checkpoint is a torch file with a checksum over its contents, so a truncated or corrupted file is detected. Reading
+one never executes code: it holds only tensors, numbers, strings and their collections.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.record import ANEW, Record
+from experiments.harness.runs.record import DELETE_TO_RESUME, Record
 from experiments.harness.work.average import MovingAverage
 from experiments.harness.work.ranks import Ranks
 
@@ -23,26 +23,27 @@ log = logging.getLogger(__name__)
 
 
 class Damaged(RecordError):
-    """A checkpoint that can be read, but is not what was written."""
+    """A checkpoint whose contents are not what was written."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint holds besides the states of model, optimizer and generators."""
+    """The progress of a run: what a checkpoint holds besides the states of model, optimizer and generators."""
 
     step: int = 0
     seconds: float = 0.0
-    """Time spent in this run, over all sessions."""
+    """Time spent on this run, over all sessions."""
     losses: list[float] = field(default_factory=list)
-    """Of the steps of the current epoch, as are the sharpnesses."""
+    """The loss of each step of the current epoch."""
     sharpness: list[float] = field(default_factory=list)
+    """The sharpness of each step of the current epoch."""
     step_seconds: list[float] = field(default_factory=list)
-    """One mean for each time that the losses are collected."""
+    """The mean time of a step, once for each time that losses are collected."""
 
 
 @dataclass
 class State:
-    """What the steps of a training change, the random generators apart."""
+    """What training steps change, except the random generators."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -52,7 +53,7 @@ class State:
 
 
 def save_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
-    """Write all that the rest of the run depends on, in one rename; every rank comes here, and the first one writes."""
+    """Write everything that the rest of the run depends on, atomically. All ranks call this; the first one writes."""
     generators = ranks.gathered(torch.get_rng_state())
     cuda_generators = ranks.gathered(torch.cuda.get_rng_state()) if torch.cuda.is_initialized() else []
     if not ranks.first:
@@ -71,35 +72,35 @@ def save_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
 
 
 def load_checkpoint(record: Record, ranks: Ranks, state: State) -> None:
-    """Take the state and the generators back to the last checkpoint that is whole; without any, both stay as they are.
+    """Restore the state and the generators from the last intact checkpoint. Without checkpoints, nothing changes.
 
     Raises:
-        RecordError: if there are checkpoints but none is whole, or one cannot be read at all, or is another run's, or
+        RecordError: if there are checkpoints but none is intact, or one cannot be read or does not match the state, or
             the ranks do not see the same one.
     """
-    useless: dict[Path, str | None] = {}
+    unusable: dict[Path, str | None] = {}
     for path in (record.checkpoint, record.previous_checkpoint):
         try:
             content = _read(record, path)
         except Damaged as error:
-            useless[path] = str(error)
+            unusable[path] = str(error)
             continue
         if content is None:
             continue
-        if "progress" not in content:  # the final weights: this run was ended before its summary
-            useless[path] = None
+        if "progress" not in content:  # the final weights: the run ended before its summary was written
+            unusable[path] = None
             continue
         try:
             _restore(state, content, ranks.rank)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _unreadable(path, error) from error
         ranks.agree(state.progress.step, f"{record.checkpoint} is not the same file on all nodes")
-        _put_away(record, ranks, useless)
+        _delete_unused(record, ranks, unusable)
         return
-    if damages := [words for words in useless.values() if words]:
+    if damages := [words for words in unusable.values() if words]:
         raise RecordError("\n".join(damages))
     ranks.agree(0, f"{record.checkpoint} is not the same file on all nodes")
-    _put_away(record, ranks, useless)
+    _delete_unused(record, ranks, unusable)
 
 
 def _restore(state: State, content: Mapping[str, Any], rank: int) -> None:
@@ -108,7 +109,7 @@ def _restore(state: State, content: Mapping[str, Any], rank: int) -> None:
     state.scheduler.load_state_dict(content["scheduler"])
     if state.average is not None and content["progress"]["step"]:
         state.average.load_state_dict(content["average"])
-    generators = content.get("generators") or [content["generator"]]  # the latter before there were ranks
+    generators = content.get("generators") or [content["generator"]]  # older checkpoints have only one
     torch.set_rng_state(generators[rank])
     if content["cuda_generators"]:
         torch.cuda.set_rng_state(content["cuda_generators"][rank])
@@ -116,7 +117,7 @@ def _restore(state: State, content: Mapping[str, Any], rank: int) -> None:
 
 
 def save_weights(record: Record, model: torch.nn.Module) -> None:
-    """Replace the checkpoint by the final weights alone."""
+    """Replace the checkpoint by the final weights."""
     record.write_checkpoint(_serialised({"model": model.state_dict()}))
 
 
@@ -124,66 +125,66 @@ def load_weights(record: Record) -> dict[str, torch.Tensor]:
     """The final weights of a finished run.
 
     Raises:
-        RecordError: if they are not there, or not whole.
+        RecordError: if they are missing or damaged.
     """
     content = _read(record, record.checkpoint)
     if content is None:
-        raise RecordError(f"{record.checkpoint} is not there: train run {record.run_id} again with --redo.")
+        raise RecordError(f"{record.checkpoint} is missing: retrain run {record.run_id} with --redo.")
     if not isinstance(content.get("model"), dict):
-        raise _unreadable(record.checkpoint, "it holds no model")
+        raise _unreadable(record.checkpoint, "it has no model")
     return content["model"]
 
 
-def _put_away(record: Record, ranks: Ranks, useless: Mapping[Path, str | None]) -> None:
-    """Delete what all ranks have read and none goes on from, lest it takes the place of what they do go on from."""
+def _delete_unused(record: Record, ranks: Ranks, unusable: Mapping[Path, str | None]) -> None:
+    """Delete the checkpoints that no rank resumes from, so that they do not replace the one that is resumed."""
     if not ranks.first:
         return
-    for path, words in useless.items():
+    for path, words in unusable.items():
         if words:
-            log.warning("Run %s goes on from the checkpoint before: %s", record.run_id, words)
+            log.warning("Run %s resumes from the previous checkpoint: %s", record.run_id, words)
         path.unlink(missing_ok=True)
 
 
 def _serialised(content: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
-    torch.save({**content, "sum": _sum_of(content)}, buffer)
+    torch.save({**content, "sum": _checksum(content)}, buffer)
     return buffer.getbuffer()
 
 
 def _read(record: Record, path: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds; None if it is not there.
+    """The contents of a checkpoint; None if there is none.
 
     Raises:
         RecordError: if it cannot be read.
-        Damaged: if it is not whole.
+        Damaged: if its contents are not what was written.
     """
-    read = record.read_checkpoint(path)
-    if read is None:
+    stored = record.read_checkpoint(path)
+    if stored is None:
         return None
     try:
-        content = torch.load(io.BytesIO(read), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
             raise ValueError("it is not a checkpoint")
-        wanted = content.pop("sum", None)
-        if wanted is not None and wanted != _sum_of(content):  # those of old have no sum
-            raise ValueError("its contents are not those that were written")
+        expected = content.pop("sum", None)
+        if expected is not None and expected != _checksum(content):  # older checkpoints have no checksum
+            raise ValueError("its contents do not match its checksum")
     except MemoryError:
         raise
-    except Exception as error:  # whatever torch and pickle make of bytes that are not a checkpoint
+    except Exception as error:  # torch and pickle raise many types for bytes that are not a checkpoint
         raise _unreadable(path, error) from error
     return content
 
 
-def _sum_of(content: Any) -> str:
-    """SHA-256 over the names, the types and the values of what a checkpoint holds."""
+def _checksum(content: Any) -> str:
+    """SHA-256 over the names, types and values of a checkpoint's contents."""
     digest = hashlib.sha256()
 
-    def take(value: Any) -> None:
+    def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.device.type == "meta":
-                raise ValueError("it holds tensors without values")
+                raise ValueError("it has tensors without values")
             if value.nbytes > value.untyped_storage().nbytes():
-                raise ValueError("it holds tensors that are larger than their memory")
+                raise ValueError("it has tensors that are larger than their storage")
             value = value.detach().cpu().contiguous()
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
@@ -191,18 +192,18 @@ def _sum_of(content: Any) -> str:
             digest.update(f"{{{len(value)}".encode())
             for name, inner in value.items():
                 digest.update(f"{name!r}:".encode())
-                take(inner)
+                add(inner)
         elif isinstance(value, list | tuple):
             digest.update(f"[{len(value)}".encode())
             for inner in value:
-                take(inner)
+                add(inner)
         else:
             digest.update(f"{value!r};".encode())
 
-    take(content)
+    add(content)
     return digest.hexdigest()
 
 
 def _unreadable(path: Path, why: object) -> "Damaged":
     words = [*str(why).strip().splitlines(), type(why).__name__][0]
-    return Damaged(f"{path} cannot be read ({words[:200]}): {ANEW}.")
+    return Damaged(f"{path} cannot be read ({words[:200]}): {DELETE_TO_RESUME}.")

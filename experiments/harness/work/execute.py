@@ -1,4 +1,4 @@
-"""Carries out one run of whatever kind, in its record."""
+"""Executes one run of any kind and writes its record."""
 
 import traceback
 from importlib import import_module
@@ -11,20 +11,20 @@ from experiments.harness.work.train import train
 
 
 def execute(spec: Run, session: Session, *, redo: bool = False) -> None:
-    """Bring the run to its end, from where it stands; a finished run is left unchanged.
+    """Start or resume the run and complete it; a finished run is left unchanged.
 
     A curvature run first trains the network that it measures, if that is not done.
 
     Args:
         spec: The run.
-        session: Where its record and its data are, and whom to report to.
-        redo: Delete what there is of this run first, and make it again; never the network that it measures.
+        session: The folders of records and data, and the callbacks for progress and stopping.
+        redo: Delete this run's record first and redo it; the network that it measures is never redone.
 
     Raises:
-        Interrupted: if `session.stop` says so.
-        RunLocked: if another process is at work on this run, or on the network that it measures.
-        RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
-        Exception: whatever ended the run; it is also in the record.
+        Interrupted: if `session.stop` returns True.
+        RunLocked: if another process is working on this run, or on the network that it measures.
+        RecordError: if its folder holds another run or a newer version's record; nothing is changed then.
+        Exception: the error that ended the run, which is also in the record.
     """
     if type(spec) is Training:
         return train(spec, session, redo=redo)
@@ -46,10 +46,10 @@ def execute(spec: Run, session: Session, *, redo: bool = False) -> None:
 
 
 def check(spec: Run, data_root: Path | None = None) -> None:
-    """Fetch and verify what a spec's task is made from, before any run starts.
+    """Fetch and verify a spec's data and model, before any run starts.
 
     Raises:
-        DataError: if it does not fit; `DataUnavailable` if no source has the data.
+        DataError: if they do not match the spec; `DataUnavailable` if no source has the data.
     """
     if isinstance(spec, Network):
         from experiments.harness.tasks.build import check_task

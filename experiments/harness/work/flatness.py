@@ -1,13 +1,13 @@
-"""A curvature run: how flat the loss is around the network that a training ended with.
+"""A curvature run: how flat the loss is around a training run's final network.
 
-Everything is measured in float32 and eval mode: BatchNorm with the running statistics that the network is used with
-(in train mode the loss of a batch is not a mean over its examples, and has another Hessian), and no dropout. The loss
-is the training loss, label smoothing included, without weight decay; the examples are the first of the training set
-and of the test set, without augmentation. The random draws are the same for all networks.
+Everything is measured in float32 and eval mode, without dropout. BatchNorm uses its running statistics: in train mode
+the loss of a batch is not a mean over its examples and has a different Hessian. The loss is the training loss with
+label smoothing, without weight decay. The examples are the first of the training set and of the test set, without
+augmentation. Random draws are the same for all networks.
 
-The network is also scored on the whole test set; where there is BatchNorm, once more with its running statistics
-estimated again: they average the last micro-batches of training, m of them a step, so those of methods with another m
-have seen other numbers of images.
+The network is also scored on the whole test set. A network with BatchNorm is scored a second time with re-estimated
+running statistics. They average over the last micro-batches of training, m per step, so with a different m they cover
+a different number of images.
 """
 
 import copy
@@ -36,29 +36,29 @@ from experiments.harness.work.session import Session
 from msam.microbatch import examples
 
 CHUNK = 32
-"""Examples that pass together in a Hessian-vector product: few enough to stay in a processor's cache."""
+"""Examples per pass of a Hessian-vector product: few enough to stay in a processor's cache."""
 EIGENVALUES = 5
 TOLERANCE = 1e-3
-"""Of the eigenvalues, relative to the largest."""
+"""Relative accuracy of the eigenvalues."""
 TRACE_PROBES = 20
 DENSITY_PROBES = 2
 DENSITY_NODES = 30
 DIRECTIONS = 20
-"""Random ones, for the average sharpness."""
+"""Number of random directions for the average sharpness."""
 ASCENT_STEPS = 10
 SLICE = tuple(round(x, 3) for x in np.linspace(-1, 1, 21))
-"""Positions along a filter-normalised direction, in lengths of the weights; every other one in two dimensions."""
+"""Positions along a filter-normalised direction, in lengths of the weights; the plane uses every other one."""
 
 
 def measure(spec: Curvature, record: Record, session: Session) -> None:
-    """Measure the network of `spec.network`; what an earlier session has written down is not measured again.
+    """Measure the network of `spec.network`; measurements of earlier sessions are not repeated.
 
-    Each line of metrics.jsonl is one measurement. The summary holds the numbers of all of them, by the part of the
-    data and their own names: `train_lambda_1`, `test_trace`, ...
+    Each line of metrics.jsonl is one measurement. The summary has the numbers of all of them, named by the part of the
+    data and the measurement: `train_lambda_1`, `test_trace`, ...
 
     Raises:
-        Interrupted: if `session.stop` says so; the measurement it was at is started over the next time.
-        RecordError: if the network's weights are not there.
+        Interrupted: if `session.stop` returns True; the current measurement starts over when the run resumes.
+        RecordError: if the network's weights are missing.
     """
     set_torch(replace(spec, tf32=False))
     torch.manual_seed(spec.seed)
@@ -68,22 +68,22 @@ def measure(spec: Curvature, record: Record, session: Session) -> None:
     done = {(line["part"], line["measure"]): line for line in lines}
     seconds = lines[-1]["seconds"] if lines else 0.0
     since = time.monotonic()
-    measurements = {part: measured_on(part, spec.seed) for part in ("train", "test")}
+    measurements = {part: measurements_of(part, spec.seed) for part in ("train", "test")}
     count = sum(map(len, measurements.values()))
 
     def check() -> None:
-        session.leave_if_asked(f"Stopped after {len(done)} of {count} measurements.")
+        session.stop_if_asked(f"Stopped after {len(done)} of {count} measurements.")
 
-    with hessian.evaluating(task.model):
+    with hessian.eval_mode(task.model):
         for part, names in measurements.items():
-            look = _Look(spec, task, part, check)
+            context = _Context(spec, task, part, check)
             for name in names:
                 if (part, name) in done:
                     continue
                 check()
-                found = MEASUREMENTS[name](look)
+                values = MEASUREMENTS[name](context)
                 now = round(seconds + time.monotonic() - since, 3)
-                line = {"part": part, "measure": name, "step": len(done) + 1, "steps": count, "seconds": now, **found}
+                line = {"part": part, "measure": name, "step": len(done) + 1, "steps": count, "seconds": now, **values}
                 record.append(line)
                 done[part, name] = line
                 session.report(len(done), count)
@@ -97,10 +97,10 @@ def measure(spec: Curvature, record: Record, session: Session) -> None:
 
 
 def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tuple[Task, dict[str, Any]]:
-    """The task with its network trained, and for the record the code that trained it.
+    """The task with its trained network, and the provenance of the training for the record.
 
     Raises:
-        RecordError: if the final weights are missing or do not fit.
+        RecordError: if the final weights are missing or do not match the model.
     """
     assert spec.network is not None
     source = record_of(spec.network, record.root)
@@ -109,8 +109,8 @@ def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tup
         task.model.load_state_dict(load_weights(source))
     except (RecordError, RuntimeError) as error:
         raise RecordError(
-            f"{source.checkpoint} does not hold the final weights of {spec.network.title} ({type(error).__name__}): "
-            f"delete {source.folder}, and it is trained again."
+            f"{source.checkpoint} does not have the final weights of {spec.network.title} ({type(error).__name__}): "
+            f"delete {source.folder}, and the network is retrained."
         ) from error
     sessions = source.environments()
     origin = {
@@ -122,14 +122,14 @@ def trained_task(spec: Curvature, record: Record, data_root: Path | None) -> tup
     return task, {"network": source.run_id, **origin, "network_dirty": dirty}
 
 
-def measured_on(part: str, seed: int) -> list[str]:
-    """Which measurements a part of the data has, in their order."""
+def measurements_of(part: str, seed: int) -> list[str]:
+    """The names of the measurements on a part of the data, in order."""
     names = [name for name in MEASUREMENTS if name not in PICTURES or (part == "train" and seed == 0)]
     return [name for name in names if name != "scores" or part == "test"]
 
 
-class _Look:
-    """What all measurements on one part of the data share."""
+class _Context:
+    """The data, model and Hessian that all measurements on one part of the data share."""
 
     def __init__(self, spec: Curvature, task: Task, part: str, check: Callable[[], None]) -> None:
         self.spec, self.task, self.model = spec, task, task.model
@@ -149,83 +149,83 @@ class _Look:
         return hessian.largest_eigenvalues(self.hessian, EIGENVALUES, tolerance=TOLERANCE)
 
 
-def _loss(look: _Look) -> dict[str, Any]:
+def _loss(context: _Context) -> dict[str, Any]:
     with torch.no_grad():
-        return {"loss": look.loss_fn(look.batch).item()}
+        return {"loss": context.loss_fn(context.batch).item()}
 
 
-def _eigenvalues(look: _Look) -> dict[str, Any]:
-    before = look.hessian.products
-    found = look.spectrum
+def _eigenvalues(context: _Context) -> dict[str, Any]:
+    before = context.hessian.products
+    spectrum = context.spectrum
     return {
-        **{f"lambda_{i}": float(value) for i, value in enumerate(found.values, start=1)},
-        "lambda_ratio": float(found.values[0] / found.values[-1]),
-        "residual": found.residual,
+        **{f"lambda_{i}": float(value) for i, value in enumerate(spectrum.values, start=1)},
+        **({"lambda_ratio": float(spectrum.values[0] / spectrum.values[-1])} if spectrum.values[-1] else {}),
+        "residual": spectrum.residual,
         "tolerance": TOLERANCE,
-        "products": look.hessian.products - before,
+        "products": context.hessian.products - before,
     }
 
 
-def _trace(look: _Look) -> dict[str, Any]:
-    probes = hessian.rademacher(look.hessian.shape[0], TRACE_PROBES)
-    estimate, error = hessian.trace(look.hessian, probes, beside=look.spectrum)
+def _trace(context: _Context) -> dict[str, Any]:
+    probes = hessian.rademacher(context.hessian.shape[0], TRACE_PROBES)
+    estimate, error = hessian.trace(context.hessian, probes, known=context.spectrum)
     return {"trace": estimate, "trace_standard_error": error}
 
 
-def _density(look: _Look) -> dict[str, Any]:
-    nodes, weights = hessian.density(look.hessian, nodes=DENSITY_NODES, probes=DENSITY_PROBES)
+def _density(context: _Context) -> dict[str, Any]:
+    nodes, weights = hessian.density(context.hessian, nodes=DENSITY_NODES, probes=DENSITY_PROBES)
     return {"density_nodes": nodes.tolist(), "density_weights": weights.tolist()}
 
 
-def _sharpness(look: _Look) -> dict[str, Any]:
-    rho = look.spec.measured_rho
-    rises = sharpness.random_sharpness(look.loss_fn, look.batch, look.model, rho=rho, directions=DIRECTIONS)
+def _sharpness(context: _Context) -> dict[str, Any]:
+    rho = context.spec.measured_rho
+    rises = sharpness.random_sharpness(context.loss_fn, context.batch, context.model, rho=rho, directions=DIRECTIONS)
     return {
         "average_sharpness": float(rises.mean()),
         "average_sharpness_standard_error": float(rises.std(ddof=1) / len(rises) ** 0.5),
         "greatest_random_sharpness": float(rises.max()),
         "ascent_sharpness": sharpness.ascent_sharpness(
-            look.loss_fn, look.batch, look.model, rho=rho, steps=ASCENT_STEPS
+            context.loss_fn, context.batch, context.model, rho=rho, steps=ASCENT_STEPS
         ),
     }
 
 
-def _micro_batches(look: _Look) -> dict[str, Any]:
-    found: dict[str, float] = {}
-    for m in halvings(look.spec.measured_examples):
+def _micro_batches(context: _Context) -> dict[str, Any]:
+    values: dict[str, float] = {}
+    for m in halvings(context.spec.measured_examples):
         rise = sharpness.micro_batch_sharpness(
-            look.loss_fn, look.batch, look.model, rho=look.spec.measured_rho, micro_batches=m
+            context.loss_fn, context.batch, context.model, rho=context.spec.measured_rho, micro_batches=m
         )
-        found |= {f"sharpness_m{m}": rise.sharpness, f"penalty_m{m}": rise.penalty, f"squared_m{m}": rise.squared}
-    return found
+        values |= {f"sharpness_m{m}": rise.sharpness, f"penalty_m{m}": rise.penalty, f"squared_m{m}": rise.squared}
+    return values
 
 
-def _slices(look: _Look) -> dict[str, Any]:
-    first, second = (sharpness.filter_normalised(look.model, seed) for seed in (1, 2))
+def _slices(context: _Context) -> dict[str, Any]:
+    first, second = (sharpness.filter_normalised(context.model, seed) for seed in (1, 2))
     coarse = SLICE[::2]
-    line = sharpness.loss_slice(look.loss_fn, look.batch, look.model, [first], [(a,) for a in SLICE])
+    line = sharpness.loss_slice(context.loss_fn, context.batch, context.model, [first], [(a,) for a in SLICE])
     plane = sharpness.loss_slice(
-        look.loss_fn, look.batch, look.model, [first, second], [(a, b) for a in coarse for b in coarse]
+        context.loss_fn, context.batch, context.model, [first, second], [(a, b) for a in coarse for b in coarse]
     )
     return {"slice_positions": list(SLICE), "slice_losses": line, "plane_losses": plane}
 
 
-def _scores(look: _Look) -> dict[str, Any]:
-    """Of the whole test set; and once more with BatchNorm's statistics averaged over one epoch more of mini-batches."""
-    trained, model = look.spec.network, look.model
+def _scores(context: _Context) -> dict[str, Any]:
+    """The score on the whole test set; with BatchNorm, again with statistics re-estimated over one more epoch."""
+    trained, model = context.spec.network, context.model
     assert trained is not None
     score = replace(trained, curvature_every=0).score
     name = score.partition("_")[2]
-    found = {name: look.task.evaluate()[score]}
+    values = {name: context.task.evaluate()[score]}
     if any(isinstance(module, BatchNorm) for module in model.modules()):
         before = copy.deepcopy(model.state_dict())
-        update_bn((inputs for inputs, _ in look.task.batches(trained.epochs, 0)), model)
-        found[f"reestimated_{name}"] = look.task.evaluate()[score]
+        update_bn((inputs for inputs, _ in context.task.batches(trained.epochs, 0)), model)
+        values[f"reestimated_{name}"] = context.task.evaluate()[score]
         model.load_state_dict(before)
-    return found
+    return values
 
 
-MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[[_Context], dict[str, Any]]] = {
     "loss": _loss,
     "eigenvalues": _eigenvalues,
     "trace": _trace,
@@ -233,16 +233,16 @@ MEASUREMENTS: dict[str, Callable[[_Look], dict[str, Any]]] = {
     "sharpness": _sharpness,
     "micro-batches": _micro_batches,
     "slices": _slices,
-    "scores": _scores,  # the last one: it writes to the model, if only to put it back
+    "scores": _scores,  # last, because it changes the model and restores it
 }
 
 
 PICTURES = ("density", "slices")
-"""Measured on training data at seed 0 alone: figures show one network of each cell."""
+"""Measured only on training data at seed 0: figures show one network of each cell."""
 
 
 def halvings(examples: int) -> list[int]:
-    """m = 1, 2, 4, ... as long as it divides the examples into equal parts: each split refines the one before."""
+    """m = 1, 2, 4, ... as long as m divides the examples equally; each split refines the previous one."""
     counts = [1]
     while examples % (2 * counts[-1]) == 0:
         counts.append(2 * counts[-1])

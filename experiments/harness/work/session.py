@@ -1,4 +1,4 @@
-"""What every worker of a command is handed, and what ends a run before its end. Standard library only."""
+"""The session that all workers of a command share, and the exceptions that end a run early. Standard library only."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,45 +7,45 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; its checkpoint is written."""
+    """The run was asked to stop, after its checkpoint was written."""
 
 
 class Diverged(Exception):
     """The loss is no longer finite."""
 
 
-def _unreported(step: int, steps: int) -> None:
-    """A session that reports to nobody."""
+def _no_report(step: int, steps: int) -> None:
+    """The default: no progress reports."""
 
 
 def _never() -> bool:
-    """A session that goes on to the end."""
+    """The default: never stop early."""
     return False
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the runs of one command have in common: none of it changes a number.
+    """What the runs of one command share. None of it changes a run's numbers.
 
-    It can be pickled, and so sent to a worker, as long as `report` and `stop` can.
+    It can be pickled, and so passed to a worker, if `report` and `stop` can.
     """
 
     root: Path
     """The results root; a run's record is `root/runs/<run_id>/`."""
     data_root: Path | None = None
-    """A folder to look for data in first."""
+    """A folder to search for data first."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Provenance, for the records: `provenance.environment`."""
-    report: Callable[[int, int], None] = _unreported
-    """Called with (steps done, steps in all) as a run goes on."""
+    report: Callable[[int, int], None] = _no_report
+    """Called with (steps done, total steps) during a run."""
     stop: Callable[[], bool] = _never
-    """Asked often; True writes down what there is and ends the run with `Interrupted`."""
+    """Called often; if it returns True, the run saves its state and raises `Interrupted`."""
 
-    def leave_if_asked(self, words: str) -> None:
-        """End the run here if it is asked to stop.
+    def stop_if_asked(self, words: str) -> None:
+        """End the run if it is asked to stop.
 
         Raises:
-            Interrupted: with these words, if `stop` says so.
+            Interrupted: with these words, if `stop` returns True.
         """
         if self.stop():
             raise Interrupted(words)

@@ -1,4 +1,4 @@
-"""How much the loss rises around the weights: along random directions, by ascent, and by mSAM's own perturbations."""
+"""How much the loss rises around the weights: along random directions, by ascent, and by mSAM's perturbations."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import msam
 
 Loss = Callable[[Any], Tensor]
-"""Takes a batch and returns its mean loss; here always that of a model in eval mode."""
+"""Takes a batch and returns its mean loss; in this module the model is always in eval mode."""
 
 
 class Rise(NamedTuple):
@@ -20,7 +20,7 @@ class Rise(NamedTuple):
     sharpness: float
     """Mean over the micro-batches of L_i(w + e_i) - L_i(w)."""
     penalty: float
-    """Mean of ||grad L_i(w)||, which rho times is the first order of `sharpness`."""
+    """Mean of ||grad L_i(w)||; rho times this is the first-order term of `sharpness`."""
     squared: float
     """Mean of ||grad L_i(w)||^2."""
 
@@ -42,9 +42,9 @@ def random_sharpness(
 
 
 def ascent_sharpness(loss_fn: Loss, batch: Any, model: nn.Module, *, rho: float, steps: int) -> float:
-    """The greatest L(w + e) - L(w) met by projected gradient ascent over ||e|| <= rho: a lower bound of the maximum.
+    """The largest L(w + e) - L(w) in projected gradient ascent over ||e|| <= rho: a lower bound of the maximum.
 
-    The first step is SAM's, to the boundary along the gradient; the others go on by half of rho each.
+    The first step is SAM's, along the gradient to the boundary; each further step has length rho / 2.
     """
     params = trained(model)
     e = [torch.zeros_like(p) for p in params]
@@ -62,9 +62,9 @@ def ascent_sharpness(loss_fn: Loss, batch: Any, model: nn.Module, *, rho: float,
 
 
 def micro_batch_sharpness(loss_fn: Loss, batch: Any, model: nn.Module, *, rho: float, micro_batches: int) -> Rise:
-    """m-sharpness: the mean rise of the micro-batches' losses, each at its own perturbation of length rho.
+    """m-sharpness: the mean rise of the micro-batch losses, each at its own perturbation of length rho.
 
-    It is what `msam.backward` reports, for m = micro_batches nearly equal parts; `.grad` is as it was afterwards.
+    This is what `msam.backward` reports for m = micro_batches nearly equal parts; `.grad` is restored afterwards.
     """
     params = list(model.parameters())
     before = [p.grad for p in params]
@@ -83,7 +83,7 @@ def micro_batch_sharpness(loss_fn: Loss, batch: Any, model: nn.Module, *, rho: f
 def filter_normalised(model: nn.Module, seed: int) -> list[Tensor]:
     """A random direction whose filters are as long as the weights' (Li et al. 2018, arXiv 1712.09913, section 4).
 
-    A filter is one output of a matrix or convolution; biases and the weights of norms do not move, as there.
+    A filter is one output of a matrix or convolution. Biases and the weights of norms do not move, as in that paper.
     """
     generator = torch.Generator().manual_seed(seed)
     direction = []
@@ -105,7 +105,7 @@ def loss_slice(
     directions: Sequence[Sequence[Tensor]],
     positions: Sequence[Sequence[float]],
 ) -> list[float]:
-    """L(w + a_1 d_1 + ...) at each position (a_1, ...), one number for each direction."""
+    """L(w + a_1 d_1 + ...) at each position (a_1, ...), which has one number per direction."""
     params, losses = trained(model), []
     with torch.no_grad():
         for position in positions:
@@ -119,13 +119,13 @@ def loss_slice(
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that have a gradient, each once."""
+    """The parameters that require a gradient, each once."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @contextmanager
 def moved(params: Sequence[nn.Parameter], e: Sequence[Tensor]) -> Iterator[None]:
-    """The weights at w + e for the block; afterwards they are bit for bit what they were."""
+    """Move the weights to w + e within the block; afterwards they are restored bit for bit."""
     before = [p.detach().clone() for p in params]
     try:
         with torch.no_grad():
@@ -141,6 +141,6 @@ def _norm(e: Sequence[Tensor]) -> float:
 
 
 def _scaled(e: Sequence[Tensor], length: float) -> list[Tensor]:
-    """The direction of e with that length; zero stays zero."""
+    """e rescaled to this length; zero stays zero."""
     factor = length / max(_norm(e), 1e-300)
     return [t * factor for t in e]

@@ -1,9 +1,9 @@
-"""A theory run: the largest sharpness at which an interpolating minimum is still stable, predicted and simulated.
+"""A stability run: the largest sharpness at which an interpolating minimum is still stable, predicted and simulated.
 
-The loss is a mean of micro-batch losses L_i that all have their minimum at the same weights (the data are
-interpolated), times a scale: the scale sets the sharpness lambda_max(H) of that minimum and nothing else. Derivations
-and sources are in docs/theory.md. The simulation takes the steps of the method itself, with gradients by autograd; the
-Hessians are for the prediction alone.
+The loss is a scale times the mean of micro-batch losses L_i that all have their minimum at the same weights (the data
+are interpolated). The scale changes only the sharpness lambda_max(H) of that minimum. Derivations and sources are in
+docs/theory.md. The simulation takes the method's actual steps with gradients from autograd; only the prediction uses
+Hessians.
 """
 
 import copy
@@ -29,18 +29,18 @@ INPUTS = {"regression": 16, "two-layer": 6}
 HIDDEN = 8
 
 SCALES = 12
-"""Simulated side by side, where the steps are the same for all of them."""
+"""Number of scales that are simulated at once, if all of them take the same steps."""
 WIDEST = (0.02, 20.0)
-"""First and last scale looked at, as multiples of the scale at which plain gradient descent ends."""
+"""First and last scale of the search, as multiples of the largest scale at which plain gradient descent is stable."""
 RESOLUTION = 1.004
-"""Ratio of the least scale found unstable to the greatest found stable at which the search ends."""
+"""The search ends when the smallest unstable scale is at most this multiple of the largest stable one."""
 
 START = 1e-6
-"""Distance from the minimum at which an unnormalised simulation begins: small enough to stay in the linear regime."""
+"""Initial distance from the minimum in an unnormalised simulation: small enough to stay in the linear regime."""
 GROWN, GONE = 1e6, 1e-6
-"""Of the loss, relative to where it began: what settles that a minimum is left, or that it is reached."""
+"""Loss relative to its initial value above which the minimum counts as left, and below which it counts as reached."""
 ESCAPED = 100.0
-"""Distance, in rho, beyond which a normalised simulation counts as unbounded."""
+"""Distance, in multiples of rho, beyond which a normalised simulation counts as unbounded."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Minimum:
     """An interpolating minimum of a small model, in float64."""
 
     model: nn.Module
-    """Its parameters are at the minimum."""
+    """The model with its parameters at the minimum."""
     x: Tensor
     """(N, inputs)"""
     y: Tensor
-    """(N, 1): what the model itself answers."""
+    """(N, 1): the model's own outputs."""
 
     def loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         """Half the mean squared error."""
@@ -60,40 +60,40 @@ class Minimum:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The minimum."""
+        """The weights at the minimum."""
         return {name: p.detach() for name, p in self.model.named_parameters()}
 
     def hessians(self, micro_batches: int) -> Tensor:
         """(m, P, P): each micro-batch's Hessian at the minimum."""
         flat, shape = _flat(self.weights)
-        found = []
+        hessians = []
         for x, y in zip(self.x.chunk(micro_batches), self.y.chunk(micro_batches), strict=True):
 
             def loss(w: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
                 return self.loss(_shaped(w, shape), x, y)
 
-            found.append(jacrev(grad(loss))(flat))
-        return torch.stack(found)
+            hessians.append(jacrev(grad(loss))(flat))
+        return torch.stack(hessians)
 
 
 def measure(spec: Stability, record: Record, session: Session) -> None:
     """Find the largest stable sharpness of the spec's method by simulation, and predict it.
 
-    The summary holds `stable_sharpness`, `predicted_sharpness` and `relative_error`.
+    The summary has `stable_sharpness`, `predicted_sharpness` and `relative_error`.
 
     Raises:
-        Interrupted: if `session.stop` says so; the run starts over the next time.
-        SpecError: for what the simulation does not have.
+        Interrupted: if `session.stop` returns True; the run starts over next time.
+        SpecError: for a spec that cannot be simulated.
     """
     check(spec)
     set_torch(spec)
-    begun = time.monotonic()
+    started = time.monotonic()
     record.add_environment({**session.environment, **torch_environment(spec)})
     minimum = interpolating_minimum(spec)
     sharpness = _largest(minimum.hessians(1)[0])
     ends = low, high = tuple(factor * 2 / spec.learning_rate / sharpness for factor in WIDEST)
     while high / low > RESOLUTION:
-        session.leave_if_asked("Stopped between two rounds of the simulation.")
+        session.stop_if_asked("Stopped between two rounds of the simulation.")
         one_by_one = spec.normalised and spec.rho > 0
         inner = np.geomspace(low, high, 3 if one_by_one else SCALES + 2)[1:-1]
         stable = [bounded(spec, minimum, inner[0])] if one_by_one else decaying(spec, minimum, torch.from_numpy(inner))
@@ -103,24 +103,26 @@ def measure(spec: Stability, record: Record, session: Session) -> None:
         wide, narrow = math.log(ends[1] / ends[0]), math.log(RESOLUTION)
         session.report(round(100 * (wide - math.log(high / low))), round(100 * (wide - narrow)))
     if low == ends[0] or high == ends[1]:
-        raise SpecError(f"No boundary lies between {WIDEST[0]} and {WIDEST[1]} times gradient descent's: lower rho.")
-    found = math.sqrt(low * high) * sharpness
+        raise SpecError(
+            f"There is no boundary between {WIDEST[0]} and {WIDEST[1]} times that of gradient descent: lower rho."
+        )
+    simulated = math.sqrt(low * high) * sharpness
     predicted = predicted_sharpness(spec, minimum)
     record.finish(
         {
-            "stable_sharpness": found,
+            "stable_sharpness": simulated,
             "predicted_sharpness": predicted,
-            "relative_error": found / predicted - 1,
-            "wall_seconds": round(time.monotonic() - begun, 3),
+            "relative_error": simulated / predicted - 1,
+            "wall_seconds": round(time.monotonic() - started, 3),
         }
     )
 
 
 def check(spec: Stability) -> None:
-    """Refuse what the simulation does not have.
+    """Reject a spec that cannot be simulated.
 
     Raises:
-        SpecError: with what to change.
+        SpecError: if batches or micro-batches do not divide the examples equally.
     """
     if spec.examples % spec.batch_size or spec.batch_size % spec.micro_batches:
         raise SpecError(
@@ -129,7 +131,7 @@ def check(spec: Stability) -> None:
 
 
 def interpolating_minimum(spec: Stability) -> Minimum:
-    """The spec's model at random weights, which are made a minimum by asking it to answer what it answers."""
+    """The spec's model at random weights, which are a minimum because the targets are the model's own outputs."""
     inputs = INPUTS[spec.model]
     draw = generator(spec.seed, inputs)
     x = torch.randn(spec.examples, inputs, generator=draw, dtype=torch.float64)
@@ -146,9 +148,9 @@ def interpolating_minimum(spec: Stability) -> Minimum:
 
 
 def predicted_sharpness(spec: Stability, minimum: Minimum) -> float:
-    """lambda_max(H) at which lambda_max(H + (rho/m) sum_i H_i^2) = 2 / eta, for H_i in proportion to the minimum's.
+    """lambda_max(H) at which lambda_max(H + (rho/m) sum_i H_i^2) = 2 / eta, for H_i proportional to the minimum's.
 
-    rho = 0 (or a normalised perturbation, which is bounded and so does not reach far from the minimum): 2 / eta.
+    2 / eta if rho = 0, or if the perturbation is normalised: it is bounded then and stays close to the minimum.
     """
     limit = 2 / spec.learning_rate
     if not spec.rho or spec.normalised:
@@ -164,16 +166,16 @@ def predicted_sharpness(spec: Stability, minimum: Minimum) -> float:
 
 
 def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
-    """Whether gradient descent, or unnormalised SAM or mSAM, falls back to the minimum of the loss times each scale.
+    """For each scale of the loss, whether gradient descent or unnormalised SAM or mSAM returns to the minimum.
 
     Args:
-        spec: The method; batches smaller than the data are drawn for each step.
-        minimum: Where it starts, at a small random distance.
+        spec: The method; batches smaller than the data are redrawn at each step.
+        minimum: The simulation starts at a small random distance from it.
         scales: (S,)
 
     Returns:
-        (S,) booleans. Whether the loss is less at the end than half-way, unless it has settled that before by
-        growing out of the linear regime or by reaching the precision of the weights. All scales see the same batches.
+        (S,) booleans: whether the loss at the end is smaller than half-way. Growing out of the linear regime counts as
+        False, and reaching the precision of the weights as True. All scales see the same batches.
     """
     flat, shape = _flat(minimum.weights)
     draw = generator(spec.seed, 1)
@@ -185,14 +187,14 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
     def loss(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return minimum.loss(_shaped(w, shape), x, y)
 
-    per_micro_batch = vmap(grad(loss), in_dims=(None, 0, 0))  # one point, every micro-batch
-    at_own_points = vmap(grad(loss))  # each micro-batch at its own point
+    per_micro_batch = vmap(grad(loss), in_dims=(None, 0, 0))  # all micro-batches at one point
+    at_own_points = vmap(grad(loss))  # each micro-batch at a different point
     first = vmap(per_micro_batch, in_dims=(0, None, None))
     second = vmap(at_own_points, in_dims=(0, None, None))
     scale = scales[:, None, None]
     every_loss = vmap(loss, in_dims=(0, None, None))
-    begun = every_loss(w, minimum.x, minimum.y)
-    left, half = torch.zeros(len(scales), dtype=torch.bool), begun
+    started = every_loss(w, minimum.x, minimum.y)
+    left, half = torch.zeros(len(scales), dtype=torch.bool), started
     for step in range(steps):
         x, y = _batch(spec, minimum, draw)
         x, y = (part.unflatten(0, (m, -1)) for part in (x, y))
@@ -201,16 +203,17 @@ def decaying(spec: Stability, minimum: Minimum, scales: Tensor) -> Tensor:
             g = scale * second(w[:, None] + rho * g, x, y)
         w = w - eta * g.mean(1)
         now = every_loss(w, minimum.x, minimum.y)
-        left |= ~(now < GROWN * begun)
+        left |= ~(now < GROWN * started)
         if step + 1 == steps // 2:
             half = now
-    return ~left & ((now < half) | (now < GONE * begun))
+    return ~left & ((now < half) | (now < GONE * started))
 
 
 def bounded(spec: Stability, minimum: Minimum, scale: float) -> bool:
-    """Whether `msam.backward` and plain steps stay near the minimum of the loss times the scale.
+    """Whether SGD steps with `msam.backward` stay near the minimum of the scaled loss.
 
-    A perturbation of length rho does not vanish at the minimum, so no step ends there; bounded is what stable can mean.
+    A perturbation of length rho does not vanish at the minimum, so the weights do not converge to it. Stable can only
+    mean bounded.
     """
     network = copy.deepcopy(minimum.model)
     params = list(network.parameters())

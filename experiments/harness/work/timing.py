@@ -1,11 +1,11 @@
-"""A cost run: what whole training steps of every method take, measured in turn.
+"""A timing run: the time of a full training step of each method, with the methods interleaved.
 
-All methods take their steps in one process, on the same network and batches, in turn and each round in a new order, so
-that whatever slows the machine slows them alike; the first round is thrown away. Then once more data-parallel, in
-`spec.workers` processes that share each mini-batch. A step is zero_grad, the gradient, the optimizer, on data that is
-there. The base optimizer takes its gradient by `loss.backward()`.
+All methods take steps in one process, on the same network and batches. Each round times every method once, in a new
+order, so that anything that slows the machine affects all of them equally. The first round is discarded. Then the same
+is timed data-parallel, in `spec.workers` processes that share each mini-batch. A step is zero_grad, the gradient and
+the optimizer step, on data that is already loaded. The base optimizer's gradient is `loss.backward()`.
 
-    python -m experiments.harness.work.timing SPEC STORE RANK       # what one of those processes runs
+    python -m experiments.harness.work.timing SPEC STORE RANK       # the command of one data-parallel process
 """
 
 import json
@@ -42,29 +42,30 @@ from msam.perturbation import Weights
 from msam.state import State
 
 BATCHES = 4
-"""Mini-batches that the rounds take in turn."""
+"""Number of different mini-batches; the rounds cycle through them."""
 
 
 def measure(spec: Timing, record: Record, session: Session) -> None:
-    """Time the steps on one worker, then on `spec.workers`. A line of metrics.jsonl for each of them.
+    """Time the steps on one worker, then on `spec.workers`. Each kind of step is a line of metrics.jsonl.
 
-    The summary holds the lines' numbers by method, m and workers: `msam_m4_w1_seconds`, ...
+    The summary has the lines' numbers by method, m and workers: `msam_m4_w1_seconds`, ...
 
     Raises:
-        Interrupted: if `session.stop` says so; the run then starts over.
-        RuntimeError: if there are fewer cores than workers need, or a data-parallel process ended with an error.
+        Interrupted: if `session.stop` returns True; the run starts over next time.
+        RuntimeError: if the workers need more cores than there are, or a data-parallel process failed.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     record.rewind(-1)
     rounds = spec.rounds + 1
 
     def each(done: int) -> None:
-        session.leave_if_asked(f"Stopped after {done} of {rounds} rounds.")
+        session.stop_if_asked(f"Stopped after {done} of {rounds} rounds.")
         session.report(done, 2 * rounds)
 
     if spec.device == "cpu" and spec.workers * spec.threads > (available := cores()):
         raise RuntimeError(
-            f"{spec.workers} workers of {spec.threads} threads need more than the {available} cores there are."
+            f"{spec.workers} workers of {spec.threads} threads need more than the {available} available cores: lower "
+            "workers or threads."
         )
     set_torch(spec)
     task = _task(spec, session.data_root)
@@ -81,30 +82,30 @@ def measure(spec: Timing, record: Record, session: Session) -> None:
         if name not in ("measure", "m", "workers")
     }
     parameters = sum(p.numel() for p in task.model.parameters())
-    record.finish({**named, "parameters": parameters, "wall_seconds": round(time.monotonic() - begun, 3)})
+    record.finish({**named, "parameters": parameters, "wall_seconds": round(time.monotonic() - started, 3)})
 
 
 def timed(
     spec: Timing, task: Task, model: nn.Module, workers: int, rank: int, each: Callable[[int], None] = lambda done: None
 ) -> list[dict[str, Any]]:
-    """Time the steps in this process, one of `workers` that share every mini-batch.
+    """Time the steps in this process, which is one of `workers` that share every mini-batch.
 
     Args:
         spec: The run.
         task: Its task.
         model: The task's model, in DistributedDataParallel if there are several workers.
-        workers: How many processes.
-        rank: Which of them this is.
-        each: Called after each round with the number of those that are done.
+        workers: Number of processes.
+        rank: Rank of this process.
+        each: Called after each round with the number of finished rounds.
 
     Returns:
-        A line for each step: `seconds` (the median over the rounds), `ratio` and `over_sam` (the medians of the ratios
-        to the base optimizer and to SAM within each round) with their 95 % intervals `_low` and `_high`,
-        `examples_per_second`, the peak of memory allocated in a step, and the bytes that it hands over to be reduced.
+        One line per step: `seconds` (the median over the rounds), `ratio` and `over_sam` (the medians of the ratios to
+        the base optimizer and to SAM within each round) with their 95 % intervals `_low` and `_high`,
+        `examples_per_second`, the peak memory allocated in a step, and the bytes that are all-reduced.
     """
-    sent = _Sent()
+    reduced = _ReducedBytes()
     if isinstance(model, DistributedDataParallel):
-        model.register_comm_hook(sent, _count_and_reduce)
+        model.register_comm_hook(reduced, _count_and_reduce)
     optimizer = build_optimizer(spec, task.model)
     shares = [_share(batch, workers, rank) for batch in islice(cycle(task.batches(0, 0)), BATCHES)]
     model.train()
@@ -121,34 +122,34 @@ def timed(
         optimizer.step()
 
     steps = timed_steps(spec, workers)
-    found: dict[Training, list[float]] = {step: [] for step in steps}
+    times: dict[Training, list[float]] = {step: [] for step in steps}
     for number, batch in zip(range(spec.rounds + 1), cycle(shares)):
         for step in random.Random(number).sample(steps, len(steps)):
             seconds = _seconds(spec, workers, partial(take, step, batch))
             if number:
-                found[step].append(seconds)
+                times[step].append(seconds)
         each(number + 1)
-    base, sam = (found[next(step for step in steps if step.method == method)] for method in ("base", "sam"))
+    base, sam = (times[next(step for step in steps if step.method == method)] for method in ("base", "sam"))
     lines = []
     for step in steps:
-        sent.bytes = 0
+        reduced.bytes = 0
         memory = peak_bytes(partial(take, step, shares[0]), spec.device)
         lines.append(
             {"measure": step.method, "m": step.micro_batches, "workers": workers}
-            | median_interval("seconds", found[step])
-            | median_interval("ratio", _within_rounds(found[step], base))
-            | median_interval("over_sam", _within_rounds(found[step], sam))
+            | median_interval("seconds", times[step])
+            | median_interval("ratio", _within_rounds(times[step], base))
+            | median_interval("over_sam", _within_rounds(times[step], sam))
             | {
-                "examples_per_second": spec.batch_size / median(found[step]),
+                "examples_per_second": spec.batch_size / median(times[step]),
                 "memory_bytes": memory,
-                "reduced_bytes": sent.bytes,
+                "reduced_bytes": reduced.bytes,
             }
         )
     return lines
 
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:
-    """SAM data-parallel: one perturbation for all, from the gradient that the workers have averaged: two reductions."""
+    """Data-parallel SAM: one perturbation for all workers, from the averaged gradient. It takes two all-reduces."""
     params = list(network.parameters())
     state = State([network], params, lazily=True)
     before = state.taken("before")
@@ -160,7 +161,7 @@ def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network
 
 
 def peak_bytes(step: Callable[[], None], device: str = "cpu") -> int:
-    """The most that a step has allocated at once, above what was there before it."""
+    """The peak memory that a step allocates, in addition to what was allocated before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -186,18 +187,18 @@ def _share(batch: Any, workers: int, rank: int) -> Any:
 
 
 def _seconds(spec: Timing, workers: int, step: Callable[[], None]) -> float:
-    """Of one step, begun together by all workers, its work on the device included."""
+    """Seconds of one step, started together by all workers, including its work on the device."""
     if workers > 1:
         dist.barrier()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     step()
     if spec.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def median_interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The median and its 95 % interval: the order statistics that a binomial says."""
+    """The median and its 95 % interval from order statistics (binomial)."""
     ordered = sorted(values)
     first = max(int(binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
     return {name: median(ordered), f"{name}_low": ordered[first], f"{name}_high": ordered[-1 - first]}
@@ -207,22 +208,22 @@ def _within_rounds(seconds: Sequence[float], others: Sequence[float]) -> list[fl
     return [a / b for a, b in zip(seconds, others, strict=True)]
 
 
-class _Sent:
-    """Counts what the reducer is given."""
+class _ReducedBytes:
+    """Counts the bytes that are all-reduced."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
 
-def _count_and_reduce(sent: _Sent, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    sent.bytes += bucket.buffer().nbytes
+def _count_and_reduce(reduced: _ReducedBytes, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    reduced.bytes += bucket.buffer().nbytes
     world = dist.group.WORLD
     assert world is not None
     return allreduce_hook(world, bucket)
 
 
 def data_parallel(spec: Timing, session: Session) -> list[dict[str, Any]]:
-    """The lines of the first of `spec.workers` processes."""
+    """The lines of the first of `spec.workers` processes, started here."""
     with tempfile.TemporaryDirectory() as folder:
         data_root = None if session.data_root is None else str(session.data_root)
         task = json.dumps({"spec": spec.to_dict(), "data_root": data_root})
@@ -233,29 +234,29 @@ def data_parallel(spec: Timing, session: Session) -> list[dict[str, Any]]:
                 with open(Path(folder) / f"{rank}.log", "w") as log:
                     processes.append(subprocess.Popen([*command, str(rank)], stdout=log, stderr=log))
             while any(p.poll() is None for p in processes):
-                session.leave_if_asked("Stopped in the data-parallel rounds.")
+                session.stop_if_asked("Stopped in the data-parallel rounds.")
                 if any(p.poll() for p in processes):
                     break
                 time.sleep(0.2)
-            lost = [rank for rank, process in enumerate(processes) if process.poll()]
+            failed = [rank for rank, process in enumerate(processes) if process.poll()]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        if lost:
-            logs = "\n".join((Path(folder) / f"{rank}.log").read_text()[-2000:] for rank in lost)
-            raise RuntimeError(f"Data-parallel process {lost[0]} of {spec.workers} ended with an error:\n{logs}")
+        if failed:
+            logs = "\n".join((Path(folder) / f"{rank}.log").read_text()[-2000:] for rank in failed)
+            raise RuntimeError(f"Data-parallel process {failed[0]} of {spec.workers} failed:\n{logs}")
         return json.loads((Path(folder) / "lines.json").read_text())
 
 
 def main() -> None:
-    """One of the data-parallel processes."""
-    given, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    spec, data_root = from_dict(given["spec"]), given["data_root"]
+    """Run one of the data-parallel processes."""
+    job, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    spec, data_root = from_dict(job["spec"]), job["data_root"]
     assert isinstance(spec, Timing)
     set_torch(spec)
-    where = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=spec.workers)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=spec.workers)
     task = _task(spec, Path(data_root) if data_root else None)
     lines = timed(spec, task, DistributedDataParallel(task.model), spec.workers, rank)
     if rank == 0:

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 import contextlib
 import math
@@ -26,7 +26,7 @@ from experiments.harness.work.ranks import Ranks
 from experiments.harness.work.session import Diverged, Interrupted, Session
 
 CHECK_EVERY = 50
-"""Steps after which the losses are collected, which waits for the device."""
+"""Losses are collected every so many steps, since collecting waits for the device."""
 
 
 def train(
@@ -37,23 +37,23 @@ def train(
     checkpoint_seconds: float = 20.0,
     build: Callable[[Training, Path | None], Task] = build_task,
 ) -> None:
-    """Train the spec's run to its end, from its last checkpoint if there is one; a finished run is left unchanged.
+    """Start or resume the spec's run and complete it; a finished run is left unchanged.
 
     Args:
         spec: The run.
-        session: Where its record and its data are, and whom to report to.
-        redo: Delete what there is of this run first, and train it again.
-        checkpoint_seconds: Least time between checkpoints, and as many times what one takes to write where that is
-            more than a second. It does not change the run's numbers.
-        build: Makes the task from spec and data root.
+        session: The folders of records and data, and the callbacks for progress and stopping.
+        redo: Delete this run's record first and retrain it.
+        checkpoint_seconds: Shortest time between checkpoints; if writing one takes t > 1 seconds, t times as long.
+            It does not change the run's numbers.
+        build: Builds the task from spec and data root.
 
-    A run of several ranks is trained by as many processes (see `ranks.py`), each of which calls this.
+    If the run has several ranks, each of the processes calls this function (see `ranks.py`).
 
     Raises:
-        Interrupted: if `session.stop` says so, on any rank.
-        RunLocked: if another process trains this run.
-        RecordError: if its folder holds something else, or a newer version's record; nothing is touched then.
-        Diverged: if a loss or a final score is not finite; like any other failure it is also in the record.
+        Interrupted: if `session.stop` returns True on any rank.
+        RunLocked: if another process is training this run.
+        RecordError: if its folder holds another run or a newer version's record; nothing is changed then.
+        Diverged: if a loss or a final score is not finite. Like any other failure it is also in the record.
     """
     record, ranks = record_of(spec, session.root), Ranks(spec)
     with record.locked() if ranks.first else contextlib.nullcontext():
@@ -65,7 +65,7 @@ def train(
         except Interrupted:
             raise
         except Exception as error:
-            if ranks.count == 1 or record.failure() is None:  # the other ranks only see that one is gone
+            if ranks.count == 1 or record.failure() is None:  # keep the failing rank's message, not a follow-up error
                 record.fail(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
 
@@ -87,14 +87,14 @@ def _train(
     load_checkpoint(record, ranks, state)
     progress, steps = state.progress, spec.epochs * task.steps_per_epoch
     if ranks.first:
-        about = {**session.environment, **task.data, **_process(spec)}
+        about = {**session.environment, **task.data, **_process_fields(spec)}
         record.add_environment({**about, "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
-    keeper = _Keeper(record, ranks, session, state, checkpoint_seconds)
+    recorder = _Recorder(record, ranks, session, state, checkpoint_seconds)
 
     model.train()
     for batch in _batches_from(task, progress.step, steps):
-        keeper.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
+        recorder.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
 
         state.optimizer.zero_grad()
         batch, micro_batches = ranks.share(batch)
@@ -107,29 +107,29 @@ def _train(
             state.average.update(task.model)
         progress.step += 1
 
-        keeper.took(step)
+        recorder.add_step(step)
         if progress.step % task.steps_per_epoch == 0:
-            keeper.collect_losses()
+            recorder.collect_losses()
             epoch = progress.step // task.steps_per_epoch
             line = _epoch_line(epoch, progress, float(state.scheduler.get_last_lr()[0]))
             if ranks.first:
                 record.append(line | _curvature(spec, task, epoch))
         session.report(progress.step, steps)
 
-    keeper.checkpoint_if_due("Stopped before the scores.")
+    recorder.checkpoint_if_due("Stopped before the scores.")
     if ranks.first:
-        _finish(record, task, state, keeper)
+        _finish(record, task, state, recorder)
 
 
-class _Keeper:
-    """Keeps a training's record as it goes on: its losses, its checkpoints, and whether it is asked to stop.
+class _Recorder:
+    """Collects the losses of a training run, writes its checkpoints, and stops it when asked.
 
     Args:
-        record: The run's.
-        ranks: Its processes, this one among them.
-        session: Who asks it to stop.
-        state: What a checkpoint holds.
-        checkpoint_seconds: As `train` says.
+        record: The run's record.
+        ranks: Its processes.
+        session: Says when to stop.
+        state: The state to save in checkpoints.
+        checkpoint_seconds: See `train`.
     """
 
     def __init__(self, record: Record, ranks: Ranks, session: Session, state: State, checkpoint_seconds: float) -> None:
@@ -137,55 +137,55 @@ class _Keeper:
         self.checkpoint_seconds = checkpoint_seconds
         self.next_checkpoint = time.monotonic() + checkpoint_seconds
         self.last_tick = time.monotonic()
-        self.unread: list[msam.Step] = []
+        self.uncollected: list[msam.Step] = []
 
-    def took(self, step: msam.Step) -> None:
-        """Take in what a step returned; every `CHECK_EVERY` steps its losses are collected."""
-        self.unread.append(step)
-        if len(self.unread) == CHECK_EVERY:
+    def add_step(self, step: msam.Step) -> None:
+        """Add a step's result; losses are collected every `CHECK_EVERY` steps."""
+        self.uncollected.append(step)
+        if len(self.uncollected) == CHECK_EVERY:
             self.collect_losses()
 
     def collect_losses(self) -> None:
-        """Fetch the losses of the steps since the last time.
+        """Copy the losses since the last collection from the device.
 
         Raises:
-            Diverged: naming the first step, from 1, whose loss is not finite.
+            Diverged: naming the first step (counted from 1) with a loss that is not finite.
         """
-        if not self.unread:
+        if not self.uncollected:
             return
         progress = self.state.progress
-        losses = self.ranks.mean(torch.stack([s.loss for s in self.unread])).tolist()
-        sharpness = self.ranks.mean(torch.stack([s.sharpness for s in self.unread])).tolist()
-        first = progress.step - len(self.unread) + 1
+        losses = self.ranks.mean(torch.stack([s.loss for s in self.uncollected])).tolist()
+        sharpness = self.ranks.mean(torch.stack([s.sharpness for s in self.uncollected])).tolist()
+        first = progress.step - len(self.uncollected) + 1
         for step, (loss, rise) in enumerate(zip(losses, sharpness, strict=True), start=first):
             if not math.isfinite(loss + rise):
                 raise Diverged(
-                    f"failed at step {step}: its loss is {loss}, {loss + rise} at the perturbed weights. "
+                    f"diverged at step {step}: the loss is {loss}, and {loss + rise} at the perturbed weights. "
                     "Lower learning_rate or rho."
                 )
         progress.losses += losses
         progress.sharpness += sharpness
-        self.tick(len(self.unread))
-        self.unread.clear()
+        self.tick(len(self.uncollected))
+        self.uncollected.clear()
 
     def checkpoint_if_due(self, words: str) -> None:
-        """Write a checkpoint if it is time for one, or if any rank is asked to stop.
+        """Write a checkpoint if one is due, or if any rank is asked to stop.
 
         Raises:
-            Interrupted: with these words, in the latter case.
+            Interrupted: with these words, if any rank is asked to stop.
         """
         stopping, due = self.ranks.any(self.session.stop(), time.monotonic() > self.next_checkpoint)
         if stopping or due:
             self.collect_losses()
-            begun = time.monotonic()
+            started = time.monotonic()
             save_checkpoint(self.record, self.ranks, self.state)
-            took = time.monotonic() - begun
-            self.next_checkpoint = time.monotonic() + self.checkpoint_seconds * max(1.0, took)
+            seconds = time.monotonic() - started
+            self.next_checkpoint = time.monotonic() + self.checkpoint_seconds * max(1.0, seconds)
         if stopping:
             raise Interrupted(words)
 
     def tick(self, steps: int) -> None:
-        """Add the time since the last tick to the run's own."""
+        """Add the time since the last tick to the run's time."""
         now = time.monotonic()
         self.state.progress.seconds += now - self.last_tick
         if steps:
@@ -193,8 +193,8 @@ class _Keeper:
         self.last_tick = now
 
 
-def _finish(record: Record, task: Task, state: State, keeper: _Keeper) -> None:
-    """Score the network, keep its weights and write the summary.
+def _finish(record: Record, task: Task, state: State, recorder: _Recorder) -> None:
+    """Score the network, save its weights and write the summary.
 
     Raises:
         Diverged: if a score is not finite.
@@ -203,11 +203,11 @@ def _finish(record: Record, task: Task, state: State, keeper: _Keeper) -> None:
     if state.average is not None:
         task.model.load_state_dict(state.average.module.state_dict())
     scores = task.evaluate()
-    if lost := sorted(name for name, value in scores.items() if not math.isfinite(value)):
+    if bad := sorted(name for name, value in scores.items() if not math.isfinite(value)):
         raise Diverged(
-            f"failed after step {progress.step}: {lost[0]} is {scores[lost[0]]}. Lower learning_rate or rho."
+            f"diverged after step {progress.step}: {bad[0]} is {scores[bad[0]]}. Lower learning_rate or rho."
         )
-    keeper.tick(0)
+    recorder.tick(0)
     save_weights(record, task.model)
     record.finish(
         {
@@ -230,16 +230,17 @@ def _initial_state(spec: Training, task: Task) -> State:
 
 
 def _compiled(model: torch.nn.Module, spec: Training) -> Any:
-    """The model through `torch.compile`, as in a new process: what was compiled before would change its kernels.
+    """The compiled model. Earlier compilations in this process are reset, since they could change its kernels.
 
-    Texts are of any length, and what is compiled for one would depend on where a run was resumed.
+    Texts vary in length, so they are compiled with dynamic shapes: otherwise the kernels would depend on the step at
+    which a run was resumed.
     """
     torch._dynamo.reset()
     return torch.compile(model, dynamic=not is_images(spec.dataset))
 
 
 def _curvature(spec: Training, task: Task, epoch: int) -> dict[str, float]:
-    """The largest Hessian eigenvalue, if it is this epoch's turn; training goes on as if nothing had been measured."""
+    """The largest Hessian eigenvalue if it is due at this epoch; measuring it does not affect training."""
     if not spec.curvature_every or (epoch % spec.curvature_every and epoch != spec.epochs):
         return {}
     from experiments.harness.work.hessian import lambda_1
@@ -252,17 +253,17 @@ def _curvature(spec: Training, task: Task, epoch: int) -> dict[str, float]:
 
 
 def _greatest_and_last(eigenvalues: list[float]) -> dict[str, float]:
-    """For the summary, what was measured along the training; nothing if nothing was."""
+    """The summary's entries for the eigenvalues measured during training; empty if none were measured."""
     return {"greatest_lambda_1": max(eigenvalues), "lambda_1": eigenvalues[-1]} if eigenvalues else {}
 
 
 def build_optimizer(spec: Network, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The stock base optimizer over all parameters, with weight decay on those that the spec says."""
+    """torch's base optimizer over all parameters, with weight decay on those that `spec.decay` selects."""
     params: Any = list(model.parameters())
     if spec.decay == "matrices":  # biases and the weights of norms are vectors
         vectors = {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}
         params = [{"params": [p for p in params if p.ndim > 1]}, vectors]
-    fused = spec.fused or None  # None leaves the choice to torch, False would rule out its own
+    fused = spec.fused or None  # None lets torch choose; False would also rule out its foreach kernels
     if spec.base_optimizer == "adamw":
         return torch.optim.AdamW(params, spec.learning_rate, weight_decay=spec.weight_decay, fused=fused)
     return torch.optim.SGD(
@@ -276,7 +277,7 @@ def build_optimizer(spec: Network, model: torch.nn.Module) -> torch.optim.Optimi
 
 
 def schedule(spec: Training, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor at a step (from 0): linear warm-up, then the spec's schedule."""
+    """The factor on the learning rate at a step (counted from 0): linear warm-up, then the spec's schedule."""
     steps, warmup = spec.epochs * steps_per_epoch, spec.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
@@ -290,7 +291,7 @@ def schedule(spec: Training, steps_per_epoch: int) -> Callable[[int], float]:
     return factor
 
 
-def _process(spec: Training) -> dict[str, Any]:
+def _process_fields(spec: Training) -> dict[str, Any]:
     """How this process computes, for the record."""
     return {
         **torch_environment(spec),
@@ -309,7 +310,7 @@ def _batches_from(task: Task, step: int, steps: int) -> Iterator[Any]:
 
 
 def _epoch_line(epoch: int, progress: Progress, learning_rate: float) -> dict[str, Any]:
-    """The epoch's means for metrics.jsonl; the next epoch starts empty."""
+    """The epoch's line for metrics.jsonl; the losses are cleared for the next epoch."""
     line = {
         "epoch": epoch,
         "step": progress.step,

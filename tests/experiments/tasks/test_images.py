@@ -42,18 +42,18 @@ def test_every_crop_is_a_window_of_the_padded_image_or_of_its_mirror_image():
     x = images(40)
     cropped = crop_and_flip(x, torch.Generator().manual_seed(1))
     padded = F.pad(x, (0, 0, 4, 4, 4, 4))
-    found = []
+    matches = []
     for image, result in zip(padded, cropped, strict=True):
         for mirrored in (False, True):
             for top in range(9):
                 for left in range(9):
                     window = image[top : top + 32, left : left + 32]
                     if torch.equal(window.flip(1) if mirrored else window, result):
-                        found.append((mirrored, top, left))
-    assert len(found) == 40
-    assert {mirrored for mirrored, _, _ in found} == {False, True}
-    assert len({top for _, top, _ in found}) > 5
-    assert len({left for _, _, left in found}) > 5
+                        matches.append((mirrored, top, left))
+    assert len(matches) == 40
+    assert {mirrored for mirrored, _, _ in matches} == {False, True}
+    assert len({top for _, top, _ in matches}) > 5
+    assert len({left for _, _, left in matches}) > 5
 
 
 AUGMENTATIONS = {
@@ -65,7 +65,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentation_depends_on_its_generator_alone(name):
+def test_augmentation_depends_only_on_its_generator(name):
     x, augment = images(8), AUGMENTATIONS[name]
     first = augment(x, torch.Generator().manual_seed(1))
     drawn = torch.random.get_rng_state()
@@ -80,7 +80,7 @@ def test_augmentation_depends_on_its_generator_alone(name):
 
 
 def test_a_square_is_cut_out_around_any_pixel():
-    x = images(400).clamp(max=100)  # no pixel has the colour that squares are filled with
+    x = images(400).clamp(max=100)  # no pixel has the fill colour of the squares
     cut = cut_out(x, 8, torch.Generator().manual_seed(1))
     changed = (cut != x).all(-1)
     assert ((cut != x).any(-1) == changed).all()
@@ -89,11 +89,11 @@ def test_a_square_is_cut_out_around_any_pixel():
     for gone in changed:
         rows, columns = gone.any(1).nonzero()[:, 0], gone.any(0).nonzero()[:, 0]
         sizes.add((len(rows), len(columns)))
-        assert gone.sum() == len(rows) * len(columns), "no rectangle"
+        assert gone.sum() == len(rows) * len(columns), "not a rectangle"
         assert (rows.diff() == 1).all()
         assert (columns.diff() == 1).all()
     assert max(sizes) == (8, 8)
-    assert min(min(size) for size in sizes) == 4, "centres lie in the image: half of a square is inside at least"
+    assert min(min(size) for size in sizes) == 4, "centres are in the image, so at least half of each square is inside"
 
 
 @pytest.mark.parametrize(
@@ -103,15 +103,15 @@ def test_policies_are_torchvisions(name, transform):
     from torchvision.transforms import v2
 
     x = images(6)
-    found = by_policy(x, name, torch.Generator().manual_seed(5))
+    augmented = by_policy(x, name, torch.Generator().manual_seed(5))
     stock = v2.RandAugment() if transform == "RandAugment" else v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     torch.manual_seed(int(torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(5))))
     expected = torch.stack([stock(image) for image in x.permute(0, 3, 1, 2)])
-    assert torch.equal(found.permute(0, 3, 1, 2), expected)
-    assert len({tuple(image.flatten().tolist()) for image in found}) == 6
+    assert torch.equal(augmented.permute(0, 3, 1, 2), expected)
+    assert len({tuple(image.flatten().tolist()) for image in augmented}) == 6
 
 
-def test_loader_processes_and_where_an_epoch_is_entered_change_no_pixel():
+def test_loader_processes_and_the_first_batch_change_no_pixel():
     spec = replace(SPEC, train_examples=64, test_examples=10, augmentation="crop-flip-autoaugment", cutout=8)
     alone, together = image_task(spec, loaders=0), image_task(spec, loaders=2)
     expected = list(alone.batches(1, 0))
@@ -119,8 +119,8 @@ def test_loader_processes_and_where_an_epoch_is_entered_change_no_pixel():
     assert not torch.equal(expected[0][0], next(alone.batches(2, 0))[0])
     plain = image_task(replace(spec, augmentation="none", cutout=0))
     assert not torch.equal(expected[0][0], next(plain.batches(1, 0))[0])
-    for found, of in ((list(together.batches(1, 0)), expected), (list(together.batches(1, 2)), expected[2:])):
-        for (x, y), (same_x, same_y) in zip(found, of, strict=True):
+    for actual, same in ((list(together.batches(1, 0)), expected), (list(together.batches(1, 2)), expected[2:])):
+        for (x, y), (same_x, same_y) in zip(actual, same, strict=True):
             assert torch.equal(x, same_x)
             assert torch.equal(y, same_y)
 
@@ -162,7 +162,7 @@ def test_sizes_of_the_models(name, classes, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_with_groupnorm_micro_batches_make_no_difference_and_the_network_is_as_large():
+def test_with_groupnorm_micro_batches_make_no_difference_and_the_network_has_the_same_size():
     torch.manual_seed(0)
     model, other = build("resnet8-groupnorm", 10).double(), build("resnet8", 10).double()
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
@@ -172,7 +172,7 @@ def test_with_groupnorm_micro_batches_make_no_difference_and_the_network_is_as_l
     torch.testing.assert_close(torch.cat(parts), model(images))
 
 
-def test_a_folder_of_timms_is_a_model_with_its_weights(tmp_path):
+def test_a_folder_from_timm_is_loaded_with_its_weights(tmp_path):
     import timm
     from timm.models import save_for_hf
 
@@ -193,21 +193,21 @@ def test_a_folder_of_timms_is_a_model_with_its_weights(tmp_path):
     assert torch.equal(task.model.state_dict()["pos_embed"], given.state_dict()["pos_embed"]), "made for this size"
     x, _ = task.sample("train", 2)
     assert x.shape == (2, 3, 64, 64)
-    with pytest.raises(DataError, match="holds no model of timm"):
+    with pytest.raises(DataError, match="has no timm model"):
         check(replace(spec, model=str(tmp_path / "nothing")))
     for path in (*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")):
         path.unlink()
-    with pytest.raises(DataError, match="could not be loaded by timm"):
+    with pytest.raises(DataError, match="timm could not load"):
         check(spec)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6])
-def test_the_share_of_labels_is_wrong_and_every_wrong_class_is_as_likely(share):
+def test_the_share_of_wrong_labels_is_exact_and_wrong_classes_are_equally_likely(share):
     labels = np.arange(10_000) % 10
     noisy = with_wrong_labels(labels, share, 10)
     wrong = noisy != labels
     assert wrong.sum() == round(share * len(labels))
-    assert (labels == np.arange(10_000) % 10).all(), "the labels that were given are left alone"
+    assert (labels == np.arange(10_000) % 10).all(), "the given labels are unchanged"
     if share:
         shifts = np.bincount((noisy - labels)[wrong] % 10, minlength=10)
         assert shifts[0] == 0
@@ -216,7 +216,7 @@ def test_the_share_of_labels_is_wrong_and_every_wrong_class_is_as_likely(share):
         assert chisquare(per_class).pvalue > 0.001
         less = with_wrong_labels(labels, share / 2, 10)
         changed = less != labels
-        assert (noisy[changed] == less[changed]).all(), "wrong at a smaller share is wrong in the same way at a greater"
+        assert (noisy[changed] == less[changed]).all(), "labels wrong at a smaller share are equally wrong at a larger"
 
 
 def test_only_training_labels_are_wrong():

@@ -1,4 +1,4 @@
-"""Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's own fields."""
+"""Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's fields."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    """A tiny random BERT with a tokenizer of whole words, saved as the hub lays it out."""
+    """A tiny random BERT with a word-level tokenizer, saved in the hub's layout."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -138,7 +138,7 @@ def test_roberta_too(dataset, roberta, data, tmp_path):
     assert -1 <= record_of(run, tmp_path).summary()["test_score"] <= 1
 
 
-# Five answers, worked out by hand. Labels 1 1 0 0 1, predicted 1 0 0 1 1: two of three ones found, one zero of two.
+# Five answers, by hand. Labels 1 1 0 0 1, predictions 1 0 0 1 1: two of three ones are right, and one of two zeros.
 LABELS = np.array([1, 1, 0, 0, 1])
 LOGITS = np.array([[0, 2], [1, 0], [3, 1], [0, 1], [-1, 4]], dtype=float)
 
@@ -158,10 +158,10 @@ def test_metrics_by_hand():
 
 def test_correlations_by_hand():
     """1 2 3 4 against 1 3 2 10: covariance 3.25, deviations sqrt(1.25) and sqrt(12.5); ranks differ by one twice."""
-    found = texts.scores(TASKS["stsb"], np.array([[1.0], [3.0], [2.0], [10.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
-    assert found["pearson"] == pytest.approx(3.25 / np.sqrt(1.25 * 12.5))
-    assert found["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert found["pearson"] == pytest.approx(stats.pearsonr([1, 3, 2, 10], [1, 2, 3, 4]).statistic)
+    scores = texts.scores(TASKS["stsb"], np.array([[1.0], [3.0], [2.0], [10.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert scores["pearson"] == pytest.approx(3.25 / np.sqrt(1.25 * 12.5))
+    assert scores["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert scores["pearson"] == pytest.approx(stats.pearsonr([1, 3, 2, 10], [1, 2, 3, 4]).statistic)
 
 
 def test_a_constant_answer_has_no_correlation_and_no_warning():
@@ -169,21 +169,21 @@ def test_a_constant_answer_has_no_correlation_and_no_warning():
     assert texts.scores(TASKS["cola"], np.array([[0.0, 1.0]] * 5), LABELS) == {"matthews_correlation": 0}
 
 
-def test_the_majority_answers_with_the_commonest_training_label():
+def test_the_majority_score_predicts_the_most_frequent_training_label():
     trained = np.array([0, 0, 1])
     assert texts.majority(TASKS["rte"], trained, LABELS) == pytest.approx(2 / 5)
     assert texts.majority(TASKS["cola"], trained, LABELS) == 0
     assert texts.majority(TASKS["stsb"], np.arange(4.0), np.arange(4.0)) == 0
 
 
-def test_micro_batches_of_a_batch_agree_in_shape_and_padding_changes_no_loss(bert, data):
+def test_micro_batches_have_equal_shapes_and_padding_changes_no_loss(bert, data):
     task = build_task(spec(bert), str(data))
     task.model.eval()
     batch = next(task.batches(0, 0))
     shapes = {part["input_ids"].shape for part in msam.split(batch, 3)}
     assert shapes == {(2, batch["input_ids"].shape[1])}
     wider = {
-        name: nn.functional.pad(t, (0, 5)) if t.ndim == 2 else t  # [PAD] is 0, and so is the mask there
+        name: nn.functional.pad(t, (0, 5)) if t.ndim == 2 else t  # [PAD] is 0, and so is its mask
         for name, t in batch.items()
     }
     torch.testing.assert_close(task.loss_fn(task.model, wider), task.loss_fn(task.model, batch))
@@ -222,7 +222,7 @@ def test_the_linear_schedule_warms_up_and_ends_at_zero():
 
 
 def words_of(batch, folder) -> list[str]:
-    """A batch's texts, as the tokenizer gives them back."""
+    """A batch's texts, decoded by the tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -230,7 +230,7 @@ def words_of(batch, folder) -> list[str]:
 
 
 def test_held_out_rows_are_scored_and_never_trained_on(bert, data, tmp_path):
-    """Trained on are the first six of the fixed permutation, scored the last four, by the weights of the end."""
+    """The first six of the fixed permutation are trained on; the final weights are scored on the last four."""
     run = spec(bert, "sst2", train_examples=6, holdout_examples=4)
     order = np.random.default_rng(0).permutation(12)
     rows = columns_of("sst2")
@@ -258,20 +258,20 @@ def own_accuracy(task, folder, *columns_and_labels) -> float:
     return (predicted == torch.tensor(labels)).float().mean().item()
 
 
-def test_matched_and_mismatched_are_scored_each_on_its_own_split(bert, data):
+def test_matched_and_mismatched_are_scored_on_their_splits(bert, data):
     torch.manual_seed(0)
     task = build_task(spec(bert, "mnli"), str(data))
     with torch.no_grad():  # a model whose answers depend on the text
         task.model.classifier.weight.mul_(50)
-    found = task.evaluate()
+    scores = task.evaluate()
     for part, split in (("test", "validation_matched"), ("test_mismatched", "validation_mismatched")):
         rows = columns_of("mnli", split)
         expected = own_accuracy(task, bert, rows["premise"], rows["hypothesis"], rows["label"])
-        assert found[f"{part}_accuracy"] == pytest.approx(expected)
+        assert scores[f"{part}_accuracy"] == pytest.approx(expected)
 
 
-def test_the_encoder_is_the_checkpoints_and_the_head_is_drawn_by_the_seed(bert, data, tmp_path):
-    """Also where the checkpoint has a head that would fit: it was tuned before."""
+def test_the_encoder_comes_from_the_checkpoint_and_the_head_from_the_seed(bert, data, tmp_path):
+    """Even if the checkpoint has a head of the right size, since that head was tuned before."""
     from transformers import AutoTokenizer
 
     config = BertConfig.from_pretrained(bert, num_labels=2)
@@ -294,7 +294,7 @@ def test_the_encoder_is_the_checkpoints_and_the_head_is_drawn_by_the_seed(bert, 
     assert texts.checksum(models[0]) != texts.checksum(models[1]) == texts.checksum(models[2])
 
 
-def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
+def test_checkpoints_that_do_not_match_are_rejected_before_training(bert, data, tmp_path):
     with pytest.raises(DataError, match="takes at most 40 tokens: lower max_length"):
         texts.check(spec(bert, max_length=41), str(data))
     with pytest.raises(DataError, match=r"no config\.json"):
@@ -302,30 +302,34 @@ def test_what_does_not_fit_is_refused_before_training(bert, data, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((bert / "config.json").read_text())
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="has no tokenizer"):
         texts.check(spec(bare), str(data))
     mixed = shutil.copytree(bert, tmp_path / "mixed")
     content = json.loads((bert / "config.json").read_text())
     (mixed / "config.json").write_text(json.dumps({**content, "hidden_size": 32}))
-    with pytest.raises(DataError, match=r"The weights of .* are not those of its config"):
+    with pytest.raises(DataError, match=r"The weights of .* do not match its config"):
         texts.check(spec(mixed), str(data))
     (mixed / "config.json").write_text(json.dumps({**content, "vocab_size": 20}))
-    with pytest.raises(DataError, match="tokens and the model 20"):
+    with pytest.raises(DataError, match="tokens, but the model has 20"):
         texts.check(spec(mixed), str(data))
     (mixed / "config.json").write_text(json.dumps(content))
     (mixed / "model.safetensors").write_bytes((bert / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(DataError, match="is not available"):
         texts.check(spec(mixed), str(data))
-    for changes, words in (
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"augmentation": "crop-flip"}, "left out, except for images"),
         ({"dataset": "stsb", "label_smoothing": 0.1}, "a regression"),
-    ):
-        with pytest.raises(SpecError, match=words):
-            replace(spec(bert), **changes)
-    with pytest.raises(SpecError, match="for rte, or the path of a checkpoint's folder"):
-        spec("resnet8")
-    with pytest.raises(SpecError, match="model is 'minilm'"):
-        replace(spec(bert), dataset="cifar10", model="minilm")
+        ({"model": "resnet8"}, "for rte, or the path of a checkpoint's folder"),
+        ({"dataset": "cifar10", "model": "minilm"}, "model is 'minilm'"),
+    ],
+)
+def test_specs_that_do_not_fit_texts_are_rejected(changes, words):
+    with pytest.raises(SpecError, match=words):
+        replace(spec(Path("/x")), **changes)
 
 
 def test_roberta_counts_its_positions_from_the_padding(roberta, data):
@@ -335,7 +339,7 @@ def test_roberta_counts_its_positions_from_the_padding(roberta, data):
 
 
 def test_every_cell_of_the_paper_profile_is_a_model_of_the_published_size():
-    """Built on the meta device from the published configurations, which are the classes' own defaults."""
+    """Built on the meta device from the published configurations, which are the defaults of the classes."""
     parameters = {}
     for name in ("bert_glue", "roberta_glue"):
         for cell in catalogue.cells(name, "paper"):
@@ -357,21 +361,20 @@ def test_every_cell_of_the_paper_profile_is_a_model_of_the_published_size():
     assert len(parameters) == 6
 
 
-def test_a_run_of_text_resumes_bit_for_bit(bert, data, tmp_path):
-
+def test_a_text_run_resumes_bit_for_bit(bert, data, tmp_path):
     run = spec(bert, rho=0.05, micro_batches=3, dropout=0.2)
     train(run, Session(tmp_path / "whole", data_root=data))
-    asked = iter([False, False, True])
+    stop = iter([False, False, True])
     with pytest.raises(Interrupted):
-        train(run, Session(tmp_path / "parts", data_root=data, stop=lambda: next(asked)))
+        train(run, Session(tmp_path / "parts", data_root=data, stop=lambda: next(stop)))
     train(run, Session(tmp_path / "parts", data_root=data))
-    found = [
+    summaries = [
         json.loads((r / "runs" / run.run_id / "summary.json").read_text())
         for r in (tmp_path / "whole", tmp_path / "parts")
     ]
-    for summary in found:
+    for summary in summaries:
         summary.pop("wall_seconds"), summary.pop("step_seconds")
-    assert found[0] == found[1]
+    assert summaries[0] == summaries[1]
 
 
 FULL_SIZE = """
@@ -391,8 +394,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert"])  # `experiments check` proves RoBERTa-base, by hand
-def test_a_step_of_the_full_size_fits_into_20_gib(name):
+@pytest.mark.parametrize("name", ["bert"])  # RoBERTa-base is checked by hand with `experiments check`
+def test_a_step_at_full_size_fits_into_20_gib(name):
     """Random weights of the published configuration, batch 32 of 128 tokens, m = 4."""
     done = subprocess.run(
         [sys.executable, "-c", f"NAME = {name!r}{FULL_SIZE}"], capture_output=True, text=True, timeout=900

@@ -1,4 +1,4 @@
-"""Curvature runs: of the final weights, resumed, cached, and beside a training without touching it."""
+"""Curvature runs measure the final weights, resume, are cached, and do not affect training."""
 
 import itertools
 import json
@@ -27,8 +27,8 @@ RESNET = resnet_cifar.RUNS["smoke"][-1]
 
 
 def measured(cell, examples=16):
-    (found,) = curvature_of([cell], examples=examples, rho=0.05)
-    return found
+    (curvature,) = curvature_of([cell], examples=examples, rho=0.05)
+    return curvature
 
 
 def numbers(root, spec):
@@ -41,25 +41,25 @@ def test_a_curvature_run_trains_its_network_first_and_measures_the_final_weights
     execute(spec, Session(tmp_path, environment={"commit": "abc", "code": "def", "dirty": False}))
     network = record_of(VIT, tmp_path)
     assert network.done
-    found = numbers(tmp_path, spec)
+    summary = numbers(tmp_path, spec)
     task = build_task(VIT)
     task.model.load_state_dict(torch.load(network.checkpoint, weights_only=True)["model"])
     params = list(task.model.eval().parameters())
     for part in ("train", "test"):
         loss = task.loss_fn(task.model, task.sample(part, 16))
-        assert found[f"{part}_loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert summary[f"{part}_loss"] == pytest.approx(loss.item(), rel=1e-6)
         g = torch.autograd.grad(loss, params)
         norm = torch.cat([t.flatten() for t in g]).norm().item()
-        assert found[f"{part}_penalty_m1"] == pytest.approx(norm, rel=1e-4)
-        penalties = [found[f"{part}_penalty_m{m}"] for m in halvings(16)]
+        assert summary[f"{part}_penalty_m1"] == pytest.approx(norm, rel=1e-4)
+        penalties = [summary[f"{part}_penalty_m{m}"] for m in halvings(16)]
         assert penalties == sorted(penalties)
-        assert found[f"{part}_lambda_1"] >= found[f"{part}_lambda_5"]
-        assert found[f"{part}_residual"] < found[f"{part}_tolerance"]
-        assert found[f"{part}_ascent_sharpness"] >= found[f"{part}_sharpness_m1"] > 0
+        assert summary[f"{part}_lambda_1"] >= summary[f"{part}_lambda_5"]
+        assert summary[f"{part}_residual"] < summary[f"{part}_tolerance"]
+        assert summary[f"{part}_ascent_sharpness"] >= summary[f"{part}_sharpness_m1"] > 0
     lines = {(line["part"], line["measure"]): line for line in record_of(spec, tmp_path).metrics()}
     assert sum(lines["train", "density"]["density_weights"]) == pytest.approx(1, abs=1e-5)
     middle = lines["train", "slices"]["slice_losses"][10]
-    assert middle == pytest.approx(found["train_loss"], rel=1e-6)
+    assert middle == pytest.approx(summary["train_loss"], rel=1e-6)
     assert len(lines["train", "slices"]["plane_losses"]) == 121
     (session,) = record_of(spec, tmp_path).environments()
     assert (session["network"], session["network_commit"]) == (VIT.run_id, "abc")
@@ -75,48 +75,48 @@ def test_a_second_call_computes_nothing(tmp_path):
     assert state_of(spec, tmp_path) == ("done", "")
 
 
-def test_stopped_and_resumed_equals_undisturbed_and_measures_nothing_twice(tmp_path):
-    network = replace(LINEAR, seed=0)  # with the pictures
+def test_a_resumed_run_matches_an_uninterrupted_one_and_measures_nothing_twice(tmp_path):
+    network = replace(LINEAR, seed=0)  # seed 0 has the figures' measurements
     spec = measured(network)
-    execute(spec, Session(tmp_path / "undisturbed"))
-    done = iter(range(10**6))
-    asked = itertools.count()
+    execute(spec, Session(tmp_path / "uninterrupted"))
+    reports = iter(range(10**6))
+    calls = itertools.count()
     train(network, Session(tmp_path / "stopped"))
     with pytest.raises(Interrupted, match="measurements"):
-        execute(spec, Session(tmp_path / "stopped", stop=lambda: next(asked) > 60))
-    begun = record_of(spec, tmp_path / "stopped").metrics()
-    assert 0 < len(begun) < 13
+        execute(spec, Session(tmp_path / "stopped", stop=lambda: next(calls) > 60))
+    first = record_of(spec, tmp_path / "stopped").metrics()
+    assert 0 < len(first) < 13
     state, words = state_of(spec, tmp_path / "stopped")
-    assert state == "begun"
-    assert f"{len(begun)} of 13 measurements" in words
-    execute(spec, Session(tmp_path / "stopped", report=lambda *_: next(done)))
-    assert next(done) == 13 - len(begun)
-    assert record_of(spec, tmp_path / "stopped").metrics()[: len(begun)] == begun
-    assert numbers(tmp_path / "stopped", spec) == numbers(tmp_path / "undisturbed", spec)
+    assert state == "started"
+    assert f"{len(first)} of 13 measurements" in words
+    execute(spec, Session(tmp_path / "stopped", report=lambda *_: next(reports)))
+    assert next(reports) == 13 - len(first)
+    assert record_of(spec, tmp_path / "stopped").metrics()[: len(first)] == first
+    assert numbers(tmp_path / "stopped", spec) == numbers(tmp_path / "uninterrupted", spec)
 
 
-def test_redo_measures_anew_and_leaves_the_network(tmp_path):
+def test_redo_repeats_the_measurement_and_keeps_the_network(tmp_path):
     spec = measured(LINEAR)
     execute(spec, Session(tmp_path))
     before, weights = numbers(tmp_path, spec), record_of(LINEAR, tmp_path).checkpoint.stat().st_mtime_ns
-    seen = []
-    execute(spec, Session(tmp_path, report=lambda *step: seen.append(step)), redo=True)
-    assert seen
+    reports = []
+    execute(spec, Session(tmp_path, report=lambda *step: reports.append(step)), redo=True)
+    assert reports
     assert numbers(tmp_path, spec) == before
     assert record_of(LINEAR, tmp_path).checkpoint.stat().st_mtime_ns == weights
 
 
-def test_a_network_without_its_weights_is_told_with_the_mend(tmp_path):
+def test_a_network_without_its_weights_is_reported_with_what_to_do(tmp_path):
     train(LINEAR, Session(tmp_path))
     record_of(LINEAR, tmp_path).checkpoint.unlink()
     spec = measured(LINEAR)
-    with pytest.raises(RecordError, match=r"final weights of linear .* delete .*, and it is trained again"):
+    with pytest.raises(RecordError, match=r"final weights of linear .* delete .*, and the network is retrained"):
         execute(spec, Session(tmp_path))
     assert "final weights" in record_of(spec, tmp_path).failure()
     assert not record_of(spec, tmp_path).done
 
 
-def test_lambda_1_along_training_leaves_the_training_as_it_is(tmp_path):
+def test_measuring_lambda_1_during_training_does_not_change_training(tmp_path):
     watched = replace(RESNET, curvature_every=2)
     train(RESNET, Session(tmp_path))
     train(watched, Session(tmp_path))
@@ -132,17 +132,17 @@ def test_lambda_1_along_training_leaves_the_training_as_it_is(tmp_path):
     assert lines[-1]["lambda_1"] == pytest.approx(exact, rel=0.01)
 
 
-def test_the_last_epoch_is_measured_whatever_its_number(tmp_path):
+def test_the_last_epoch_is_always_measured(tmp_path):
     spec = replace(LINEAR, curvature_every=3)
     train(spec, Session(tmp_path))
     lines, summary = record_of(spec, tmp_path).metrics(), record_of(spec, tmp_path).summary()
-    found = {line["epoch"]: line["lambda_1"] for line in lines if "lambda_1" in line}
-    assert list(found) == sorted({*range(3, spec.epochs + 1, 3), spec.epochs})
-    assert summary["lambda_1"] == found[spec.epochs]
-    assert summary["greatest_lambda_1"] == max(found.values())
+    eigenvalues = {line["epoch"]: line["lambda_1"] for line in lines if "lambda_1" in line}
+    assert list(eigenvalues) == sorted({*range(3, spec.epochs + 1, 3), spec.epochs})
+    assert summary["lambda_1"] == eigenvalues[spec.epochs]
+    assert summary["greatest_lambda_1"] == max(eigenvalues.values())
 
 
-def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_weights(tmp_path):
+def test_reestimated_batchnorm_averages_the_batch_statistics_at_the_final_weights(tmp_path):
     spec = replace(measured(replace(RESNET, seed=1)), measured_examples=1)
     execute(spec, Session(tmp_path))
     network = spec.network
@@ -160,29 +160,31 @@ def test_batchnorm_estimated_anew_averages_the_batches_statistics_at_the_final_w
         layer.running_mean.copy_(torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
         layer.running_var.copy_(torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
     expected = task.evaluate()["test_accuracy"]
-    found = numbers(tmp_path, spec)
-    assert found["test_reestimated_accuracy"] == pytest.approx(expected, abs=0.5 / network.test_examples)
-    assert found["test_accuracy"] == record_of(network, tmp_path).summary()["test_accuracy"]
-    assert found["test_reestimated_accuracy"] != found["test_accuracy"]
-    assert "train_reestimated_accuracy" not in found
+    summary = numbers(tmp_path, spec)
+    assert summary["test_reestimated_accuracy"] == pytest.approx(expected, abs=0.5 / network.test_examples)
+    assert summary["test_accuracy"] == record_of(network, tmp_path).summary()["test_accuracy"]
+    assert summary["test_reestimated_accuracy"] != summary["test_accuracy"]
+    assert "train_reestimated_accuracy" not in summary
 
 
-def test_networks_without_batchnorm_have_nothing_to_estimate_anew(tmp_path):
+def test_networks_without_batchnorm_are_not_reestimated_and_records_are_json(tmp_path):
     spec = measured(LINEAR)
     execute(spec, Session(tmp_path))
-    found = numbers(tmp_path, spec)
-    assert found["test_accuracy"] == record_of(LINEAR, tmp_path).summary()["test_accuracy"]
-    assert not [name for name in found if "reestimated" in name]
+    summary = numbers(tmp_path, spec)
+    assert summary["test_accuracy"] == record_of(LINEAR, tmp_path).summary()["test_accuracy"]
+    assert not [name for name in summary if "reestimated" in name]
+    for line in (record_of(spec, tmp_path).folder / "metrics.jsonl").read_text().splitlines():
+        assert {"part", "measure", "seconds", "step", "steps"} <= set(json.loads(line))
 
 
-def test_each_network_comes_before_what_measures_it():
+def test_each_network_is_trained_before_it_is_measured():
     specs = with_networks(catalogue.runs("table3", "cpu"))
     places = {spec: i for i, spec in enumerate(specs)}
     curvatures = [spec for spec in specs if spec.kind == "curvature"]
     assert len(specs) == 2 * len(curvatures) == 2 * 3 * 12
     assert all(places[spec.network] == places[spec] - 1 for spec in curvatures)
     table1 = set(catalogue.runs("table1", "cpu"))
-    assert {spec.network for spec in curvatures} <= table1, "Table 3 would train networks of its own"
+    assert {spec.network for spec in curvatures} <= table1, "Table 3 would train additional networks"
 
 
 def test_a_network_that_is_measured_keeps_its_ranks():
@@ -203,7 +205,7 @@ def test_a_network_that_is_measured_keeps_its_ranks():
         ({"ranks": 2}, "ranks is 2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(changes, words):
+def test_specs_that_cannot_be_measured_are_rejected(changes, words):
     with pytest.raises(SpecError, match=words):
         from_dict(measured(RESNET).to_dict() | changes)
 
@@ -213,10 +215,3 @@ def test_halvings_nest():
     assert halvings(24) == [1, 2, 4, 8]
     cuts = [set(np.cumsum([24 // m] * m)) for m in halvings(24)]
     assert all(a <= b for a, b in itertools.pairwise(cuts))
-
-
-def test_the_records_are_plain_json(tmp_path):
-    spec = measured(LINEAR)
-    execute(spec, Session(tmp_path))
-    for line in (record_of(spec, tmp_path).folder / "metrics.jsonl").read_text().splitlines():
-        assert {"part", "measure", "seconds", "step", "steps"} <= set(json.loads(line))

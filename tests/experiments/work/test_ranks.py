@@ -35,7 +35,7 @@ def report(step, steps):
     done, first = step, first or step
     torch.rand(1)  # noise, as dropout would draw it
 
-try:  # only rank 1 is told to stop: they have to agree
+try:  # only rank 1 is asked to stop, and the ranks have to agree
     train(spec, Session(root, report=report, stop=lambda: rank == 1 and done == stop_after))
 except Interrupted as stopped:
     print(stopped)
@@ -46,7 +46,7 @@ dist.destroy_process_group()
 
 LINEAR = replace(linear_cifar.SMOKE, micro_batches=4, rho=0.05)
 VIT = replace(vit_cifar.SMOKE, batch_size=12, micro_batches=6, rho=0.1, ranks=3, epochs=2)
-"""Of three ranks, whose sums depend on their order."""
+"""Three ranks: their sums depend on the order."""
 
 
 def all_ranks(spec, root, stop_after=-1):
@@ -72,7 +72,7 @@ def weights(spec, root):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_trains(tmp_path):
+def test_two_ranks_train_the_same_network_as_one(tmp_path):
     train(LINEAR, Session(tmp_path / "one"))
     both = replace(LINEAR, ranks=2)
     all_ranks(both, tmp_path / "two")
@@ -87,23 +87,23 @@ def test_two_ranks_train_what_one_trains(tmp_path):
 
 @pytest.mark.slow
 def test_ranks_stop_together_and_resume_bit_for_bit(tmp_path):
-    """Weights, and each rank's own generator too."""
-    ended = all_ranks(VIT, tmp_path / "whole")
-    noise = [said.partition(" ")[2] for said in ended]
+    """The weights, and each rank's generator."""
+    outputs = all_ranks(VIT, tmp_path / "whole")
+    noise = [output.partition(" ")[2] for output in outputs]
     assert len(set(noise)) == 3
-    assert [said[0] for said in ended] == ["1"] * 3
-    said = all_ranks(VIT, tmp_path / "broken", stop_after=3)
-    assert said == [f"Stopped before step 4 of {2 * 5}.\n"] * 3
-    assert not record_of(VIT, tmp_path / "broken").done
-    assert all_ranks(VIT, tmp_path / "broken") == [f"4 {drawn}" for drawn in noise]
+    assert [output[0] for output in outputs] == ["1"] * 3
+    outputs = all_ranks(VIT, tmp_path / "stopped", stop_after=3)
+    assert outputs == [f"Stopped before step 4 of {2 * 5}.\n"] * 3
+    assert not record_of(VIT, tmp_path / "stopped").done
+    assert all_ranks(VIT, tmp_path / "stopped") == [f"4 {drawn}" for drawn in noise]
     whole = weights(VIT, tmp_path / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(VIT, tmp_path / "broken").items())
-    scores = [record_of(VIT, tmp_path / name).summary() for name in ("whole", "broken")]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(VIT, tmp_path / "stopped").items())
+    scores = [record_of(VIT, tmp_path / name).summary() for name in ("whole", "stopped")]
     assert scores[0]["epoch_loss"] == scores[1]["epoch_loss"]
 
 
-def test_a_run_of_two_ranks_is_not_trained_by_one_process(tmp_path):
-    with pytest.raises(SpecError, match="ranks is 3, but 1 process trained it"):
+def test_a_run_with_several_ranks_is_not_trained_by_one_process(tmp_path):
+    with pytest.raises(SpecError, match="ranks is 3, but 1 process started"):
         train(VIT, Session(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Linear stability: boundaries known in closed form, the order of the methods, and what leaves the prediction."""
+"""Linear stability: boundaries in closed form, the order of the methods, and where the prediction does not hold."""
 
 from dataclasses import replace
 
@@ -23,12 +23,12 @@ def simulated(spec, root):
 @pytest.mark.parametrize("model", ["regression", "two-layer"])
 @pytest.mark.parametrize(("m", "rho"), [(1, 0.0), (1, 0.1), (8, 0.1), (8, 0.3)])
 def test_the_simulated_boundary_is_the_predicted_one(model, m, rho, tmp_path):
-    found = simulated(replace(DESCENT, model=model, micro_batches=m, rho=rho), tmp_path)
-    assert abs(found["relative_error"]) < 0.005
+    summary = simulated(replace(DESCENT, model=model, micro_batches=m, rho=rho), tmp_path)
+    assert abs(summary["relative_error"]) < 0.005
 
 
 def test_predictions_in_closed_form():
-    """Gradient descent: 2 / eta. SAM: the root of x + rho x^2 = 2 / eta, whatever the Hessian's other eigenvalues."""
+    """Gradient descent: 2 / eta. SAM: the root of x + rho x^2 = 2 / eta, for any other eigenvalues of the Hessian."""
     eta, rho = DESCENT.learning_rate, 0.1
     minimum = stability.interpolating_minimum(DESCENT)
     assert stability.predicted_sharpness(DESCENT, minimum) == pytest.approx(2 / eta)
@@ -56,14 +56,14 @@ def test_the_minimum_interpolates_and_its_hessians_are_those_of_the_losses(model
         torch.testing.assert_close(H_i[0], minimum.x[:8].T @ minimum.x[:8] / 8)
 
 
-def test_a_seed_is_a_problem_of_its_own():
+def test_each_seed_is_a_different_problem():
     spec = replace(DESCENT, micro_batches=8, rho=0.1)
     first, second = (stability.interpolating_minimum(replace(spec, seed=seed)) for seed in (0, 1))
     assert stability.predicted_sharpness(spec, first) != stability.predicted_sharpness(spec, second)
 
 
 def test_the_steps_are_the_methods(tmp_path):
-    """Just inside and just outside of the boundary of m = 8: neither SAM's nor gradient descent's has these answers."""
+    """Just inside and outside the boundary of m = 8; SAM and gradient descent have different boundaries."""
     spec = replace(DESCENT, micro_batches=8, rho=0.1)
     minimum = stability.interpolating_minimum(spec)
     sharpness = torch.linalg.eigvalsh(minimum.hessians(1)[0])[-1].item()
@@ -83,7 +83,7 @@ def test_normalised_perturbations_are_bounded_up_to_two_over_eta(m):
     assert not stability.bounded(spec, minimum, 1.05 * edge)
 
 
-def test_small_batches_leave_the_prediction(tmp_path):
+def test_the_prediction_does_not_hold_for_small_batches(tmp_path):
     spec = replace(DESCENT, batch_size=8, epochs=64, micro_batches=8, rho=0.1)
     assert simulated(spec, tmp_path)["relative_error"] < -0.3
 
@@ -94,9 +94,9 @@ def test_small_batches_leave_the_prediction(tmp_path):
         ({"momentum": 0.9}, "momentum is 0.9, but must be 0.0"),
         ({"batch_size": 48}, "must divide the 64 examples"),
         ({"base_optimizer": "adamw"}, "base_optimizer is 'adamw'"),
-        ({"rho": 1e5}, "No boundary lies between"),
+        ({"rho": 1e5}, "There is no boundary between"),
     ],
 )
-def test_what_is_not_simulated_is_refused(changes, words, tmp_path):
+def test_specs_that_cannot_be_simulated_are_rejected(changes, words, tmp_path):
     with pytest.raises(SpecError, match=words):
         execute(replace(DESCENT, **changes), Session(tmp_path))

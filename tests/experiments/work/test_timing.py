@@ -1,4 +1,4 @@
-"""Cost runs: every method's steps, timed beside each other, alone and data-parallel in real processes."""
+"""Timing runs: the steps of all methods, interleaved, in one process and data-parallel in real processes."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 
 from experiments.harness.machine import pool
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import measured
+from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError, from_dict
@@ -25,7 +25,7 @@ RESNET = catalogue.cells("cost", "smoke")[0]
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """One cost run, made once."""
+    """The record of one timing run."""
     root = tmp_path_factory.mktemp("results")
     execute(RESNET, Session(root))
     return record_of(RESNET, root)
@@ -38,12 +38,11 @@ def test_which_steps_are_timed():
     assert shared == [("base", 1), ("control", 4), ("sam", 1), ("msam", 4)]
 
 
-def test_every_step_is_timed_alone_and_data_parallel(record):
-    found = [(line["measure"], line["m"], line["workers"]) for line in record.metrics()]
-    expected = [(s.method, s.micro_batches, w) for w in (1, 2) for s in timed_steps(RESNET, w)]
-    assert found == expected
+def test_every_step_is_timed_in_one_process_and_data_parallel(record):
+    steps = [(line["measure"], line["m"], line["workers"]) for line in record.metrics()]
+    assert steps == [(s.method, s.micro_batches, w) for w in (1, 2) for s in timed_steps(RESNET, w)]
     summary = record.summary()
-    for method, m, workers in found:
+    for method, m, workers in steps:
         name = f"{method}_m{m}_w{workers}"
         assert summary[f"{name}_seconds"] > 0
         assert summary[f"{name}_ratio_low"] <= summary[f"{name}_ratio"] <= summary[f"{name}_ratio_high"]
@@ -54,7 +53,7 @@ def test_every_step_is_timed_alone_and_data_parallel(record):
     assert RESNET.score in summary
 
 
-def test_data_parallel_steps_hand_over_each_gradient_once_but_for_sam(record):
+def test_data_parallel_steps_reduce_each_gradient_once_except_for_sam(record):
     summary = record.summary()
     for step in timed_steps(RESNET, 2):
         times = 2 if step.method == "sam" else 1
@@ -67,10 +66,10 @@ def test_activations_of_one_micro_batch_are_alive_at_once(record):
     assert summary["msam_m4_w1_memory_bytes"] < 0.6 * summary["sam_m1_w1_memory_bytes"]
 
 
-def test_stopped_it_begins_anew(tmp_path):
-    asked = iter(range(100))
+def test_a_stopped_timing_run_starts_over(tmp_path):
+    calls = iter(range(100))
     with pytest.raises(Interrupted, match="2 of 4 rounds"):
-        execute(RESNET, Session(tmp_path, stop=lambda: next(asked) == 1))
+        execute(RESNET, Session(tmp_path, stop=lambda: next(calls) == 1))
     assert not record_of(RESNET, tmp_path).done
     done = []
     execute(RESNET, Session(tmp_path, report=lambda step, steps: done.append(step)))
@@ -78,11 +77,11 @@ def test_stopped_it_begins_anew(tmp_path):
     assert len(record_of(RESNET, tmp_path).metrics()) == 6 + 6
 
 
-def test_a_data_parallel_process_that_fails_ends_the_run_with_its_words(tmp_path):
+def test_a_data_parallel_process_that_fails_ends_the_run_with_its_message(tmp_path):
     damaged = tmp_path / "cifar-10-batches-py" / "data_batch_1"
     damaged.parent.mkdir()
     damaged.write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match=r"(?s)Data-parallel process \d of 2 ended .*DataError"):
+    with pytest.raises(RuntimeError, match=r"(?s)Data-parallel process \d of 2 failed.*DataError"):
         timing.data_parallel(RESNET, Session(tmp_path, data_root=tmp_path))
 
 
@@ -97,7 +96,7 @@ def test_peak_bytes_counts_what_is_alive_at_once():
     assert 2 * 2**20 <= peak_bytes(step) < 2.5 * 2**20
 
 
-def test_the_profiler_says_nothing_on_a_workers_terminal():
+def test_the_profiler_prints_nothing_in_workers():
     words = (
         "import torch; from experiments.harness.work.timing import peak_bytes; "
         "print(peak_bytes(lambda: torch.ones(1000)))"
@@ -107,7 +106,7 @@ def test_the_profiler_says_nothing_on_a_workers_terminal():
     assert (done.stdout, done.stderr) == ("4000\n", "")
 
 
-def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thrown_away(monkeypatch):
+def test_each_round_has_a_new_order_and_the_first_round_is_discarded(monkeypatch):
     spec = replace(RESNET, rounds=6, workers=1)
     task = timing._task(spec, None)
     taken = []
@@ -122,10 +121,10 @@ def test_each_round_takes_every_step_in_an_order_of_its_own_and_the_first_is_thr
     assert lines[0]["seconds"] == median(of_base[1:])
 
 
-def test_what_is_timed_has_the_machine_for_itself(tmp_path):
+def test_a_timing_run_has_the_machine_to_itself(tmp_path):
     others = catalogue.runs("linear_cifar", "smoke")
     specs = [others[0], RESNET, *others[1:]]
-    pool.run(specs, Session(tmp_path), jobs=2, estimate=measured(tmp_path))
+    pool.run(specs, Session(tmp_path), jobs=2, estimate=load_estimate(tmp_path))
     folders = [record_of(spec, tmp_path).folder for spec in specs]
     spans = [((f / "env.json").stat().st_mtime_ns, (f / "summary.json").stat().st_mtime_ns) for f in folders]
     timed = spans[1]
@@ -145,6 +144,6 @@ def test_what_is_timed_has_the_machine_for_itself(tmp_path):
         ({"kind": "train"}, "workers is 2, but must be 1, or left out, in a Training run"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(changes, words):
+def test_specs_that_cannot_be_timed_are_rejected(changes, words):
     with pytest.raises(SpecError, match=words):
         from_dict(RESNET.to_dict() | changes)

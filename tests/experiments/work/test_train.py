@@ -1,4 +1,4 @@
-"""The training loop on real images: resumed bit for bit, paired over methods, honest about failure."""
+"""The training loop on real images: bit-for-bit resuming, pairing of methods, and failures."""
 
 import json
 import math
@@ -47,7 +47,7 @@ TIMES = {"seconds", "wall_seconds", "step_seconds"}
 
 
 def numbers(spec: Training, root: Path) -> tuple:
-    """All that a run measured but the time it took, and its final weights as bytes."""
+    """All numbers of a run except times, and its final weights as bytes."""
     record = record_of(spec, root)
     weights = torch.load(record.checkpoint, weights_only=True)["model"]
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in record.metrics()]
@@ -76,10 +76,10 @@ AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout
 
 
 @pytest.mark.parametrize("spec", [RESNET, VIT, AVERAGED], ids=["resnet", "vit", "averaged"])
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
-    train(spec, Session(tmp_path / "undisturbed"))
+def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec, tmp_path):
+    train(spec, Session(tmp_path / "uninterrupted"))
     first_steps = []
-    for kill_after in (3, 4):  # the second time one step further, across the end of an epoch
+    for kill_after in (3, 4):  # the second kill comes one step later, after the end of an epoch
         with start(spec, tmp_path / "killed") as process:
             steps = [int(process.stdout.readline()) for _ in range(kill_after)]
             process.kill()
@@ -90,10 +90,10 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(spec, tmp_path):
     assert first_steps[1] >= 3, "the second process did not resume"
     assert steps[0] >= first_steps[1] + 3, "the third process did not resume"
     assert steps[-1] == 12
-    assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "undisturbed")
+    assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "uninterrupted")
 
 
-def test_killed_after_the_final_weights_but_before_the_summary(tmp_path):
+def test_a_run_killed_between_its_final_weights_and_its_summary_is_completed(tmp_path):
     train(RESNET, Session(tmp_path))
     before = numbers(RESNET, tmp_path)
     (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
@@ -101,39 +101,39 @@ def test_killed_after_the_final_weights_but_before_the_summary(tmp_path):
     assert numbers(RESNET, tmp_path) == before
 
 
-def test_stopping_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
-    train(RESNET, Session(tmp_path / "undisturbed"))
-    asked = iter([False] * 6 + [True])
+def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(tmp_path):
+    train(RESNET, Session(tmp_path / "uninterrupted"))
+    stop = iter([False] * 6 + [True])
     with pytest.raises(Interrupted):
-        train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(asked)))
+        train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(stop)))
     assert record_of(RESNET, tmp_path / "stopped").checkpoint.exists()
     assert len(record_of(RESNET, tmp_path / "stopped").metrics()) == 1
-    seen = []
-    train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: seen.append((step, steps))))
-    assert seen == [(step, 12) for step in range(7, 13)]
-    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "undisturbed")
+    reports = []
+    train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: reports.append((step, steps))))
+    assert reports == [(step, 12) for step in range(7, 13)]
+    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "uninterrupted")
 
 
-def test_an_averaged_run_that_was_stopped_before_its_first_step_averages_its_steps_alone(tmp_path):
-    train(AVERAGED, Session(tmp_path / "undisturbed"))
+def test_an_averaged_run_stopped_before_its_first_step_averages_only_its_steps(tmp_path):
+    train(AVERAGED, Session(tmp_path / "uninterrupted"))
     with pytest.raises(Interrupted):
         train(AVERAGED, Session(tmp_path / "stopped", stop=lambda: True))
     train(AVERAGED, Session(tmp_path / "stopped"))
-    assert numbers(AVERAGED, tmp_path / "stopped") == numbers(AVERAGED, tmp_path / "undisturbed")
+    assert numbers(AVERAGED, tmp_path / "stopped") == numbers(AVERAGED, tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"PK" + b[2:9]])
-def test_a_damaged_checkpoint_is_refused_by_name(damage, tmp_path):
-    asked = iter([False] * 2 + [True])
+def test_a_damaged_checkpoint_is_rejected_by_name(damage, tmp_path):
+    stop = iter([False] * 2 + [True])
     with pytest.raises(Interrupted):
-        train(RESNET, Session(tmp_path, stop=lambda: next(asked)))
+        train(RESNET, Session(tmp_path, stop=lambda: next(stop)))
     path = record_of(RESNET, tmp_path).checkpoint
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(RecordError, match=r"checkpoint\.pt cannot be read.*delete it"):
         train(RESNET, Session(tmp_path))
 
 
-def test_a_finished_run_is_left_alone(tmp_path):
+def test_a_finished_run_is_left_unchanged(tmp_path):
     train(RESNET, Session(tmp_path))
     written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
     train(RESNET, Session(tmp_path, report=lambda *_: pytest.fail("trained again")))
@@ -141,23 +141,23 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert again == written
 
 
-def test_when_checkpoints_are_written_changes_no_number(tmp_path):
+def test_the_times_of_checkpoints_change_no_number(tmp_path):
     train(RESNET, Session(tmp_path / "rarely"), checkpoint_seconds=1e9)
     train(RESNET, Session(tmp_path / "always"), checkpoint_seconds=0)
     assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
 
 
-def test_a_loss_that_turns_nan_names_its_step_in_the_record(tmp_path):
+def test_a_loss_that_becomes_nan_is_recorded_with_its_step(tmp_path):
     spec = replace(RESNET, learning_rate=1e20, clip_norm=None)
-    with pytest.raises(Diverged, match=r"failed at step 2\b.*Lower"):
+    with pytest.raises(Diverged, match=r"diverged at step 2\b.*Lower"):
         train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
     assert not record.done
-    assert "failed at step 2:" in record.failure()
+    assert "diverged at step 2:" in record.failure()
 
 
 def test_methods_are_paired_by_seed():
-    """At one seed: the same initial weights and the same batches, epoch after epoch; at another, others."""
+    """At one seed, methods have equal initial weights and batches in all epochs; another seed has different ones."""
 
     def beginning(spec: Training) -> list[torch.Tensor]:
         torch.manual_seed(spec.seed)
@@ -166,7 +166,7 @@ def test_methods_are_paired_by_seed():
         batches = []
         for epoch in range(2):
             for batch in task.batches(epoch, 0):
-                torch.rand(spec.micro_batches)  # as dropout would, more often for a larger m
+                torch.rand(spec.micro_batches)  # like dropout, which draws more often for a larger m
                 batches += [batch[0].clone(), batch[1].clone()]
         return first + batches
 
@@ -179,7 +179,7 @@ def test_methods_are_paired_by_seed():
     assert not torch.equal(other[0], runs[0][0])
 
 
-def test_an_epoch_can_be_entered_anywhere():
+def test_an_epoch_can_be_resumed_at_any_batch():
     task = build_task(RESNET)
     whole = list(task.batches(1, 0))
     rest = list(task.batches(1, 2))
@@ -203,7 +203,7 @@ def test_an_epoch_can_be_entered_anywhere():
     ids=str,
 )
 def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
-    """The loop's weights are, bit for bit, those of a loop written out here."""
+    """The loop's weights match those of a hand-written loop bit for bit."""
     spec = replace(RESNET, **{"micro_batches": 4, "clip_norm": None, **change})
     train(spec, Session(tmp_path))
     torch.manual_seed(spec.seed)
@@ -235,7 +235,7 @@ def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
 
 
 def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
-    """Scored anew from the checkpoint alone, with pixels and labels as they lie in the data set."""
+    """Recomputed from the checkpoint, with the data set's original pixels and labels."""
     spec = replace(RESNET, learning_rate=0.02, epochs=6)
     train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
@@ -253,7 +253,7 @@ def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
         with torch.no_grad():
             predicted = model(x).argmax(1).numpy()
         assert record.summary()[f"{part}_accuracy"] == pytest.approx((predicted == labels).mean(), abs=1e-12)
-    assert record.summary()["train_accuracy"] > 0.15, "no better than guessing: the test would show nothing"
+    assert record.summary()["train_accuracy"] > 0.15, "chance level, so the test would show nothing"
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():
@@ -274,7 +274,7 @@ def test_the_step_schedule_is_a_fifth_after_30_60_and_80_percent():
 
 
 def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
-    """Against a loop that averages by hand, with the float32 rounding of torch's own average."""
+    """Against a hand-written average, up to the float32 rounding of torch's."""
     spec = replace(RESNET, ema=0.5, epochs=1, clip_norm=None)
     train(spec, Session(tmp_path))
     torch.manual_seed(spec.seed)
@@ -300,21 +300,21 @@ def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
 
 @pytest.mark.parametrize("spec", [replace(RESNET, cutout=8, ema=0.9), replace(VIT, fused=True)], ids=["resnet", "vit"])
 def test_no_step_waits_for_the_device(spec, tmp_path, monkeypatch):
-    """Seen on the CPU by counting; the looks at the losses, 50 steps or an epoch apart, are the exception.
+    """Counted on the CPU. The only exceptions are the collections of losses, every 50 steps and after each epoch.
 
-    AdamW is fused here as on GPUs: its other forms count their steps in tensors on the host and read these.
+    AdamW is fused as on GPUs; its other implementations count steps in host tensors and read them.
     """
-    looks, counts = [], []
-    collect = loop._Keeper.collect_losses
-    monkeypatch.setattr(loop._Keeper, "collect_losses", lambda keeper: (looks.append(1), collect(keeper)))
+    collected, counts = [], []
+    collect = loop._Recorder.collect_losses
+    monkeypatch.setattr(loop._Recorder, "collect_losses", lambda recorder: (collected.append(1), collect(recorder)))
     with Waits() as waits:
         train(
             replace(spec, epochs=2, warmup_epochs=0.0),
             Session(tmp_path, report=lambda *_: counts.append(len(waits.found))),
         )
-        assert waits.found[counts[-1] :], "scoring does look at values: the count works"
-    assert counts == [counts[0]] * 8, "more than when the model was built"
-    assert len(looks) == 2, "once an epoch"
+        assert waits.found[counts[-1] :], "scoring reads values, so the count works"
+    assert counts == [counts[0]] * 8, "there are more waits than while the model was built"
+    assert len(collected) == 2, "once per epoch"
 
 
 @pytest.mark.needs("gpu")
@@ -323,19 +323,19 @@ def test_no_step_waits_for_the_gpu(tmp_path):
 
     def build(spec: Training, data_root: Path | None) -> Task:
         task = build_task(spec, data_root)
-        list(task.batches(0, 0))  # what is sent once
+        list(task.batches(0, 0))  # copies the constants that are copied once
         torch.cuda.set_sync_debug_mode("error")
         return task
 
     try:
-        with pytest.raises(RuntimeError, match="synchronizing"):  # the first look, at the end of the epoch
+        with pytest.raises(RuntimeError, match="synchronizing"):  # the first collection, at the end of the epoch
             train(spec, Session(tmp_path), build=build)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert "_look" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
+    assert "collect_losses" in json.loads((record_of(spec, tmp_path).folder / "failure.json").read_text())["traceback"]
 
 
-def test_torch_computes_as_the_spec_says():
+def test_torchs_settings_are_the_specs():
     gpu = replace(RESNET, device="cuda")
     try:
         for spec in (gpu, replace(gpu, tf32=True), replace(gpu, deterministic=True), RESNET):
@@ -361,12 +361,12 @@ def test_the_layout_of_images_and_weights(channels_last):
 @pytest.mark.slow
 def test_a_compiled_run_takes_the_same_steps_and_resumes_bit_for_bit(tmp_path):
     spec = replace(VIT, model="linear", compile=True, epochs=2, warmup_epochs=0.5)
-    train(spec, Session(tmp_path / "undisturbed"))
-    asked = iter([False] * 5 + [True])
+    train(spec, Session(tmp_path / "uninterrupted"))
+    stop = iter([False] * 5 + [True])
     with pytest.raises(Interrupted):
-        train(spec, Session(tmp_path / "stopped", stop=lambda: next(asked)))
+        train(spec, Session(tmp_path / "stopped", stop=lambda: next(stop)))
     train(spec, Session(tmp_path / "stopped"))
-    assert numbers(spec, tmp_path / "stopped") == numbers(spec, tmp_path / "undisturbed")
+    assert numbers(spec, tmp_path / "stopped") == numbers(spec, tmp_path / "uninterrupted")
     eager = replace(spec, compile=False)
     train(eager, Session(tmp_path))
     for line, other in zip(numbers(spec, tmp_path / "stopped")[0], numbers(eager, tmp_path)[0], strict=True):
@@ -386,7 +386,7 @@ def test_optimizers_are_torchs_own():
     assert build_optimizer(replace(VIT, fused=True), model).defaults["fused"]
 
 
-def test_what_a_finished_run_reports(tmp_path):
+def test_the_record_of_a_finished_run(tmp_path):
     train(RESNET, Session(tmp_path, environment={"commit": "abc"}))
     record = record_of(RESNET, tmp_path)
     summary = record.summary()
@@ -401,8 +401,8 @@ def test_what_a_finished_run_reports(tmp_path):
     assert len(session["data_checksum"]) == 64
 
 
-def test_a_held_out_run_is_scored_on_the_held_out_images_alone(tmp_path):
-    """The score is recomputed from the final weights and the images of the permutation's end."""
+def test_a_held_out_run_is_scored_only_on_the_held_out_images(tmp_path):
+    """The score is recomputed from the final weights and the last images of the permutation."""
     spec = replace(RESNET, holdout_examples=40)
     train(spec, Session(tmp_path))
     record = record_of(spec, tmp_path)
@@ -418,9 +418,9 @@ def test_a_held_out_run_is_scored_on_the_held_out_images_alone(tmp_path):
 
 
 def test_a_run_that_ends_in_nan_has_failed(tmp_path):
-    """The last step's weights are seen by no loss: the scores are."""
+    """No loss is computed at the final weights, but scores are."""
     spec = replace(RESNET, model="linear", epochs=1, batch_size=64, learning_rate=3e38, rho=0.0, clip_norm=None)
-    with pytest.raises(Diverged, match="failed after step 1"):
+    with pytest.raises(Diverged, match="diverged after step 1"):
         train(spec, Session(tmp_path))
     assert not record_of(spec, tmp_path).done
-    assert "failed after step 1" in record_of(spec, tmp_path).failure()
+    assert "diverged after step 1" in record_of(spec, tmp_path).failure()
