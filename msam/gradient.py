@@ -143,7 +143,8 @@ def backward(
             DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
             `parametrize.cached()`; if `vectorized`, for what cannot be done by micro-batch, by name.
 
-    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were. Signals
+    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, unless
+    `loss_fn` itself wrote to a weight. Signals
     with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler; timers and hang-ups) wait until the
     weights are no longer perturbed, but a second Ctrl-C does not; one that arrives at the very end finds the call
     finished. A gradient or norm that is not finite leaves values that are not finite in `.grad`, and the weights as

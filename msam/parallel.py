@@ -121,10 +121,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             "a step, and msam.backward takes more: leave join() out, and give every rank as many mini-batches."
         )
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise NotImplementedError(
-                "nn.Embedding(max_norm=...) writes to its weights in the forward pass: leave max_norm out, and "
-                "normalise after the optimizer's step."
+                f"nn.{type(module).__name__}(max_norm=...) writes to its weights in the forward pass: leave max_norm "
+                "out, and normalise after the optimizer's step."
             )
         if ddp is not None and isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(

@@ -133,10 +133,15 @@ class Passes:
             again: Whether another pass needs the batch as it was.
 
         Raises:
-            ValueError: if `.grad` has changed in the block, or the batch.
+            ValueError: if `.grad`, a parameter or the batch has changed in the block.
         """
-        before = self.gradients.noted()
+        before, versions = self.gradients.noted(), self.gradients.versions()
         yield
+        if self.gradients.versions()[: len(versions)] != versions:
+            raise ValueError(
+                "loss_fn wrote to a trained parameter (F.embedding with max_norm does), which is not undone: write to "
+                "parameters after the optimizer's step."
+            )
         if any(g is not h or v != w for (g, v), (h, w) in zip(before, self.gradients.noted(), strict=True)):
             raise ValueError(
                 "loss_fn has changed .grad of the model: it must run the forward pass only, and return the loss "

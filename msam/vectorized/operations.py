@@ -57,6 +57,9 @@ class Operation(ABC):
     def descent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> tuple[Tensor | None, ...]:
         """The gradients at w + e_i by x, if wanted, and by each parameter."""
 
+    def renew(self, new: "Operation") -> None:  # noqa: B027
+        """Use the constants of the second pass's call, which may be other tensors."""
+
     def _keep(self, params: Sequence[Tensor | None], gradients: Sequence[Stack | None]) -> None:
         """Take the micro-batches' gradients by the perturbed parameters, and their norm."""
         norms = []
@@ -135,6 +138,10 @@ class Each(Operation):
         self._function = function
         self._passes: list[tuple[GradientEdge, list[Tensor | None]]] = []
 
+    def renew(self, new: Operation) -> None:
+        assert isinstance(new, Each)
+        self._function = new._function
+
     def clean(self, x: Any, *params: Any) -> Tensor:
         return self._run(x, params, [[w] * self.m for w in params])
 
@@ -187,31 +194,38 @@ class Each(Operation):
 
 
 class Embedding(Operation):
-    """`torch.nn.functional.embedding`: what a micro-batch looked up moves, and the table stays."""
+    """`torch.nn.functional.embedding`: the rows that a micro-batch has looked up move, and the table stays.
+
+    The ids of the perturbed pass may be others than those of the clean pass, where they depend on activations.
+    """
 
     def __init__(self, m: int, perturbed: Sequence[bool], adaptive: bool, padding_idx: int) -> None:
         super().__init__(m, perturbed, adaptive)
         self._padding = padding_idx
+        self._rows: Tensor | None = None
+        """The rows that were looked up, in order. Those of micro-batch i count from i times the table's length."""
         self._steps: Tensor | None = None
+        """For the first of each group of equal rows, T^2 g."""
 
     def clean(self, x: Any, *params: Any) -> Tensor:
         return F.embedding(x, params[0])
 
     def ascent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> None:
         (w,) = params
-        row = (x.reshape(self.m, -1) + len(w) * torch.arange(self.m, device=x.device).unsqueeze(1)).flatten()
-        place = torch.searchsorted(row.sort().values, row)
-        D = dy.reshape(len(row), -1).masked_fill((x == self._padding).view(-1, 1), 0)
+        row = self._counted(x, len(w))
+        D = dy.reshape(len(row), -1).masked_fill((x == self._padding).reshape(-1, 1), 0)
         if self.sums[0] is not None:
             whole = torch.zeros(self.m * len(w), *w.shape[1:], dtype=D.dtype, device=D.device)
             self._keep((w,), (whole.index_add_(0, row, D).view(self.m, *w.shape),))
             return
-        g = torch.zeros_like(D).index_add_(0, place, D)[place]
+        self._rows = row.sort().values
+        place = torch.searchsorted(self._rows, row)
+        g = torch.zeros_like(D).index_add_(0, place, D)
         if self._adaptive:
-            g *= w[x.flatten()].square()
-        squares = (D.double() * g).view(self.m, -1).sum(1)  # D sums to g over what looked up a row
+            g *= w[self._rows % len(w)].square()
+        squares = (D.double() * g[place]).view(self.m, -1).sum(1)  # D sums to g over what looked up a row
         self.norms = squares.clamp_min(0).sqrt().to(D.dtype)
-        self._steps = g.view(self.m, -1)
+        self._steps = g
 
     def moved(self, scale: Tensor, x: Any, *params: Any) -> Tensor:
         (w,) = params
@@ -219,13 +233,20 @@ class Embedding(Operation):
             (weights,) = self._weights(scale, params)
             return joined(map(F.embedding, x.chunk(self.m), weights), self.m)
         y = F.embedding(x, w)
-        if self._steps is not None:
-            y.view(self.m, -1).addcmul_(self._steps, scale.unsqueeze(1))
-            self._steps = None
+        if self._steps is not None and self._rows is not None:
+            row = self._counted(x, len(w))
+            place = torch.searchsorted(self._rows, row).clamp_max(len(row) - 1)
+            steps = self._steps[place] * (self._rows[place] == row).unsqueeze(1)
+            y.view(self.m, -1).addcmul_(steps.view(self.m, -1), scale.unsqueeze(1))
+            self._rows = self._steps = None
         return y
 
     def descent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> tuple[Tensor | None, ...]:
         return None, torch.ops.aten.embedding_dense_backward(dy, x, len(params[0]), self._padding, False)
+
+    def _counted(self, x: Tensor, length: int) -> Tensor:
+        first = length * torch.arange(self.m, device=x.device).unsqueeze(1)
+        return (x.reshape(self.m, -1) + first).flatten()
 
 
 class _Clean(torch.autograd.Function):
@@ -307,8 +328,8 @@ def joined(parts: Iterable[Tensor], m: int) -> Tensor:
     for number, part in enumerate(parts):
         size = len(part)
         if not number:
-            outermost = part.stride(0) == part[0].numel() and 0 not in part.stride()
-            strides = part.stride() if outermost else part.contiguous().stride()
+            outermost = size > 1 and part.stride(0) == part[0].numel() and 0 not in part.stride()
+            strides = part.stride() if outermost else part.new_empty(part.shape).stride()
             whole = part.new_empty_strided((m * size, *part.shape[1:]), strides)
         whole[number * size : (number + 1) * size] = part
     return whole

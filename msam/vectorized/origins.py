@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
 
-from msam.vectorized.places import place
+from msam.vectorized.places import EXPANDS, MOVES, RESHAPES, SWAPS, indexed, place
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,16 @@ class Derived:
         return result if self._index is None else result[self._index]
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Constants: along this dimension lie the numbers of the examples, 0 to B - 1, as `torch.arange(B)` makes them."""
+
+    dim: int
+    outer: int = 1
+
+
 class Origins:
-    """What is known of the tensors of one pass.
+    """What is known of the tensors of one pass: `Examples`, `Derived`, `Numbers`, "constant", or nothing.
 
     Args:
         examples: How many there are.
@@ -82,51 +92,131 @@ class Origins:
 
     def __init__(self, examples: int, batch: Iterable[Tensor], constants: Iterable[Tensor]) -> None:
         self._count = examples
-        self._known: dict[int, tuple[ref[Tensor], Any]] = {}
+        self._known: dict[int, tuple[ref[Tensor], Any, int]] = {}
         self._start = [(t, Examples(0)) for t in batch] + [(t, "constant") for t in constants]
+        self._written: dict[int, tuple[int, Any]] = {}
+        """When memory was last written to by a function that may have changed what it comes from, and the memory."""
+        self._now = 0
         self.begin()
 
     def begin(self) -> None:
         """Forget the pass before."""
-        self._known = {id(t): (ref(t), origin) for t, origin in self._start}
+        self._now = 0
+        self._written.clear()
+        self._known = {id(t): (ref(t), origin, 0) for t, origin in self._start}
 
     def of(self, t: Any) -> Any:
-        """`Examples`, `Derived`, "constant", or None where it is not known."""
+        """`Examples`, `Derived`, `Numbers`, "constant", or None where it is not known."""
         known = self._known.get(id(t))
-        return known[1] if known is not None and known[0]() is t else None
+        if not isinstance(t, Tensor) or known is None or known[0]() is not t:
+            return None
+        if self._written and _has_memory(t):
+            written, _ = self._written.get(t.untyped_storage()._cdata, (0, None))
+            if written > known[2]:
+                return UNKNOWN if isinstance(known[1], Examples) else None
+        return known[1]
 
     def note(self, t: Tensor, origin: Any) -> None:
         """Take note of a result."""
-        self._known[id(t)] = ref(t), origin
+        self._known[id(t)] = ref(t), origin, self._now
 
     def lies_first(self, t: Any) -> bool:
         """Whether a tensor comes from examples, which lie along its first dimension."""
-        origin = self.of(t)
-        return isinstance(origin, Examples) and origin.dim == 0 and origin.outer == 1 and len(t) % self._count == 0
+        return self.of(t) == Examples(0) and len(t) % self._count == 0
 
     def follow(self, func: Callable[..., Any], values: Mapping[Any, Any], results: Iterable[Tensor]) -> None:
         """Take note of what the results of a function of no parameters come from."""
-        inputs = list(tensors_in(values))
+        name, inputs = name_of(func), list(tensors_in(values))
         origins = [self.of(t) for t in inputs]
         places = [(t, o) for t, o in zip(inputs, origins, strict=True) if isinstance(o, Examples)]
-        if not places:
-            if all(o == "constant" for o in origins):
-                for result in results:
-                    self.note(result, "constant")
-            return
+        numbers = [(t, (o.dim, o.outer)) for t, o in zip(inputs, origins, strict=True) if isinstance(o, Numbers)]
         for result in results:
-            self.note(result, self._examples(func, values, places, result))
+            if name.startswith("new_"):
+                self.note(result, "constant")
+            elif places:
+                self.note(result, self._examples(name, values, places, numbers, result))
+            elif all(is_constant(o) for o in origins):
+                self.note(result, self._numbers(name, values, numbers, result))
+
+    def write(self, func: Callable[..., Any], values: Mapping[Any, Any], written: Sequence[Tensor]) -> None:
+        """Take note of a function of no parameters that has written to tensors, and to all that shares their memory."""
+        origins = [self.of(t) for t in tensors_in(values)]
+        before = [self.of(t) for t in written]
+        if all(is_constant(o) for o in origins):
+            after: list[Any] = ["constant" for _ in written]
+        elif name_of(func) == "__setitem__":
+            after = [self._set(values)]
+        else:
+            self.follow(func, values, written)
+            after = [self.of(t) for t in written]
+        if before == after and None not in after and UNKNOWN not in after:
+            return
+        self._now += 1
+        for t, origin in zip(written, after, strict=True):
+            if _has_memory(t):
+                self._written[t.untyped_storage()._cdata] = self._now, t.untyped_storage()
+            self.note(t, origin if origin is not None else UNKNOWN)
 
     def _examples(
         self,
-        func: Callable[..., Any],
+        name: str,
         values: Mapping[Any, Any],
         inputs: Sequence[tuple[Tensor, Examples]],
+        numbers: Sequence[tuple[Tensor, tuple[int, int]]],
         result: Tensor,
     ) -> Examples:
         known = [(t, (origin.dim, origin.outer)) for t, origin in inputs if origin.dim is not None]
-        found = place(name_of(func), values, known, result, self._count) if len(known) == len(inputs) else None
-        return UNKNOWN if found is None else Examples(*found)
+        at = place(name, values, known, result, self._count, numbers) if len(known) == len(inputs) else None
+        return UNKNOWN if at is None else Examples(*at)
+
+    def _numbers(
+        self, name: str, values: Mapping[Any, Any], inputs: Sequence[tuple[Tensor, tuple[int, int]]], result: Tensor
+    ) -> Any:
+        """Of a function of constants: the numbers of the examples, if it makes them or leaves them as they are."""
+        if name == "arange":
+            start = values.get("start", values.get(0)) if 1 in values or "end" in values else 0
+            steps = values.get("step", values.get(2, 1))
+            made = result.dim() == 1 and len(result) == self._count and (start or 0) == 0 and steps == 1
+            return Numbers(0) if made else "constant"
+        if len(inputs) != 1 or name.strip("_") not in LEFT_AS_THEY_ARE:
+            return "constant"
+        at = place(name, values, inputs, result, self._count)
+        return "constant" if at is None else Numbers(*at)
+
+    def _set(self, values: Mapping[Any, Any]) -> Examples:
+        """Of `t[index] = value`: examples where those of the value went, if none or the same were there before."""
+        t, index, value = values[0], values[1], values.get(2)
+        origin = self.of(value)
+        if isinstance(index, Tensor) or not isinstance(value, Tensor):
+            return UNKNOWN
+        if not isinstance(origin, Examples):  # constants, into examples
+            known = self.of(t)
+            return known if isinstance(known, Examples) and is_constant(origin) else UNKNOWN
+        if origin.dim is None or origin.outer != 1:
+            return UNKNOWN
+        with DisableTorchFunction():
+            target = t[index]
+        at = target.dim() - value.dim() + origin.dim
+        dims = [d for d in range(t.dim()) if indexed(index, t.dim(), d) == at]
+        if len(dims) != 1 or t.shape[dims[0]] != value.shape[origin.dim]:
+            return UNKNOWN
+        before, after = self.of(t), Examples(dims[0])
+        return after if before == after or is_constant(before) else UNKNOWN
+
+
+LEFT_AS_THEY_ARE = MOVES.keys() | SWAPS | RESHAPES | EXPANDS | {
+    "getitem", "to", "long", "int", "clone", "contiguous", "detach", "squeeze"
+}  # fmt: skip
+"""Functions that move elements, or copy them, and no more."""
+
+
+def is_constant(origin: Any) -> bool:
+    """Whether a tensor of this origin is the same for every example and at every weight."""
+    return isinstance(origin, Numbers) or origin == "constant"
+
+
+def _has_memory(t: Tensor) -> bool:
+    return t.layout is torch.strided
 
 
 def tensors_in(values: Mapping[Any, Any]) -> Iterable[Tensor]:

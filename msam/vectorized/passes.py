@@ -17,7 +17,8 @@ Parameters may be reshaped, sliced, scaled or otherwise turned into other tensor
 is among its arguments; what comes of it may meet examples in the functions of `plans`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +34,7 @@ from msam.passes import graph_of
 from msam.state import Snapshot, State
 from msam.vectorized.effects import ASKS, RANDOM, READS, averages, shown, written
 from msam.vectorized.operations import Operation, Sum, refuse, run_clean, run_moved
-from msam.vectorized.origins import Derived, Examples, Origins, call, name_of, tensors_in
+from msam.vectorized.origins import Derived, Examples, Origins, call, is_constant, name_of, tensors_in
 from msam.vectorized.plans import BETWEEN, INTO, Plan, Plans, argument
 from msam.vectorized.rearranged import ATTENTION, examples_first, one_for_each
 
@@ -96,6 +97,8 @@ class Vectorized(TorchFunctionMode):
                     refuse("BatchNorm with momentum=None")
                 self._counters[id(module.running_mean)] = module.num_batches_tracked
                 self._statistics |= {id(b) for b in module._buffers.values()}
+        if (name := _overlapping(model, self._perturbed)) is not None:
+            refuse(f"the parameter {name}, whose memory another tensor of the model shares")
         for p in self._perturbed.values():
             if p.dtype not in (torch.float32, torch.float64):
                 refuse(f"perturbed parameters of {p.dtype}")
@@ -195,14 +198,16 @@ class Vectorized(TorchFunctionMode):
             self._check_use(func, touched, values)
         else:
             self._check_write(func, values)
+        writes = written(func, values)
         result = call(func, values)
         if touched:
             self._other(func, touched, values, result)
             return result
+        if writes:
+            self._origins.write(func, values, writes)
         results = result if isinstance(result, list | tuple) else [result]
-        self._origins.follow(func, values, [t for t in results if isinstance(t, Tensor)])
-        if func is Tensor.__setitem__ and isinstance(values[0], Tensor):
-            self._origins.follow(func, values, [values[0]])
+        new = [t for t in results if isinstance(t, Tensor) and not any(t is one for one in writes)]
+        self._origins.follow(func, values, new)
         return result
 
     def _rearranged(self, func: Callable[..., Any], values: dict[Any, Any]) -> Any:
@@ -226,11 +231,13 @@ class Vectorized(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], plan: Plan, touched: list[int], values: dict[Any, Any]) -> Tensor:
         make, x, params = plan
-        signature = func, [id(p) for p in params], None if x is None else x.shape
+        numbers = {slot: value for slot, value in values.items() if isinstance(value, int | float | str | None)}
+        signature = func, [id(p) for p in params], None if x is None else x.shape, numbers
         if self._scale is not None:
             if self._called == len(self._operations) or self._operations[self._called][1] != signature:
                 refuse(DIFFERENT)
             operation, _ = self._operations[self._called]
+            operation.renew(make())
             self._called += 1
             scale = self._scale if operation.norms is None else self._scale.to(operation.norms)
             return self._noted(run_moved(operation, scale, x, params))
@@ -268,8 +275,12 @@ class Vectorized(TorchFunctionMode):
             refuse(f"{shown(func)} on the parameter {name}, which reads its values")
         if argument(values, 3, "max_norm") is not None and func in (F.embedding, F.embedding_bag):
             refuse(f"{shown(func)} with max_norm on the parameter {name}")
-        if any(self._touched({0: t}) for t in written(func, values)):
-            refuse(f"{shown(func)} on the parameter {name}, which writes to it")
+        writes = written(func, values)
+        if values.get("inplace") is True:  # of what derives from a parameter, which is worked out again each time
+            writes = [t for t in writes if not isinstance(self._origins.of(t), Derived)]
+        if writes:
+            to_it = any(self._touched({0: t}) for t in writes)
+            refuse(f"{shown(func)} on the parameter {name}, which writes to {'it' if to_it else 'another tensor'}")
 
     def _check_write(self, func: Callable[..., Any], values: dict[Any, Any]) -> None:
         """Refuse what would move the state, before it does."""
@@ -295,7 +306,7 @@ class Vectorized(TorchFunctionMode):
             elif id(t) in self._names:
                 inputs[id(t)] = t
             else:
-                pure &= origin == "constant"
+                pure &= is_constant(origin)
         if pure:
             for index, t in enumerate(results):
                 self._origins.note(
@@ -325,6 +336,25 @@ class Vectorized(TorchFunctionMode):
             if plan is not None:
                 return values | {slot: self._run(F.embedding, plan, [id(plan[2][0])], call_values)}
         return values
+
+
+def _overlapping(model: nn.Module, perturbed: Mapping[int, Tensor]) -> str | None:
+    """The name of a perturbed parameter whose memory another parameter, buffer or attribute has too."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for path, module in model.named_modules():
+        named += [(f"{path}.{key}", t) for key, t in vars(module).items() if isinstance(t, Tensor)]
+    spans: dict[int, list[tuple[int, int, Tensor, str]]] = {}
+    for name, t in named:
+        if t.layout is torch.strided and t.numel():
+            size = int(sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) + 1
+            start = int(t.storage_offset()) * t.element_size()
+            span = (start, start + size * t.element_size(), t, name)
+            spans.setdefault(t.untyped_storage()._cdata, []).append(span)
+    for group in (group for group in spans.values() if len(group) > 1):
+        for (start, end, t, name), (other, last, u, also) in itertools.permutations(group, 2):
+            if t is not u and id(t) in perturbed and start < last and other < end:
+                return f"{name} ({also})"
+    return None
 
 
 def together(

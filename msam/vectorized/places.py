@@ -1,46 +1,86 @@
-"""Where a function of torch puts the examples: along which dimension of its result they lie."""
+"""Where a function of torch puts the examples: along which dimension of its result they lie.
+
+Only functions that are listed here are followed. What any other returns is of unknown origin.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Place = tuple[int, int]
 """The dimension of the examples, and how many times over they lie there."""
 
-SWAPS = {"transpose", "transpose_", "swapaxes", "swapdims"}
-RESHAPES = {"reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "unsafe_view", "ravel"}
-REDUCTIONS = {
-    "sum", "mean", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "vector_norm", "logsumexp", "any", "all",
-    "argmax", "argmin", "median", "nansum", "nanmean",
+Input = tuple[Tensor, Place]
+
+POINTWISE = {
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "softsign", "hardtanh",
+    "hardswish", "hardsigmoid", "sigmoid", "tanh", "logsigmoid", "tanhshrink", "softshrink", "hardshrink",
+    "threshold", "rrelu", "exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "reciprocal",
+    "square", "abs", "neg", "sign", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "erf", "erfc",
+    "erfinv", "logit", "floor", "ceil", "round", "trunc", "frac", "clamp", "clip", "clamp_min", "clamp_max",
+    "nan_to_num", "isnan", "isinf", "isfinite", "logical_not", "bitwise_not", "invert", "positive", "to", "type",
+    "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "byte", "short", "cpu", "cuda",
+    "contiguous", "clone", "detach", "requires_grad", "data", "real", "imag", "conj", "alias", "zeros_like",
+    "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "dropout", "dropout1d", "dropout2d",
+    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "zero", "fill", "normal", "uniform", "sinc", "prelu",
 }  # fmt: skip
+"""Functions of one tensor, element by element, or by row of what is not an example."""
+
 BROADCASTS = {
     "add", "sub", "mul", "div", "true_divide", "subtract", "multiply", "divide", "pow", "where", "maximum", "minimum",
-    "eq", "ne", "lt", "gt", "le", "ge", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "addcmul", "addcdiv",
-    "lerp", "masked_fill", "atan2", "fmod", "remainder", "radd", "rsub", "rmul", "rdiv", "rtruediv", "and", "or", "xor",
-    "rpow", "floor_divide",
+    "eq", "ne", "lt", "gt", "le", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or",
+    "addcmul", "addcdiv", "lerp", "masked_fill", "atan2", "fmod", "remainder", "radd", "rsub", "rmul", "rdiv",
+    "rtruediv", "truediv", "and", "or", "xor", "rpow", "floor_divide", "copysign", "hypot", "complex", "polar", "iadd",
+    "isub", "imul", "itruediv", "logaddexp", "xlogy", "copy",
 }  # fmt: skip
 """Pointwise functions of several tensors, whose dimensions are aligned at the last one."""
 
-MATRICES = {"matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm"}
+MATRICES = {"matmul", "rmatmul", "mm", "bmm", "addmm", "baddbmm", "mv"}
 
-BY_DIM = {
+SWAPS = {"transpose", "swapaxes", "swapdims"}
+RESHAPES = {"reshape", "view", "flatten", "unflatten", "view_as", "reshape_as", "unsafe_view", "ravel"}
+EXPANDS = {"expand", "expand_as", "broadcast_to"}
+LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+"""Functions that take only the type or shape of a second tensor."""
+
+JOINS = {"cat", "concat", "concatenate"}
+
+REDUCTIONS = {
+    "sum", "mean", "amax", "amin", "max", "min", "prod", "std", "var", "norm", "vector_norm", "logsumexp", "any", "all",
+    "argmax", "argmin", "median", "nansum", "nanmean", "var_mean", "std_mean",
+}  # fmt: skip
+
+BY_DIM = JOINS | {
     "flip", "roll", "sort", "argsort", "topk", "index_select", "gather", "cumsum", "index_add", "index_copy", "narrow",
     "scatter", "scatter_add", "unfold", "take_along_dim", "softmax", "log_softmax", "chunk", "split", "tensor_split",
-    "cat", "concat", "concatenate", "normalize", "glu", "cumprod", "logcumsumexp", "repeat_interleave",
+    "normalize", "glu", "cumprod", "logcumsumexp", "repeat_interleave",
 }  # fmt: skip
 """Functions that act along one dimension and leave the order of the others."""
 
 REMOVES = {"select", "unbind"}
 """Functions that take one dimension away."""
 
-MIXES = {
-    "take", "flipud", "rot90", "msort", "unique", "nonzero", "masked_select", "repeat", "tile", "as_strided", "kron",
-    "scatter_reduce", "cdist", "block_diag", "outer", "tensordot", "meshgrid", "vstack", "broadcast_tensors",
-    "broadcast_to", "index_put", "diag", "diagonal", "tril_indices", "combinations", "cartesian_prod", "fliplr",
+BATCHED = {
+    *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)),
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg") for n in (1, 2, 3)),
+    "boolean_dispatch", "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fold",
+    "group_norm", "instance_norm", "batch_norm", "local_response_norm", "embedding", "one_hot", "grid_sample",
+    "affine_grid", "cross_entropy", "nll_loss",
 }  # fmt: skip
-"""Functions that may change the order of the examples, or make others of them."""
+"""Functions of a batch of examples, along its first dimension."""
+
+TRAILING = {
+    "linear": 1,
+    "scaled_dot_product_attention": 2,
+    "tril": 2,
+    "triu": 2,
+    "view_as_real": 0,
+    "view_as_complex": 1,
+}
+"""How many of the last dimensions a function acts along."""
 
 DIMS: dict[str, tuple[int, int | None]] = dict.fromkeys(("chunk", "split", "tensor_split"), (2, 0))
 DIMS |= {"sort": (1, -1), "argsort": (1, -1), "topk": (2, -1), "normalize": (2, 1), "glu": (1, -1), "roll": (2, None)}
@@ -50,7 +90,12 @@ DIMS |= {"norm": (2, None), "vector_norm": (2, None)}
 
 
 def place(
-    name: str, values: Mapping[Any, Any], inputs: Sequence[tuple[Tensor, Place]], result: Tensor, count: int
+    name: str,
+    values: Mapping[Any, Any],
+    inputs: Sequence[Input],
+    result: Tensor,
+    count: int,
+    counts: Sequence[Input] = (),
 ) -> Place | None:
     """Where the examples lie in a result; None if it is not known.
 
@@ -60,80 +105,126 @@ def place(
         inputs: Its arguments that come from examples, and where they lie there.
         result: What it returned.
         count: How many examples there are.
+        counts: Its arguments that hold the numbers of the examples, and where they lie there.
     """
     name = name.strip("_")
-    aligned = {(t.dim() - d if name in BROADCASTS else d, outer) for t, (d, outer) in inputs}
-    if len(aligned) > 1 or not result.dim():
+    if len({outer for _, (_, outer) in inputs}) > 1 or not result.dim():
         return None
-    t, (d, outer) = inputs[0]
-    found = _dimension(name, values, t, (d, outer), result, count)
-    if isinstance(found, tuple):
-        return found
-    if found is None or not 0 <= found < result.dim() or result.shape[found] % (outer * count):
-        return None
-    return found, outer
+    if name in BROADCASTS:
+        alone = name == "where" and sum(isinstance(value, Tensor) for value in values.values()) == 1
+        dims: set[int | None] = {result.dim() - t.dim() + d for t, (d, _) in inputs} if not alone else set()
+    elif name in MATRICES:
+        dims = {_of_product(name, values, t, d, result) for t, (d, _) in inputs}
+    elif name == "getitem":
+        return _of_item(values, inputs, counts)
+    else:
+        return _of_one(name, values, inputs, result, count)
+    found = dims.pop() if len(dims) == 1 else None
+    return _checked(found, inputs[0][1][1], result, count)
 
 
-def _dimension(
-    name: str, values: Mapping[Any, Any], t: Tensor, at: Place, result: Tensor, count: int
-) -> int | Place | None:
-    """The dimension of the examples in a result, or the whole place."""
-    n, (d, outer) = t.dim(), at
+def _checked(d: int | None, outer: int, result: Tensor, count: int) -> Place | None:
+    if d is None or not 0 <= d < result.dim() or result.shape[d] % (outer * count):
+        return None
+    return d, outer
+
+
+def _of_one(name: str, values: Mapping[Any, Any], inputs: Sequence[Input], result: Tensor, count: int) -> Place | None:
+    """Of a function whose first argument is what it acts on."""
+    subject = values.get(0, values.get("input"))
+    if name in LIKE:
+        inputs = [(t, at) for t, at in inputs if t is subject]
+    if len({(t.dim(), at) for t, at in inputs}) != 1:
+        return None
+    t, at = inputs[0]
+    if isinstance(subject, Tensor) and not any(t is subject for t, _ in inputs):
+        return None
     if name in RESHAPES:
-        return _reshaped(prod(t.shape[:d]) * outer, result.shape, count)
+        return _reshaped(prod(t.shape[: at[0]]) * at[1], result.shape, count)
+    return _checked(_dimension(name, values, t, at, result), at[1], result, count)
+
+
+def _dimension(name: str, values: Mapping[Any, Any], t: Tensor, at: Place, result: Tensor) -> int | None:
+    """The dimension of the examples in a result."""
+    n, (d, outer) = t.dim(), at
+    if name in POINTWISE:
+        return d if result.shape == t.shape else None
     if name in MOVES:
         return MOVES[name](values, n, d)
     if name in SWAPS:
         a, b = (_number(values, slot, f"dim{slot - 1}") % n for slot in (1, 2))
         return {a: b, b: a}.get(d, d)
-    if name == "getitem":
-        return _indexed(values.get(1), n, d)
     if name == "squeeze":
         dims = _dims(values, 1, None, n)
-        gone = [k for k in (range(n) if dims is None else dims) if t.shape[k] == 1]
-        return d - sum(k < d for k in gone)
-    if name in ("expand", "expand_as") or name in BROADCASTS:
-        return d + result.dim() - n
-    if name in REDUCTIONS and not any(isinstance(values.get(slot), Tensor) for slot in (1, "other")):
-        slot, usual = DIMS.get(name, (1, None))
-        dims = _dims(values, slot, usual, n)
-        if dims is None or d in dims:
-            return None
-        return d if result.dim() == n else d - sum(k < d for k in dims)
+        return d - sum(k < d for k in (range(n) if dims is None else dims) if t.shape[k] == 1)
+    if name in EXPANDS:
+        return d + result.dim() - n if result.shape[d + result.dim() - n] == t.shape[d] else None
     if name == "stack":
         return d + (_number(values, 1, "dim") % (n + 1) <= d)
-    if name in BY_DIM | REMOVES:
-        slot, usual = DIMS.get(name, (1, 0))
-        dims = _dims(values, slot, usual, n)
-        if name == "flip" and isinstance(values.get(2), int):
-            return None  # further dimensions follow
-        if name == "repeat_interleave" and dims == [d] and isinstance(values.get(1), int):
-            return d
-        if dims is None or d in dims:
-            return None
-        return d - sum(k < d for k in dims) if name in REMOVES else d
-    return _other(name, values, t, d, result, outer)
-
-
-def _other(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor, outer: int) -> int | None:
-    """Functions that keep the leading dimensions, as most do."""
-    if name in MIXES:
-        return None
+    if name in REDUCTIONS | BY_DIM | REMOVES:
+        return _along(name, values, t, d, result)
+    if name in ("layer_norm", "rms_norm"):
+        return d if d < n - len(values.get(1, values.get("normalized_shape", ()))) else None
+    if name in TRAILING:
+        return d if d < n - TRAILING[name] else None
+    if name == "pad":
+        return d if d < n - len(values.get(1, values.get("pad", ()))) // 2 else None
     if name == "einsum":
         return 0 if d == 0 and outer == 1 and _einsum_keeps_first(values) else None
-    if name in MATRICES:
-        first = values.get(1 if name in ("addmm", "baddbmm") else 0) is t
-        if d >= t.dim() - (1 if first else 2):
-            return None
-        return d + result.dim() - t.dim() if result.dim() >= t.dim() > 2 else d
-    if (name == "linear" and d == t.dim() - 1) or (name.startswith("conv") and d):
-        return None
-    if name == "scaled_dot_product_attention" and d >= t.dim() - 2:
-        return None
-    if result.shape == t.shape:
+    return d if name in BATCHED and d == 0 and outer == 1 and result.shape[0] == t.shape[0] else None
+
+
+def _along(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor) -> int | None:
+    """Of a function that acts along some dimensions."""
+    n = t.dim()
+    if name in REDUCTIONS and any(isinstance(values.get(slot), Tensor) for slot in (1, "other")):
+        return d if name in ("max", "min") and result.shape == t.shape else None
+    slot, usual = DIMS.get(name, (1, None if name in REDUCTIONS else 0))
+    dims = _dims(values, slot, usual, n)
+    if name == "repeat_interleave" and dims == [d] and isinstance(values.get(1), int):
         return d
-    kept = result.dim() >= t.dim() if d == 0 else result.dim() == t.dim()
-    return d if kept and result.shape[: d + 1] == t.shape[: d + 1] and (d == 0 or name == "linear") else None
+    if dims is None or d in dims or (name == "flip" and isinstance(values.get(2), int)):  # more dims of flip follow
+        return None
+    gone = name in REMOVES or (name in REDUCTIONS and result.dim() < n)
+    return d - sum(k < d for k in dims) if gone else d
+
+
+def _of_product(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor) -> int | None:
+    """Of a product of matrices, where t is one of the factors, or what is added."""
+    slots = {slot for slot, value in values.items() if value is t}
+    first, second = {"rmatmul": (1, 0), "addmm": (1, 2), "baddbmm": (1, 2)}.get(name, (0, 1))
+    if slots == {first} and d < t.dim() - 1:
+        return d if values.get(second) is not None and values[second].dim() == 1 else result.dim() - t.dim() + d
+    if slots == {second} and d < t.dim() - 2:
+        return result.dim() - t.dim() + d
+    return result.dim() - t.dim() + d if slots == {0} and first == 1 and name != "rmatmul" else None
+
+
+def _of_item(values: Mapping[Any, Any], inputs: Sequence[Input], counts: Sequence[Input]) -> Place | None:
+    """Of `t[index]`."""
+    t, index = values.get(0), values.get(1)
+    of_t = [at for one, at in inputs if one is t]
+    if not of_t:  # constants, looked up with one tensor
+        return inputs[0][1] if len(inputs) == 1 and inputs[0][0] is index and index.dtype in INDEX else None
+    if t is None:
+        return None
+    d, outer = of_t[0]
+    if isinstance(index, tuple) and of_t[0] == (0, 1) and len(index) > 1 and all(map(_is_index, index)):
+        numbers = [one.dim() - k for one, (k, rounds) in counts if one is index[0] and rounds == 1]
+        others = [one.dim() - k for one, (k, rounds) in inputs if one is not t and rounds == 1]
+        if numbers and len(others) == len(inputs) - 1 and set(others) <= set(numbers):
+            return max(entry.dim() for entry in index) - numbers[0], 1
+    if len(inputs) > 1:
+        return None
+    moved = indexed(index, t.dim(), d)
+    return None if moved is None else (moved, outer)
+
+
+INDEX = (torch.int64, torch.int32)
+
+
+def _is_index(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in INDEX
 
 
 def _reshaped(before: int, shape: Sequence[int], count: int) -> Place | None:
@@ -147,39 +238,39 @@ def _reshaped(before: int, shape: Sequence[int], count: int) -> Place | None:
     return None
 
 
-def _indexed(index: Any, n: int, d: int) -> int | None:
+def indexed(index: Any, n: int, d: int) -> int | None:
     """Where dimension d of n goes under an index; None if the index meets it, or more than one list is in it."""
     entries = list(index) if isinstance(index, tuple) else [index]
-    simple = [entry for entry in entries if isinstance(entry, slice | int | type(None) | type(Ellipsis))]
-    if len(entries) - len(simple) > 1 or any(isinstance(entry, bool) for entry in entries):
-        return None
-    if Ellipsis not in [entry for entry in simple if not isinstance(entry, slice)]:
-        entries.append(Ellipsis)
-    taken = sum(1 if isinstance(entry, slice | int) else 0 for entry in simple)
     listed = [entry for entry in entries if not isinstance(entry, slice | int | type(None) | type(Ellipsis))]
-    taken += sum(max(getattr(entry, "ndim", 1), 1) if _is_mask(entry) else 1 for entry in listed)
+    if len(listed) > 1 or any(isinstance(entry, bool) for entry in entries):
+        return None
+    if not any(entry is Ellipsis for entry in entries):
+        entries.append(Ellipsis)
+    rest = n - sum(_width(entry) for entry in entries if entry is not Ellipsis)
     before, after = 0, 0
     for entry in entries:
-        if entry is None:
-            after += 1
-            continue
-        width = n - taken if entry is Ellipsis else max(getattr(entry, "ndim", 1), 1) if _is_mask(entry) else 1
+        width = rest if entry is Ellipsis else _width(entry)
         if before <= d < before + width:
             if entry is Ellipsis:
                 return after + d - before
             return after if isinstance(entry, slice) and entry == slice(None) else None
         before += width
-        if entry is Ellipsis:
-            after += width
-        elif isinstance(entry, slice):
+        if entry is None or isinstance(entry, slice):
             after += 1
+        elif entry is Ellipsis:
+            after += width
         elif not isinstance(entry, int):
             after += 1 if _is_mask(entry) else getattr(entry, "ndim", 1)
     return None
 
 
+def _width(entry: Any) -> int:
+    """How many dimensions an entry of an index takes."""
+    return 0 if entry is None else entry.dim() if _is_mask(entry) else 1
+
+
 def _is_mask(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and not entry.dtype.is_floating_point and str(entry.dtype) == "torch.bool"
+    return isinstance(entry, Tensor) and entry.dtype is torch.bool
 
 
 def _einsum_keeps_first(values: Mapping[Any, Any]) -> bool:
@@ -206,14 +297,13 @@ def _moved(values: Mapping[Any, Any], n: int, d: int) -> int | None:
 
 
 MOVES: dict[str, Callable[[Mapping[Any, Any], int, int], int | None]] = {
-    "T": lambda values, n, d: n - 1 - d,
-    "H": lambda values, n, d: n - 1 - d,
-    "t": lambda values, n, d: n - 1 - d,
     "permute": _permuted,
     "movedim": _moved,
     "moveaxis": _moved,
     "unsqueeze": lambda values, n, d: d + (_number(values, 1, "dim") % (n + 1) <= d),
-} | dict.fromkeys(("mT", "mH", "adjoint"), lambda values, n, d: {n - 1: n - 2, n - 2: n - 1}.get(d, d))
+}
+MOVES |= dict.fromkeys(("T", "t", "H"), lambda values, n, d: n - 1 - d)
+MOVES |= dict.fromkeys(("mT", "mH", "adjoint"), lambda values, n, d: {n - 1: n - 2, n - 2: n - 1}.get(d, d))
 
 
 def _number(values: Mapping[Any, Any], slot: int, name: str) -> int:

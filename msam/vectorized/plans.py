@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msam.vectorized.operations import Each, Embedding, Operation
-from msam.vectorized.origins import Derived, Examples, Origins, call
+from msam.vectorized.origins import Derived, Examples, Origins, call, is_constant
 from msam.vectorized.products import Convolution, Linear
 
 CONVOLUTIONS = {getattr(F, f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)}
@@ -101,8 +101,8 @@ class Plans:
         return id(t) in self._trained or isinstance(self.origins.of(t), Derived)
 
     def _stands_between(self, t: Tensor) -> bool:
-        """Whether a tensor of neither is more than numbers."""
-        return t.requires_grad or isinstance(self.origins.of(t), Examples)
+        """Whether a tensor of neither is not the same for every example and at all weights."""
+        return t.requires_grad or not is_constant(self.origins.of(t))
 
     def _fits(
         self,

@@ -214,3 +214,19 @@ def test_a_lazy_layer_is_refused_before_it_has_a_shape():
     model = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="one forward pass"):
         msam.backward(loss_of(model), data(4, 5), model, rho=0.1)
+
+
+@pytest.mark.parametrize("options", [{"rho": 0.0}, {"rho": 0.3}, {"rho": 0.3, "shared": True}], ids=str)
+def test_a_loss_fn_that_writes_to_a_parameter_is_refused(options):
+    """`F.embedding(max_norm=...)` scales the rows that it looks up, in place."""
+    model, (x, y) = mlp(), data(8, 5)
+    table = nn.Parameter(torch.randn(4, 5, dtype=x.dtype))
+    model.register_parameter("table", table)
+
+    def loss_fn(part):
+        rows = F.embedding((part[0][:, 0] > 0).long(), table, max_norm=0.1)
+        return F.cross_entropy(model(part[0] + rows), part[1])
+
+    with pytest.raises(ValueError, match=r"wrote to a trained parameter .*after the optimizer"):
+        msam.backward(loss_fn, (x, y), model, micro_batches=4, **options)
+    assert all(p.grad is None for p in model.parameters())

@@ -503,6 +503,127 @@ def test_parameters_may_be_turned_into_other_tensors(use, adaptive):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
 
 
+class Tables(nn.Module):
+    """A layer, and a use of what it gives, of parameters and of constants that are as long as the batch."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.bare, self.code = nn.Linear(5, 4), nn.Parameter(torch.randn(4)), nn.Embedding(4, 4)
+        self.square = nn.Parameter(torch.randn(4, 4))
+        for name, shape in {"rows": (4, 4), "start": (1, 4), "table": (4, 9)}.items():
+            self.register_buffer(name, torch.randn(shape))
+        self.use = use
+
+    def forward(self, x):
+        return self.use(self, torch.tanh(self.first(x)))
+
+
+def through_a_view(net, h):
+    made = net.start.expand(len(h), -1).clone()
+    made[:, :2].copy_(h[:, :2])
+    return made * net.bare
+
+
+def through_an_index(net, h):
+    made = torch.zeros(4, 4, dtype=h.dtype)
+    made[0] = h[:, 0]
+    return (made[:, : len(h)].T * net.bare[: made.shape[0]]).tanh()
+
+
+def filled(net, h):
+    made = torch.zeros_like(net.start[0])
+    made.copy_(net.bare)
+    return h * made
+
+
+FOLLOWED = {
+    "parameter first, one example a micro-batch": (4, lambda net, h: net.square @ (h[:, :, None] * net.start[0])),
+    "ids that move": (2, lambda net, h: h + net.code((h.detach()[:, 0] > 0).long())),
+    "linear of a constant": (2, lambda net, h: (F.linear(net.rows, h)[:, :, None] * net.bare).tanh().mean(0)),
+    "inner product with a constant": (
+        2,
+        lambda net, h: (torch.inner(net.rows, h)[:, :, None] * net.bare).tanh().mean(0),
+    ),
+    "columns of a constant": (
+        2,
+        lambda net, h: (net.table[:, (h.detach()[:, 0].abs() * 8).long()][:, :, None] * net.bare).tanh().mean(0) + h,
+    ),
+    "rows of a constant": (2, lambda net, h: (net.rows[(h.detach()[:, 0].abs() * 3).long()] * net.bare).tanh() + h),
+    "shifted": (2, lambda net, h: torch.fft.ifftshift((torch.fft.fftshift(h, dim=0) * net.bare).tanh(), dim=0)),
+    "through a view": (2, through_a_view),
+    "through an index": (2, through_an_index),
+    "filled": (2, filled),
+    "transposed ids": (2, lambda net, h: net.code((h.detach().abs() * 3).long().T.contiguous().T)),
+    "a number of the activations": (2, lambda net, h: torch.add(h, net.bare, alpha=float(h.detach().mean()))),
+    "one row of each, by number": (2, lambda net, h: h[torch.arange(len(h)), h.detach().argmax(1)][:, None] * net.bare),
+}
+
+
+@pytest.mark.parametrize("use", FOLLOWED)
+def test_what_a_tensor_comes_from_is_followed_or_refused(use):
+    torch.manual_seed(0)
+    m, function = FOLLOWED[use]
+    model = Tables(function).double()
+    twin, x = copy.deepcopy(model), torch.randn(4, 5).double()
+    before = copy.deepcopy(model.state_dict())
+    square = lambda net: lambda part: torch.tanh(net(part)).square().mean()  # noqa: E731
+    try:
+        vectorized(model, x, m, square(model), rho=1.0)
+    except NotImplementedError:
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        return
+    msam.backward(square(twin), x, twin, rho=1.0, micro_batches=m)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if q.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+class SharesMemory(nn.Module):
+    """Two parameters, or a parameter and a buffer, are the same numbers."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        if buffer:
+            self.register_buffer("row", self.a.weight.detach()[0])
+        else:
+            self.b.weight.data = self.a.weight.data
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_parameters_that_share_memory_are_refused(buffer):
+    model = SharesMemory(buffer)
+    with pytest.raises(NotImplementedError, match="whose memory another tensor of the model shares"):
+        vectorized(model, data(8, 5), 4, lambda part: model.b(model.a(part[0].float())).square().mean(), rho=0.1)
+
+
+def test_parameters_may_be_parts_of_one_storage():
+    flat = torch.randn(30)
+    model = nn.Linear(5, 3)
+    model.weight.data, model.bias.data = flat[:15].view(3, 5), flat[15:18]
+    twin, (x, y) = copy.deepcopy(model), data(8, 5)
+    vectorized(model, (x.float(), y), 4, rho=0.1)
+    msam.backward(loss_of(twin), (x.float(), y), twin, rho=0.1, micro_batches=4)
+    torch.testing.assert_close(gradients(model), gradients(twin))
+
+
+def test_sequences_that_are_padded_to_the_batchs_length():
+    torch.manual_seed(0)
+    model = nn.Linear(5, 6).double()
+    twin, batch = copy.deepcopy(model), {"x": [torch.randn(n, 5).double() for n in (4, 3, 2, 1)]}
+
+    def loss_fn(net):
+        return lambda part: torch.tanh(net(nn.utils.rnn.pad_sequence(part["x"]))).sum(0).square().mean()
+
+    try:
+        vectorized(model, batch, 2, loss_fn(model), rho=0.5)
+    except NotImplementedError:
+        return
+    msam.backward(loss_fn(twin), batch, twin, rho=0.5, micro_batches=2)
+    torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
+
+
 class Attention(nn.Module):
     """torch's own attention, to itself or to other tokens."""
 
