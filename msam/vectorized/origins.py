@@ -186,13 +186,13 @@ class Origins:
     def _set(self, values: Mapping[Any, Any]) -> Examples:
         """Of `t[index] = value`: examples where those of the value went, if none or the same were there before."""
         t, index, value = values[0], values[1], values.get(2)
-        origin = self.of(value)
-        if isinstance(index, Tensor) or not isinstance(value, Tensor):
-            return UNKNOWN
-        if not isinstance(origin, Examples):  # constants, into examples
-            known = self.of(t)
-            return known if isinstance(known, Examples) and is_constant(origin) else UNKNOWN
-        if origin.dim is None or origin.outer != 1:
+        origin, before = self.of(value), self.of(t)
+        if not isinstance(origin, Examples):  # numbers or constants, into examples
+            same = is_constant(origin) or not isinstance(value, Tensor)
+            known = isinstance(before, Examples) and before.dim is not None
+            whole = known and indexed(index, t.dim(), before.dim) is not None
+            return before if same and whole else UNKNOWN
+        if not isinstance(value, Tensor) or isinstance(index, Tensor) or origin.dim is None or origin.outer != 1:
             return UNKNOWN
         with DisableTorchFunction():
             target = t[index]
@@ -200,7 +200,7 @@ class Origins:
         dims = [d for d in range(t.dim()) if indexed(index, t.dim(), d) == at]
         if len(dims) != 1 or t.shape[dims[0]] != value.shape[origin.dim]:
             return UNKNOWN
-        before, after = self.of(t), Examples(dims[0])
+        after = Examples(dims[0])
         return after if before == after or is_constant(before) else UNKNOWN
 
 

@@ -25,7 +25,8 @@ POINTWISE = {
     "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "byte", "short", "cpu", "cuda",
     "contiguous", "clone", "detach", "requires_grad", "data", "real", "imag", "conj", "alias", "zeros_like",
     "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "dropout", "dropout1d", "dropout2d",
-    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "zero", "fill", "normal", "uniform", "sinc", "prelu",
+    "dropout3d", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "zero", "fill", "normal", "uniform", "sinc",
+    "prelu",
 }  # fmt: skip
 """Functions of one tensor, element by element, or by row of what is not an example."""
 
@@ -138,7 +139,8 @@ def _of_one(name: str, values: Mapping[Any, Any], inputs: Sequence[Input], resul
         return None
     t, at = inputs[0]
     if isinstance(subject, Tensor) and not any(t is subject for t, _ in inputs):
-        return None
+        repeated = name == "gather" and subject.dim() == t.dim() and subject.stride(at[0]) == 0
+        return at if repeated and at[0] not in (_dims(values, 1, None, t.dim()) or at) else None
     if name in RESHAPES:
         return _reshaped(prod(t.shape[: at[0]]) * at[1], result.shape, count)
     return _checked(_dimension(name, values, t, at, result), at[1], result, count)
@@ -191,7 +193,7 @@ def _along(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tens
 
 def _of_product(name: str, values: Mapping[Any, Any], t: Tensor, d: int, result: Tensor) -> int | None:
     """Of a product of matrices, where t is one of the factors, or what is added."""
-    slots = {slot for slot, value in values.items() if value is t}
+    slots = {FACTORS.get(slot, slot) for slot, value in values.items() if value is t}
     first, second = {"rmatmul": (1, 0), "addmm": (1, 2), "baddbmm": (1, 2)}.get(name, (0, 1))
     if slots == {first} and d < t.dim() - 1:
         return d if values.get(second) is not None and values[second].dim() == 1 else result.dim() - t.dim() + d
@@ -220,6 +222,7 @@ def _of_item(values: Mapping[Any, Any], inputs: Sequence[Input], counts: Sequenc
     return None if moved is None else (moved, outer)
 
 
+FACTORS = {"mat1": 1, "mat2": 2, "batch1": 1, "batch2": 2, "other": 1}
 INDEX = (torch.int64, torch.int32)
 
 
