@@ -7,8 +7,8 @@ saved is time, most where micro-batches are small.
 
 What this asks of a model, besides what is refused by name:
 
-- The examples lie along the first dimension of everything that meets a parameter, in the batch's order, each with as
-  many rows as the others. Functions of torch that move them are followed (`msam.vectorized.origins`).
+- Whatever lies between the batch and a parameter is done by functions of torch that `msam.vectorized.places` follows:
+  it knows along which dimension the examples lie, in the batch's order, each with as many rows as the others.
 - Examples meet each other in BatchNorm layers alone, which are done by micro-batch, and in the loss, which is a mean
   over them (or over what `loss_fn` counts): the loss of the mini-batch must be the mean of the micro-batches'.
   Statistics written by hand are those of the mini-batch.
