@@ -20,7 +20,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast bench soak fuzz lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare bench soak fuzz lint format lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -81,11 +81,14 @@ status: setup ## Count the runs of Table 1: done, running, failed, missing
 setup: ## Build .venv from requirements.lock, once; other targets do this when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run all tests, three at a time with a core each (some wait for a cluster); warnings are errors
-	$(pytest)
+test: setup ## Run the tests, three at a time with a core each (some wait for a cluster); warnings are errors
+	$(pytest) -m "not rare"
 
-test-fast: setup ## Run all tests except those marked slow
-	$(pytest) -m "not slow"
+test-fast: setup ## Run the tests except those marked slow
+	$(pytest) -m "not slow and not rare"
+
+test-rare: setup ## Run the tests that make test leaves out: models of other libraries, encoders at full size, kills
+	$(pytest) -m rare
 
 bench: setup ## Time msam.backward against other implementations and against the bare passes (half an hour)
 	$(python) -m benchmarks.backward

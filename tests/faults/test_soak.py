@@ -5,7 +5,7 @@ import pytest
 from tests.faults import inputs, soak
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_training_killed_at_random_times_matches_uninterrupted_training():
     counts = soak.killed_trainings(4, seed=1)
     assert counts["kills"] == 4

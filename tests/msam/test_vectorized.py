@@ -764,7 +764,7 @@ LIBRARIES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("examples", [8, 6])  # 6 is the text's length, too
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_models_of_other_libraries(name, examples):

@@ -6,7 +6,7 @@ from tests.msam.zoo import check
 from tests.msam.zoo_models import ZOO
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.filterwarnings("ignore")  # of the libraries
 @pytest.mark.parametrize("m", [2, 4])
 @pytest.mark.parametrize("name", ZOO)

@@ -393,7 +393,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 @pytest.mark.parametrize("name", ["bert"])  # RoBERTa-base is checked by hand with `experiments check`
 def test_a_step_at_full_size_fits_into_20_gib(name):
     """Random weights of the published configuration, batch 32 of 128 tokens, m = 4."""
