@@ -297,5 +297,5 @@ def _parameters(
     perturbed = [p for name, p in named if perturb is None or perturb(name)]
     if not perturbed:
         names = ", ".join(name for name, _ in named[:5])
-        raise ValueError(f"perturb chooses no parameter; it is asked about their names, such as {names}.")
+        raise ValueError(f"perturb returned False for every parameter. It is called with their names, such as {names}.")
     return params, perturbed

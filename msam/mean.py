@@ -86,7 +86,7 @@ class Mean:
 
     def shares(self) -> list[float | Tensor]:
         """The shares of all micro-batches, once each has been counted."""
-        total = _greater(self._replicas.per_replica(sum(self.weights)), LEAST)
+        total = _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
         return [weight / total for weight in self.weights]
 
     def join(self) -> None:
@@ -103,14 +103,14 @@ class Mean:
 
     def _examples_share(self) -> float | Tensor:
         if self._total is None:
-            self._total = self._replicas.per_replica(sum(self._sizes or []))
+            self._total = self._replicas.mean_over_replicas(sum(self._sizes or []))
         return self.weights[-1] / self._total
 
     def _counted_share(self, last: bool) -> float | Tensor:
         weight = self.weights[-1]
         unit, self._unit = self._unit, _greater(self._unit, weight)
         if last:
-            self._unit = _greater(self._replicas.per_replica(sum(self.weights)), LEAST)
+            self._unit = _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
         if unit is not None and (isinstance(self._unit, Tensor) or self._unit != unit):
             self._gradients.scale(unit / self._unit)
         return weight / self._unit
@@ -140,7 +140,7 @@ class Total:
         sums, self._sums = self._sums, []
         weight = self._weight
         if replicas is not None and replicas.several:
-            weight = replicas.per_replica(weight)
+            weight = replicas.mean_over_replicas(weight)
             dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(params, sums, strict=True)]
             sums = [g / replicas.count for g in replicas.summed(dense)]
         divisor = _greater(weight, LEAST)
@@ -187,7 +187,9 @@ def _weight(weight: Any, loss: Tensor) -> float | Tensor | None:
         raise ValueError(f"loss_fn returned a {_kind(weight)} as weight; it must be one number.")
     weight = float(weight)
     if not 0 <= weight < math.inf:
-        raise ValueError(f"loss_fn returned the weight {weight}; it counts what was averaged, so it must be 0 or more.")
+        raise ValueError(
+            f"loss_fn returned the weight {weight}: the weight of a mean loss must be finite, and 0 or more."
+        )
     return weight
 
 

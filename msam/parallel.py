@@ -32,7 +32,7 @@ class Replicas:
         self.count = dist.get_world_size(ddp.process_group) if ddp is not None else 1
         self._forwards = 0
 
-    def per_replica(self, weight: float | Tensor) -> float | Tensor:
+    def mean_over_replicas(self, weight: float | Tensor) -> float | Tensor:
         """The mean over all replicas of a number that each of them has."""
         if self._ddp is None:
             return weight
@@ -113,7 +113,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             break
     if ddp is not None and ddp.static_graph:
         raise NotImplementedError(
-            "DistributedDataParallel(static_graph=True) counts on one backward pass a step: leave static_graph out."
+            "DistributedDataParallel(static_graph=True) assumes one backward pass per step: leave static_graph out."
         )
     if ddp is not None and getattr(getattr(ddp, "_join_config", None), "enable", False):
         raise NotImplementedError(
@@ -128,8 +128,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             )
         if ddp is not None and isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
-                "SyncBatchNorm averages over the ranks, whose micro-batches are perturbed apart: use BatchNorm, "
-                "whose statistics are then those of a micro-batch, or GroupNorm."
+                "SyncBatchNorm averages over ranks, but each rank perturbs its own micro-batches: use BatchNorm, whose "
+                "statistics are then those of a micro-batch, or GroupNorm."
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
             _refuse(type(module).__name__)

@@ -35,10 +35,10 @@ from msam.state import Snapshot, State
 from msam.vectorized.effects import ASKS, RANDOM, READS, averages, shown, written
 from msam.vectorized.operations import Operation, Sum, refuse, run_clean, run_moved
 from msam.vectorized.origins import Derived, Examples, Origins, call, is_constant, name_of, tensors_in
-from msam.vectorized.plans import BETWEEN, INTO, Plan, Plans, argument
+from msam.vectorized.plans import ARITHMETIC, ARITHMETIC_IN_PLACE, Plan, Plans, argument
 from msam.vectorized.rearranged import ATTENTION, examples_first, one_for_each
 
-DIFFERENT = "a loss_fn that calls other functions in its second pass than in its first"
+OTHER_CALLS = "a loss_fn that calls other functions in its second pass than in its first"
 
 
 class Vectorized(TorchFunctionMode):
@@ -81,7 +81,7 @@ class Vectorized(TorchFunctionMode):
         """The operations that use a perturbed parameter, by its id, and its place among theirs."""
         self._sums: dict[int, Sum] = {}
         """The sums of the gradients of those parameters that several operations use."""
-        self._elsewhere: dict[int, Callable[..., Any]] = {}
+        self._unplanned: dict[int, Callable[..., Any]] = {}
         """What else was called with a parameter and examples, by its id."""
         self._positions: dict[int, tuple[Tensor, Tensor, dict[Any, Any]]] = {}
         """What was looked up with constants: it is one for all examples until it meets them."""
@@ -136,7 +136,7 @@ class Vectorized(TorchFunctionMode):
             refuse("activation checkpointing")
         missed = [number for number, g in zip(self._perturbed, left, strict=True) if g is not None]
         if missed and not empty:
-            refuse(f"{shown(self._elsewhere.get(missed[0]))} on the parameter {self._names[missed[0]]}")
+            refuse(f"{shown(self._unplanned.get(missed[0]))} on the parameter {self._names[missed[0]]}")
         if not missed and not empty and not self._norms():
             raise ValueError(
                 "The loss depends on no perturbed parameter of the model: does loss_fn call another model?"
@@ -158,7 +158,7 @@ class Vectorized(TorchFunctionMode):
         try:
             yield norm
             if self._called < len(self._operations):
-                refuse(DIFFERENT)
+                refuse(OTHER_CALLS)
         finally:
             self._operations.clear()
             self._uses.clear()
@@ -176,7 +176,7 @@ class Vectorized(TorchFunctionMode):
             return func(*args, **kwargs or {})
         values = dict(enumerate(args)) | (kwargs or {})
         place = self._origins.of(values.get(0))
-        if func not in INTO or not isinstance(place, Examples) or not self._touched(values):
+        if func not in ARITHMETIC_IN_PLACE or not isinstance(place, Examples) or not self._touched(values):
             return self._call(func, values)
         x = args[0].clone()
         self._origins.note(x, place)
@@ -185,8 +185,8 @@ class Vectorized(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], values: dict[Any, Any]) -> Any:
         """The result of a function, by micro-batch if it has to be."""
-        if func in BETWEEN:
-            values = self._met(values)
+        if func in ARITHMETIC:
+            values = self._with_lookups(values)
         touched, averaging = self._touched(values), averages(func, values)
         if touched or averaging:
             if (plan := self._plans.plan(func, values)) is not None:
@@ -201,7 +201,7 @@ class Vectorized(TorchFunctionMode):
         writes = written(func, values)
         result = call(func, values)
         if touched:
-            self._other(func, touched, values, result)
+            self._note_unplanned(func, touched, values, result)
             return result
         if writes:
             self._origins.write(func, values, writes)
@@ -235,7 +235,7 @@ class Vectorized(TorchFunctionMode):
         signature = func, [id(p) for p in params], None if x is None else x.shape, numbers
         if self._scale is not None:
             if self._called == len(self._operations) or self._operations[self._called][1] != signature:
-                refuse(DIFFERENT)
+                refuse(OTHER_CALLS)
             operation, _ = self._operations[self._called]
             operation.renew(make())
             self._called += 1
@@ -288,7 +288,9 @@ class Vectorized(TorchFunctionMode):
             if t.layout is torch.strided and (name := self._held.get(t.untyped_storage()._cdata)) is not None:
                 refuse(f"a forward pass that moves {name}")
 
-    def _other(self, func: Callable[..., Any], touched: list[int], values: dict[Any, Any], result: Any) -> None:
+    def _note_unplanned(
+        self, func: Callable[..., Any], touched: list[int], values: dict[Any, Any], result: Any
+    ) -> None:
         """Note a call that is done at w: what it gives derives from the parameter, or is refused later, if it matters.
 
         Whether it matters the ascent pass shows, if autograd sees it.
@@ -315,11 +317,11 @@ class Vectorized(TorchFunctionMode):
             if func is F.embedding and isinstance(result, Tensor):
                 self._positions[id(result)] = result, values[0], values
             return
-        if self._scale is not None and any(number not in self._elsewhere for number in touched):
-            refuse(DIFFERENT)
-        self._elsewhere |= dict.fromkeys(touched, func)
+        if self._scale is not None and any(number not in self._unplanned for number in touched):
+            refuse(OTHER_CALLS)
+        self._unplanned |= dict.fromkeys(touched, func)
 
-    def _met(self, values: dict[Any, Any]) -> dict[Any, Any]:
+    def _with_lookups(self, values: dict[Any, Any]) -> dict[Any, Any]:
         """The arguments of a function between tensors; what was looked up for all examples is so for each of them."""
         for slot, t in values.items():
             known = self._positions.get(id(t))

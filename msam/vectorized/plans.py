@@ -17,12 +17,12 @@ ON_EXAMPLES = CONVOLUTIONS | {F.linear, F.prelu, F.layer_norm, F.group_norm, F.r
 
 BATCH_NORMS = {F.batch_norm, torch.batch_norm, torch.native_batch_norm}
 
-BETWEEN = {getattr(of, name) for of in (torch, Tensor) for name in ("add", "sub", "mul", "div")}
-BETWEEN |= {getattr(Tensor, f"__{name}__") for name in ("radd", "rsub", "rmul", "rdiv", "rtruediv")}
-BETWEEN |= {torch.true_divide, torch.subtract, torch.multiply}
+ARITHMETIC = {getattr(of, name) for of in (torch, Tensor) for name in ("add", "sub", "mul", "div")}
+ARITHMETIC |= {getattr(Tensor, f"__{name}__") for name in ("radd", "rsub", "rmul", "rdiv", "rtruediv")}
+ARITHMETIC |= {torch.true_divide, torch.subtract, torch.multiply}
 """Functions of examples and a parameter, in either order, whose shapes are broadcast."""
 
-INTO = {getattr(Tensor, f"{name}_") for name in ("add", "sub", "mul", "div")}
+ARITHMETIC_IN_PLACE = {getattr(Tensor, f"{name}_") for name in ("add", "sub", "mul", "div")}
 """The same in place."""
 
 MATRICES = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm}
@@ -114,9 +114,9 @@ class Plans:
     ) -> bool:
         x = flat[slot]
         others = [flat[place] for place in params]
-        if func in BETWEEN:
+        if func in ARITHMETIC:
             return all(self._broadcasts(p, x) for p in others)
-        if func in INTO:
+        if func in ARITHMETIC_IN_PLACE:
             return slot == 0 and all(self._broadcasts(p, x) for p in others)
         if func in JOINS:
             dim = argument(values, 1, "dim", 0)
@@ -176,7 +176,7 @@ class Plans:
             made[place] = origin if isinstance(origin, Derived) else id(flat[place])
             roots |= origin.roots if isinstance(origin, Derived) else {id(flat[place]): flat[place]}
         x, m, numbers = flat[slot], self.m, list(roots)
-        rows = func in BETWEEN or func in INTO or func in JOINS or (func in MATRICES and x.dim() > 2)
+        rows = func in ARITHMETIC or func in ARITHMETIC_IN_PLACE or func in JOINS or (func in MATRICES and x.dim() > 2)
         whole, dims = len(x), x.dim()
         rest = {place: value for place, value in flat.items() if place not in (slot, *params)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msam.vectorized.origins import Examples, Origins, name_of
 from msam.vectorized.places import BROADCASTS
-from msam.vectorized.plans import BETWEEN, JOINS, MATRICES, argument
+from msam.vectorized.plans import ARITHMETIC, JOINS, MATRICES, argument
 
 Caller = Callable[[Callable[..., Any], dict[Any, Any]], Any]
 
@@ -54,7 +54,7 @@ def examples_first(func: Callable[..., Any], values: dict[Any, Any], origins: Or
 
 def _trailing(func: Callable[..., Any], values: Mapping[Any, Any], slot: Any) -> int | None:
     """How many of the last dimensions a function acts along; None if that is not known."""
-    if func in BETWEEN:
+    if func in ARITHMETIC:
         other = values.get(1 - slot) if slot in (0, 1) else None
         return other.dim() if isinstance(other, Tensor) else None
     if slot != 0:

@@ -188,7 +188,7 @@ def test_refuses_two_batches_or_none(batch, micro_batches, words):
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), torch.tensor(-2.0)])
 def test_refuses_weights_that_count_nothing(weight):
     model = mlp()
-    with pytest.raises(ValueError, match="must be 0 or more"):
+    with pytest.raises(ValueError, match="and 0 or more"):
         msam.backward(lambda part: msam.Output(loss_of(model)(part), weight), data(4, 5), model, rho=0.1)
 
 
