@@ -123,18 +123,6 @@ ARMS = {
             claimed=("base",),
         ),
         Arm(
-            name="shared",
-            words="SAM over m={m} micro-batches",
-            legend="SAM over micro-batches",
-            title="SAM over m={m} rho={rho}",
-            colour="#8c6bb1",
-            line=(0, (5, 1)),
-            mark="X",
-            has={"rho": positive, "micro_batches": several, "shared": bool},
-            against=("base", "sam", "control"),
-            claimed=("sam", "control"),
-        ),
-        Arm(
             name="msam",
             words="mSAM, m={m}",
             legend="mSAM",
@@ -143,8 +131,8 @@ ARMS = {
             line="-.",
             mark="D",
             has={"rho": positive, "micro_batches": several},
-            against=("base", "sam", "control", "shared"),
-            claimed=("sam", "control", "shared"),
+            against=("base", "sam", "control"),
+            claimed=("sam", "control"),
         ),
         Arm(
             name="asam",
@@ -172,14 +160,13 @@ ARMS = {
         ),
     )
 }
-"""By name, in the order of the tables' rows. If a run fits several entries, its arm is the one with most conditions."""
+"""By name, in the order of the tables' rows. If a run fits several entries, its arm is the last of them."""
 
 
 def arm_of(run: "Run") -> Arm:
     """The arm of a single run. A run of an arm that is relative to a base counts as a base."""
     fields = run.flat
-    fitting = [arm for arm in reversed(ARMS.values()) if arm.change is None and arm.fits(fields)]
-    return max(fitting, key=lambda arm: len(arm.has))
+    return next(arm for arm in reversed(ARMS.values()) if arm.change is None and arm.fits(fields))
 
 
 def arms_of(cells: Iterable["Run"], varies: Sequence[str] = ()) -> dict["Run", Arm]:
