@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from scipy import stats
 
-from analysis.claims import claims, comparisons
+from analysis.claims import claims, comparisons, document_claims
 from analysis.collect import Finished
 from analysis.exhibit import Target
 from analysis.frames import Results
@@ -16,7 +16,7 @@ from analysis.publish import documents_of, output_files, target
 from analysis.statistics import bootstrap_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
-from tests.analysis.invented import SESSION, cost_run, curvature_run, results_of
+from tests.analysis.invented import SESSION, any_run, cost_run, curvature_run, results_of
 
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
 OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = (
@@ -69,6 +69,17 @@ def test_a_comparison_has_both_intervals_of_the_paired_difference():
 )
 def test_verdict(shifts, claim, verdict):
     assert by_claim(shifts)[claim].verdict == verdict
+
+
+def test_claims_without_comparisons_do_not_count_in_the_numbers_of_the_others():
+    """An arm without runs has claims; the numbers of flatness, which come after them, do not depend on it."""
+    cells = {"table1": CELLS, "table3": catalogue.cells("hessian", "smoke")}
+    runs = [any_run(spec) for one in cells.values() for spec in with_seeds(one, 2)]
+    targets = {name: Target(name, tuple(one), 2) for name, one in cells.items()}
+    numbers = document_claims("smoke", Results.of(runs), targets).numbers
+    blocks = dict(zip(numbers["claim"], numbers["block"], strict=True))
+    assert list(blocks.values()) == list(range(len(blocks)))
+    assert claims().index(FLATTER) > blocks[FLATTER], "some claims have no comparison"
 
 
 def test_one_seed_has_no_verdict():
