@@ -7,8 +7,6 @@ METHODS = tuple(ARMS)
 """In the order of the rows of the tables."""
 
 COLOURS = {name: arm.colour for name, arm in ARMS.items()}
-LINES = {name: arm.line for name, arm in ARMS.items()}
-"""The line style of each arm, for lines without markers."""
 MARKS = {name: arm.mark for name, arm in ARMS.items()}
 METHOD_WORDS = {name: arm.legend for name, arm in ARMS.items()}
 """The name of each arm in a legend whose points differ in m."""

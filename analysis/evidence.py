@@ -29,10 +29,8 @@ def of_scores(method: str, over: str, expected: int) -> Callable[[Target, pd.Dat
             arm, reference = target.arms[cell], by_name.get(over)
             if arm.name == method and reference is not None:
                 differences = paired(*(scores(c, runs, target.seeds) for c in (cell, reference)))
-                where, what = (
-                    f"{cell.model}, {cell.dataset}",
-                    f"{arm.called(cell)} over {target.arms[reference].called(reference)}",
-                )
+                where = f"{cell.model}, {cell.dataset}"
+                what = f"{arm.called(cell)} over {target.arms[reference].called(reference)}"
                 result = verdict(mean_interval(differences), expected)
                 comparisons.append(
                     comparison(where, what, differences, result, ids_of((cell, reference), runs, target.seeds))
