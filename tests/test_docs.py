@@ -120,6 +120,21 @@ def test_the_scoreboard_is_that_of_the_committed_claims(net):
             assert scale == f"{int(spec['train_examples']):,} {examples}, {steps} steps"
 
 
+def test_the_settings_of_the_cost_are_counted_right():
+    verdicts = [
+        row["verdict"]
+        for row in rows("tables/claims.csv")
+        if row["claim"] == CLAIMS["mSAM at most 10 % slower than SAM"]
+    ]
+    held, settings, slower, unclear = map(
+        int,
+        re.search(r"in (\d+) of (\d+)\s+settings, slower in (\d+), and (\d+) are open", README.read_text()).groups(),
+    )
+    assert settings == len(verdicts)
+    counts = [verdicts.count(verdict) for verdict in ("supported", "contradicted", "not significant")]
+    assert [held, slower, unclear] == counts
+
+
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "results.md"], ids=lambda page: page.name)
 def test_every_interval_stands_in_the_committed_tables(page, net):
     """But for those of a commit of the past, which the page names, and a sign that prose may leave out."""
