@@ -20,7 +20,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare bench soak lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare bench soak fuzz lint format lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -96,6 +96,11 @@ bench: setup ## Time msam.backward against other implementations and against the
 
 soak: setup ## Kill training runs, pools and analyses at random times, damage records, print the outcomes (half an hour)
 	$(python) -m tests.faults.soak
+
+fuzz: setup ## Try msam.backward on 30,000 random cases, with faults, and on models of other libraries (40 minutes)
+	OMP_NUM_THREADS=1 $(python) -m tests.msam.fuzz
+	OMP_NUM_THREADS=1 $(python) -m tests.msam.fuzz --faults
+	OMP_NUM_THREADS=1 $(python) -m tests.msam.zoo
 
 lint: setup ## Check style, format, types and imports
 	$(python) -m ruff check .

@@ -103,7 +103,9 @@ def references(cells: Sequence[Run], varies: Sequence[str] = ()) -> dict[Run, di
         varies: The fields that the study declares to vary, see `methods.reference`.
     """
     arms = arms_of(cells, varies)
-    others = dict.fromkeys(("base", "sam", "control", *(name for arm in arms.values() for name in arm.against)))
+    present = {arm.name for arm in arms.values()}
+    further = (name for arm in arms.values() for name in arm.against if name in present)
+    others = dict.fromkeys(("base", "sam", "control", *further))
 
     def compare(cell: Run, name: str) -> Run | None:
         return reference(cell, name, arms, varies) if name in arms[cell].against else None
@@ -117,7 +119,7 @@ def unmatched(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[str]:
     labels = labels_of(cells, ("dataset", "model"), arms)
     for cell, others in references(cells, varies).items():
         for name in arms[cell].claimed:
-            other = others[f"over_{name}"]
+            other = others.get(f"over_{name}")
             candidates = [c for c, arm in arms.items() if arm.name == name and _network(c) == _network(cell)]
             where = f"{cell.model}, {cell.dataset}, {labels[cell]}"
             if candidates and other is None:

@@ -149,6 +149,11 @@ CLAIMS = (
         of_scores("msam", "over_control", 1),
     ),
     Claim("SAM's test accuracy is better than plain training's", of_scores("sam", "over_base", 1)),
+    Claim(
+        "(ours) ... and than that of SAM over the same micro-batches, which share one perturbation",
+        of_scores("msam", "over_shared", 1),
+        further=True,
+    ),
     *_claims_of_further_arms(),
 )
 

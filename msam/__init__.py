@@ -4,7 +4,8 @@
 """
 
 from msam.gradient import Step, backward
+from msam.mean import Output
 from msam.microbatch import split
 
 __version__ = "0.1.0"
-__all__ = ["Step", "backward", "split"]
+__all__ = ["Output", "Step", "backward", "split"]

@@ -127,6 +127,14 @@ class Gradients:
             self._copies.append(None)
             leaf.grad = None
 
+    def noted(self) -> list[tuple[Tensor | None, int]]:
+        """What is in `.grad` now."""
+        return [(g, 0 if g is None else g._version) for g in [p.grad for p in self._params]]
+
+    def versions(self) -> list[int]:
+        """How often each parameter has been written to."""
+        return [0 if p.is_inference() else p._version for p in self._params]
+
     @torch.no_grad()
     def scale(self, factor: float | Tensor) -> None:
         """Multiply what this call has accumulated so far."""

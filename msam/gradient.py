@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,17 @@ from torch.nn.utils import parametrize
 
 from msam import embedding
 from msam.atomic import Gradients, transaction
-from msam.mean import Mean
-from msam.microbatch import check_micro_batches, examples, split
+from msam.mean import Mean, Output, Total
+from msam.microbatch import ready_sizes, split_with_sizes, versions, whole_number
 from msam.noise import Noise
 from msam.parallel import Replicas, compiled, unwrapped
 from msam.passes import Passes
 from msam.perturbation import Weights
 from msam.state import State
-from msam.vectorized import Vectorized
+from msam.vectorized import Vectorized, together
 
-Returned = Tensor | tuple[Tensor, float | Tensor]
-"""A mean loss, or a mean loss and the weight (the count) of what it is the mean of."""
+Returned = Tensor | tuple[Tensor, int | Tensor] | Output
+"""A mean loss, or a mean loss and the count of what it is the mean of, or these and anything else."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,16 @@ class Step:
         perturbed_loss: Mean of the losses at each micro-batch's own w + e_i, weighted alike. Shape ().
         gradient_norms: Norm ||g_i|| of each micro-batch's ascent gradient (ASAM: of |w| g_i), over the perturbed
             parameters, without the scaler's factor. Shape (m,); None for rho = 0, which takes no ascent gradient, and
-            for `vectorized` if `loss_fn` returns weights, which are known for the mini-batch only.
+            for `vectorized` if `loss_fn` returns weights, which are known for the mini-batch only. Where all
+            micro-batches share one perturbation it is that of their mean gradient alone, shape (1,).
+        aux: What `loss_fn` returned as `Output.aux` from each clean pass; None of one that returned nothing of the
+            kind. One entry for `vectorized`, which has one clean pass.
     """
 
     loss: Tensor
     perturbed_loss: Tensor
     gradient_norms: Tensor | None
+    aux: tuple[Any, ...] = ()
 
     @property
     def sharpness(self) -> Tensor:
@@ -54,11 +59,14 @@ def backward(
     batch: Any,
     model: nn.Module,
     *,
-    rho: float,
-    micro_batches: int | list[Any] | tuple[Any, ...] = 1,
+    rho: float | Tensor,
+    micro_batches: int | Tensor | list[Any] | tuple[Any, ...] = 1,
     adaptive: bool = False,
     perturb: Callable[[str], bool] | None = None,
+    shared: bool | Literal["ranks"] = False,
     same_noise: bool = True,
+    generators: Sequence[Any] = (),
+    state: nn.Module | Sequence[nn.Module] = (),
     vectorized: bool = False,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
@@ -73,18 +81,20 @@ def backward(
     the plain gradient over the same micro-batches, at the price of plain training. Weight decay is the
     optimizer's and stays outside the perturbation.
 
-    Running statistics, as of BatchNorm layers in train mode, move in the clean passes only, once for each
-    micro-batch (see `msam.state`). Tensor hooks of a parameter see its ascent gradient and then its
-    perturbed gradient, for each micro-batch; post-accumulate hooks see the latter only, as it adds up, and
-    must not step an optimizer there. What DistributedDataParallel does is described in `msam.parallel`.
+    Both passes over a micro-batch start from the same state (buffers, frozen parameters: see `msam.state`), which ends
+    as the clean passes leave it; so running statistics, as of BatchNorm layers in train mode, move once for each
+    micro-batch. Tensor hooks of a parameter see its ascent gradient and then its perturbed gradient, for each
+    micro-batch; post-accumulate hooks see the latter only, as it adds up, and must not step an optimizer there. What
+    DistributedDataParallel does is described in `msam.parallel`.
 
     Args:
-        loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and its
-            weight, >= 0, which counts what was averaged (the valid tokens, say): G is then weighted by it. It
-            runs the forward pass only, and is called twice for each micro-batch (once if rho = 0), with the same
-            tensors in fresh containers: it may pop from a dict, but must not write to a tensor. Weights that
-            are numbers, or tensors on the CPU, are looked at, and a micro-batch of weight 0 is left out; of one
-            whose weight lies on a GPU the gradient must be finite (that of `cross_entropy` is).
+        loss_fn: Takes a micro-batch and returns its mean loss, a scalar tensor; or the mean loss and an integer, a
+            count of what was averaged (the valid tokens, say), by which G is then weighted; or `msam.Output`, for a
+            weight of another kind and for anything to be had back as `Step.aux`. It runs the forward pass only, and
+            is called twice for each micro-batch (once if rho = 0), with the same tensors in fresh containers: it may
+            pop from a dict, but must not write to a tensor, which raises. Weights that are numbers, or tensors on
+            the CPU, are looked at, and a micro-batch of weight 0 is left out; of one whose weight lies on a GPU the
+            gradient must be finite (that of `cross_entropy` is).
         batch: The mini-batch, of any structure that `msam.split` takes; None if `micro_batches` holds it.
         model: The module whose parameters are perturbed and receive the gradient; those with
             `requires_grad=False` are left alone. DistributedDataParallel and torch.compile may wrap it.
@@ -98,16 +108,26 @@ def backward(
             authors' code adds to |w|. Its rho is not comparable with SAM's.
         perturb: Says by a parameter's name whether it is perturbed; by default all are. The others stay at w and
             outside the norm, and get their gradient all the same.
-        same_noise: Let both passes over a micro-batch see the same random numbers, so the same dropout masks. The
-            CPU's and the GPUs' generators then end where one pass over each micro-batch would leave them;
-            otherwise where two would.
+        shared: One perturbation for all micro-batches, e = rho * g / ||g|| with g the mean of their gradients, in
+            place of one for each: SAM by accumulation, the gradient that m = 1 gives (where examples meet in the loss
+            alone), with the activations of one micro-batch in memory, one gradient more, and the state before each
+            micro-batch. Under DistributedDataParallel g is the mean over this rank; "ranks" takes it over all ranks,
+            which is synchronous SAM and takes one more reduction.
+        same_noise: Let both passes over a micro-batch see the same random numbers, so the same dropout masks: those
+            of torch's generators of the CPU and the parameters' GPUs, and of NumPy's and Python's global generators.
+            They then end where one pass over each micro-batch would leave them; otherwise where two would.
+        generators: Further generators that `loss_fn` draws from and `same_noise` covers: `torch.Generator`,
+            `numpy.random.Generator` or `RandomState`, `random.Random`. Others go on drawing: random numbers of other
+            libraries, or of another process (as of a data loader), differ between the passes.
+        state: Modules outside `model` whose state `loss_fn` moves: a discriminator with spectral norm, a criterion
+            with a memory bank. It is treated like the model's own.
         vectorized: Take all micro-batches through the model in one pass at w and one at their own w + e_i, where the
-            default loops over micro-batches. The result is the same up to rounding; it takes less time where
+            default takes them one after the other. The result is the same up to rounding; it takes less time where
             micro-batches are small, and more memory: the activations of the whole mini-batch, and up to m gradients of
             each weight. `loss_fn` gets the whole batch, whose mean loss must be the mean of the micro-batches'.
             `msam.vectorized` says what it asks of a model; what it cannot do it refuses. If m does not divide the
-            number of examples, m = 1 or rho = 0, the default loop is used. Buffers other than BatchNorm's move
-            once a step, and hooks of a parameter see its perturbed gradient alone, once.
+            number of examples, m = 1 or rho = 0, micro-batches are taken one after the other. Hooks of a parameter
+            see its perturbed gradient alone, once.
         scaler: The `GradScaler` of fp16 training. Both passes are scaled; `unscale_`, `step` and `update` stay the
             caller's. A step that overflows anywhere leaves values that are not finite in `.grad`, for it to skip.
 
@@ -115,36 +135,36 @@ def backward(
         The losses and ascent gradient norms of this call.
 
     Raises:
-        ValueError: for an unusable rho, micro_batches or batch, a model without trainable or perturbed
-            parameters, a loss that is not a scalar or does not depend on them, or a negative weight.
-        NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm or a static graph under
+        ValueError: for an unusable rho, micro_batches, batch or options, a model without trainable or perturbed
+            parameters, a loss that is not a scalar or does not depend on them, a negative weight, or a `loss_fn`
+            that calls backward() or writes to the batch.
+        RuntimeError: for a call from within `loss_fn` of another that works on the same parameters.
+        NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm, a static graph or join() under
             DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
             `parametrize.cached()`; if `vectorized`, for what cannot be done by micro-batch, by name.
 
-    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were. Signals
+    Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, unless
+    `loss_fn` itself wrote to a weight. Signals
     with handlers in Python (Ctrl-C; SIGTERM, SIGUSR1 and SIGUSR2 of a scheduler; timers and hang-ups) wait until the
     weights are no longer perturbed, but a second Ctrl-C does not; one that arrives at the very end finds the call
     finished. A gradient or norm that is not finite leaves values that are not finite in `.grad`, and the weights as
     they were. A graph that the caller kept from before the call, or from one of its passes, raises when it is used: the
     weights have moved since. What `loss_fn` keeps of the weights in a perturbed pass without copying may stay w + e.
     """
-    check_rho(rho)
+    rho, modules = check_rho(rho), [state] if isinstance(state, nn.Module) else list(state)
     parts, sizes = _parts(batch, micro_batches)
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
-    together = _together(model, perturbed, rho, adaptive, batch, sizes) if vectorized else None
-    if together:
-        parts, sizes = [batch], [examples(batch)]
+    _check_options(shared, vectorized, batch, sizes)
+    once = together(model, perturbed, rho, adaptive, sizes, batch) if vectorized and sizes else None
+    if once:
+        parts, sizes = [batch], [sum(sizes or [])]
     weights, replicas = Weights(perturbed, rho, adaptive), Replicas(ddp)
-    tables = [] if ddp or together else embedding.tables(model)
-    state = State([network], params, lazily=not compiled(model))
-    started = state.taken("start")
-    gradients = Gradients(params, overwritten=replicas.overwrites)
-    undo: list[Callable[[], None]] = [
-        weights.put_back,
-        partial(embedding.dense_again, tables),
-        partial(state.put_back, started),
-    ]
+    tables = [] if ddp or once else embedding.tables(model)
+    kept = State([network, *modules], params, lazily=not compiled(model))
+    started, gradients = kept.taken("start"), Gradients(params, overwritten=replicas.overwrites)
+    undo: list[Callable[[], None]] = [weights.put_back, partial(kept.put_back, started)]
+    undo.append(partial(embedding.dense_again, tables))
     with transaction(params, gradients, undo) as signals, replicas.watched():
         passes = Passes(
             loss_fn=loss_fn,
@@ -153,25 +173,29 @@ def backward(
             tables=tables,
             replicas=replicas,
             scaled=scaler.scale if scaler else lambda loss: loss,
-            state=state,
+            state=kept,
             gradients=gradients,
             signals=signals,
-            mean=Mean(sizes, gradients, replicas),
-            noise=Noise(model, params) if rho and same_noise else None,
+            mean=Mean([1] if sizes is None and len(parts) == 1 and not ddp else sizes, gradients, replicas),
+            noise=Noise(model, params, generators) if rho and same_noise else None,
             started=started,
+            written=versions(parts if batch is None else batch) if rho else (),
+            shared=bool(shared and rho),
         )
-        if together:
-            return _in_one_pass(passes, together, batch)
+        if once:
+            return _in_one_pass(passes, once, batch)
+        if passes.shared:
+            return _with_one_perturbation(passes, weights, parts, over_ranks=shared == "ranks")
         return _one_after_the_other(passes, weights, parts)
 
 
 def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any]) -> Step:
     """The algorithm: every micro-batch S_i at w, and then at its own w + e_i."""
     norms = []
-    for S_i in parts:
+    for number, S_i in enumerate(parts, start=1):
         clean = passes.clean(S_i, again=weights.rho > 0)  # L_i(w)
         if not weights.rho:
-            passes.accumulate(clean.loss, clean.share)  # G += |S_i|/|S| * grad L_i(w)
+            passes.accumulate(clean.loss, clean.share, last=number == len(parts))  # G += |S_i|/|S| * grad L_i(w)
             continue
         g_i = passes.ascent_gradient(clean)  # g_i = grad L_i(w)
         with weights.moved(g_i) as norm:  # w + e_i, e_i = rho * g_i / ||g_i||
@@ -180,12 +204,27 @@ def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any])
     return _step(passes, torch.stack(norms) if norms else None)
 
 
-def _in_one_pass(passes: Passes, together: Vectorized, S: Any) -> Step:
+def _with_one_perturbation(passes: Passes, weights: Weights, parts: Sequence[Any], over_ranks: bool) -> Step:
+    """SAM by accumulation: every micro-batch S_i at w, and then every one at the same w + e."""
+    cleans, total = [], Total(len(passes.perturbed))
+    for S_i in parts:
+        cleans.append(passes.clean(S_i))  # L_i(w)
+        total.add(passes.ascent_gradient(cleans[-1]), passes.mean.weights[-1])  # g += |S_i|/|S| * grad L_i(w)
+    g = total.mean(passes.perturbed, passes.replicas if over_ranks else None)
+    shares = passes.mean.shares()
+    with weights.moved(g) as norm:  # w + e, e = rho * g / ||g||
+        for S_i, clean, share in zip(parts, cleans, shares, strict=True):
+            passes.descend(S_i, replace(clean, share=share), norm)  # G += |S_i|/|S| * grad L_i(w + e)
+    return _step(passes, norm.reshape(1))
+
+
+def _in_one_pass(passes: Passes, once: Vectorized, S: Any) -> Step:
     """The same for all micro-batches at once: the mini-batch S at w, and then each micro-batch at its own w + e_i."""
-    passes.mode = together
+    passes.mode = once
     clean = passes.clean(S)
-    together.ascend(passes.scaled(clean.take_loss()), empty=isinstance(clean.weight, float) and clean.weight == 0)
-    with together.moved() as norms:
+    once.check_state(passes.state, passes.started)
+    once.ascend(passes.scaled(clean.take_loss()), empty=isinstance(clean.weight, float) and clean.weight == 0)
+    with once.moved() as norms:
         passes.descend(S, clean, norms)
     # In one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows.
     return _step(passes, None if clean.weight is not None else len(norms) * norms)
@@ -195,46 +234,51 @@ def _step(passes: Passes, norms: Tensor | None) -> Step:
     """The record of a step, whose ascent gradients have these norms times the scaler's factor."""
     loss = passes.mean.of(passes.losses)
     perturbed_loss = passes.mean.of(passes.perturbed_losses) if passes.perturbed_losses else loss
-    return Step(loss, perturbed_loss, None if norms is None else norms / passes.scaled(torch.ones_like(norms[0])))
+    norms = None if norms is None else norms / passes.scaled(torch.ones_like(norms[0]))
+    return Step(loss, perturbed_loss, norms, tuple(passes.aux))
 
 
-def check_rho(rho: float) -> None:
-    """Refuse anything but a finite number >= 0.
+def check_rho(rho: Any) -> float:
+    """rho as a float, from a number of any type: of Python, of NumPy, or a tensor without dimensions.
 
     Raises:
-        ValueError: with what was given.
+        ValueError: for anything but a finite number >= 0, with what was given.
     """
-    if isinstance(rho, bool) or not isinstance(rho, int | float) or not (math.isfinite(rho) and rho >= 0):
+    number = rho.item() if isinstance(rho, Tensor) and not rho.dim() and rho.dtype is not torch.bool else rho
+    value = float(number) if isinstance(number, Real) and not isinstance(number, bool) else math.nan
+    if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"rho is {rho!r}, but must be a finite number, 0 (no perturbation) or greater.")
+    return value
 
 
-def _parts(batch: Any, micro_batches: int | list[Any] | tuple[Any, ...]) -> tuple[list[Any], list[int] | None]:
-    """The micro-batches, and their numbers of examples unless nothing in a ready one can be counted."""
+def _parts(batch: Any, micro_batches: Any) -> tuple[list[Any], list[int] | None]:
+    """The micro-batches, and their numbers of examples unless nothing in them can be counted."""
     if not isinstance(micro_batches, list | tuple):
-        check_micro_batches(micro_batches)
         if batch is None:
+            whole_number(micro_batches)
             raise ValueError("batch is None: give the mini-batch, or a list of ready micro-batches as micro_batches.")
-        parts = split(batch, micro_batches)
-        return parts, [examples(part) for part in parts]
+        return split_with_sizes(batch, micro_batches)
     if batch is not None:
         raise ValueError("micro_batches is a list of ready micro-batches, so batch must be None.")
     if not micro_batches:
         raise ValueError("micro_batches is an empty list: give at least one micro-batch.")
-    try:
-        return list(micro_batches), [examples(part) for part in micro_batches]
-    except ValueError:
-        return list(micro_batches), None
+    return list(micro_batches), ready_sizes(micro_batches)
 
 
-def _together(
-    model: nn.Module, perturbed: Sequence[Tensor], rho: float, adaptive: bool, batch: Any, sizes: Sequence[int] | None
-) -> Vectorized | None:
-    """All micro-batches in one pass; None where there is nothing to gain, or their sizes differ."""
-    if batch is None or sizes is None:
-        raise ValueError("vectorized=True needs the mini-batch itself: give batch, and the number m as micro_batches.")
-    if not rho or len(sizes) == 1 or min(sizes) < max(sizes):
-        return None
-    return Vectorized(model, perturbed, rho, adaptive, len(sizes), sum(sizes))
+def _check_options(shared: Any, vectorized: bool, batch: Any, sizes: Sequence[int] | None) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ValueError: with the mend.
+    """
+    if shared not in (False, True, "ranks"):
+        raise ValueError(f'shared is {shared!r}, but must be True (this rank), "ranks" (all ranks) or False.')
+    if shared and vectorized:
+        raise ValueError("vectorized=True gives each micro-batch its own perturbation, shared one to all: choose one.")
+    if vectorized and (batch is None or sizes is None):
+        raise ValueError(
+            "vectorized=True needs the mini-batch itself, of tensors: give batch, and the number m as micro_batches."
+        )
 
 
 def _parameters(
@@ -253,5 +297,5 @@ def _parameters(
     perturbed = [p for name, p in named if perturb is None or perturb(name)]
     if not perturbed:
         names = ", ".join(name for name, _ in named[:5])
-        raise ValueError(f"perturb chooses no parameter; it is asked about their names, such as {names}.")
+        raise ValueError(f"perturb returned False for every parameter. It is called with their names, such as {names}.")
     return params, perturbed

@@ -6,9 +6,12 @@ one's did, and goes on where that one's then stood. The same bits, and the gener
 """
 
 import math
+import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,30 +25,47 @@ KEPT = (torch.float32, torch.float64)
 """Types whose dropout is done here; what is left to torch is drawn again."""
 
 
+Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
+"""How to get a generator's state, and how to set it."""
+
+
 class Noise:
-    """The generators whose numbers both passes over a micro-batch share.
+    """The generators whose numbers both passes over a micro-batch share: torch's, NumPy's, Python's, and those named.
 
     Args:
         model: The module that draws.
         params: Its parameters, whose devices have generators.
+        own: Further generators: of torch, NumPy or Python's `random`.
+
+    Raises:
+        ValueError: if one of them is nothing of the kind.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
-        self._gpus = {p.device for p in params if p.device.type == "cuda"}
+    def __init__(self, model: nn.Module, params: Sequence[Tensor], own: Iterable[Any] = ()) -> None:
+        self._generators: list[Generator] = [(torch.get_rng_state, torch.set_rng_state)]
+        for gpu in {p.device for p in params if p.device.type == "cuda"}:
+            self._generators.append((partial(torch.cuda.get_rng_state, gpu), partial(_set_gpu, gpu)))
+        self._generators.append((random.getstate, random.setstate))
+        if (numpy := sys.modules.get("numpy")) is not None:
+            self._generators.append((partial(numpy.random.get_state, legacy=False), numpy.random.set_state))
+        self._generators += [_access(generator) for generator in own]
         self._masks = _Masks() if _drops_on_the_cpu(model) else None
 
-    def draws(self) -> "Draws":
-        """The numbers of one micro-batch, about to be drawn."""
-        return Draws(self._gpus, self._masks)
+    def draws(self, keep: bool = True) -> "Draws":
+        """The numbers of one micro-batch, about to be drawn.
+
+        Args:
+            keep: Whether masks may be kept. Not if other micro-batches are drawn for before the second pass.
+        """
+        return Draws(self._generators, self._masks if keep else None)
 
 
 class Draws:
     """The random numbers of one micro-batch."""
 
-    def __init__(self, gpus: Iterable[torch.device], masks: "_Masks | None") -> None:
+    def __init__(self, generators: Sequence[Generator], masks: "_Masks | None") -> None:
         self._masks = masks
-        self._state = torch.get_rng_state()
-        self._states = {gpu: torch.cuda.get_rng_state(gpu) for gpu in gpus}
+        self._states = [(set_state, get_state()) for get_state, set_state in generators]
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -56,9 +76,8 @@ class Draws:
     @contextmanager
     def again(self) -> Iterator[None]:
         """The forward pass in the block gets the same."""
-        torch.set_rng_state(self._state)
-        for gpu, state in self._states.items():
-            torch.cuda.set_rng_state(state, gpu)
+        for set_state, state in self._states:
+            set_state(state)
         with self._kept(again=True):
             yield
 
@@ -138,6 +157,23 @@ class _Masks(TorchFunctionMode):
         if not self.again:
             self.drawn.append((p, mask, before, torch.get_rng_state()))
         return mask
+
+
+def _set_gpu(gpu: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, gpu)
+
+
+def _access(generator: Any) -> Generator:
+    """A generator's state: of torch.Generator, numpy.random.Generator or RandomState, or random.Random."""
+    bits = getattr(generator, "bit_generator", generator)
+    if isinstance(getattr(type(bits), "state", None), property) or hasattr(bits, "jumped"):  # NumPy's
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    for get_state, set_state in (("get_state", "set_state"), ("getstate", "setstate")):
+        if hasattr(generator, get_state) and hasattr(generator, set_state):
+            return getattr(generator, get_state), getattr(generator, set_state)
+    raise ValueError(
+        f"generators holds a {type(generator).__name__}; it takes those of torch, numpy.random and random.Random."
+    )
 
 
 def _checkpointed() -> bool:

@@ -10,7 +10,7 @@ Buffers are left to DistributedDataParallel: with `broadcast_buffers` rank 0 sen
 among them) to the others in the first forward pass of the next step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,16 +29,34 @@ class Replicas:
         """Whether the reduction writes to tensors that `.grad` held before."""
         self.reducing = ddp is not None and ddp.require_backward_grad_sync
         """Whether the step ends with a reduction; not inside the caller's own `no_sync`, which accumulates."""
+        self.count = dist.get_world_size(ddp.process_group) if ddp is not None else 1
         self._forwards = 0
 
-    def per_replica(self, weight: float | Tensor) -> float | Tensor:
+    def mean_over_replicas(self, weight: float | Tensor) -> float | Tensor:
         """The mean over all replicas of a number that each of them has."""
         if self._ddp is None:
             return weight
         device = next(self._ddp.module.parameters()).device
-        total = torch.as_tensor(weight, dtype=torch.float64).to(device, copy=True)
+        if isinstance(weight, Tensor):
+            total = weight.to(device, torch.float64, copy=True)
+        else:
+            total = torch.full((), weight, dtype=torch.float64, device=device)  # which does not wait for the device
         dist.all_reduce(total, group=self._ddp.process_group)
-        return total / dist.get_world_size(self._ddp.process_group)
+        return total / self.count
+
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all replicas of tensors that each of them has, one message for each type."""
+        sums = [t.contiguous() for t in tensors]
+        if self._ddp is None:
+            return sums
+        for kind in dict.fromkeys((t.device, t.dtype) for t in sums):
+            places = [place for place, t in enumerate(sums) if (t.device, t.dtype) == kind]
+            message = torch.cat([sums[place].flatten() for place in places])
+            dist.all_reduce(message, group=self._ddp.process_group)
+            parts = message.split([sums[place].numel() for place in places])
+            for place, part in zip(places, parts, strict=True):
+                sums[place] = part.view(sums[place].shape)
+        return sums
 
     @contextmanager
     def silent(self, unless: bool) -> Iterator[None]:
@@ -82,7 +100,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
 
     Raises:
         NotImplementedError: for models whose parameters are sharded, or run by an engine of their own, and
-            for SyncBatchNorm or a static graph under DistributedDataParallel; for embeddings with max_norm.
+            for SyncBatchNorm, a static graph or join() under DistributedDataParallel; for embeddings with max_norm.
+        ValueError: for lazy parameters that have no shape yet.
     """
     ddp: DistributedDataParallel | None = None
     while True:
@@ -94,22 +113,29 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             break
     if ddp is not None and ddp.static_graph:
         raise NotImplementedError(
-            "DistributedDataParallel(static_graph=True) counts on one backward pass a step: leave static_graph out."
+            "DistributedDataParallel(static_graph=True) assumes one backward pass per step: leave static_graph out."
+        )
+    if ddp is not None and getattr(getattr(ddp, "_join_config", None), "enable", False):
+        raise NotImplementedError(
+            "Within DistributedDataParallel.join() a rank that has ended answers to one forward and one backward pass "
+            "a step, and msam.backward takes more: leave join() out, and give every rank as many mini-batches."
         )
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise NotImplementedError(
-                "nn.Embedding(max_norm=...) writes to its weights in the forward pass: leave max_norm out, and "
-                "normalise after the optimizer's step."
+                f"nn.{type(module).__name__}(max_norm=...) writes to its weights in the forward pass: leave max_norm "
+                "out, and normalise after the optimizer's step."
             )
         if ddp is not None and isinstance(module, nn.SyncBatchNorm):
             raise NotImplementedError(
-                "SyncBatchNorm averages over the ranks, whose micro-batches are perturbed apart: use BatchNorm, "
-                "whose statistics are then those of a micro-batch, or GroupNorm."
+                "SyncBatchNorm averages over ranks, but each rank perturbs its own micro-batches: use BatchNorm, whose "
+                "statistics are then those of a micro-batch, or GroupNorm."
             )
         if type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
             _refuse(type(module).__name__)
-    for p in model.parameters():
+    for name, p in model.named_parameters():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"The parameter {name} has no shape yet: run one forward pass before msam.backward.")
         if type(p).__name__ == "DTensor":
             _refuse("A DTensor (FSDP2 or tensor parallelism)")
         if hasattr(p, "ds_id"):

@@ -1,7 +1,7 @@
 """The passes of one step: what surrounds every call of `loss_fn` and every backward pass."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msam.atomic import Gradients, Signals
 from msam.embedding import rows_only
-from msam.mean import Mean, mean_and_weight
+from msam.mean import Mean, unpacked
 from msam.microbatch import fresh
 from msam.noise import Draws, Noise
 from msam.parallel import Replicas
@@ -25,7 +25,7 @@ class Clean:
     """L_i(w), gone once its gradient is taken."""
     weight: float | Tensor | None
     share: float | Tensor
-    """What the loss counts for in the mini-batch's."""
+    """What the loss counts for in the mini-batch's; nothing yet if that is known later."""
     before: Snapshot
     """The state that it started from."""
     draws: Draws | None
@@ -58,10 +58,16 @@ class Passes:
     noise: Noise | None
     started: Snapshot
     """The state that the step started from."""
+    written: Sequence[tuple[Tensor, int]] = ()
+    """The batch's tensors, and the versions that they must keep."""
+    shared: bool = False
+    """Whether all passes at w come before those at w + e."""
     mode: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What else surrounds a forward pass."""
     losses: list[Tensor] = field(default_factory=list)
     perturbed_losses: list[Tensor] = field(default_factory=list)
+    aux: list[Any] = field(default_factory=list)
+    """What else `loss_fn` returned from each pass at w."""
 
     def clean(self, part: Any, again: bool = True) -> Clean:
         """The forward pass over the next micro-batch at w.
@@ -70,21 +76,25 @@ class Passes:
             part: The micro-batch.
             again: Whether a pass at w + e follows. If not, the backward pass is the one to be reduced.
         """
-        last = len(self.losses) + 1 == self.count
-        before = self.state.taken("before") if again and self.losses else self.started
-        draws = self.noise.draws() if self.noise else None
+        number = len(self.losses) + 1
+        last = number == self.count
+        name = f"before {number}" if self.shared else "before"
+        before = self.state.taken(name) if again and self.losses else self.started
+        draws = self.noise.draws(keep=not self.shared) if self.noise else None
         tables = self.tables if again else self._summed()
-        with self.replicas.silent(unless=last and not again), rows_only(tables), self.mode:
-            with draws.first() if draws else nullcontext(), self.signals.heard():
+        with self.replicas.silent(unless=last and not again), rows_only(tables), self._forward_only(again):
+            with self.mode, draws.first() if draws else nullcontext(), self.signals.heard():
                 returned = self.loss_fn(fresh(part))
-            loss, weight = mean_and_weight(returned)
+            loss, weight, aux = unpacked(returned)
         self.replicas.check_used()
         if weight is not None and not self.losses:
             for leaf in leaves(loss):  # parameters outside the model are weighted alike
                 self.gradients.include(leaf)
-        share = self.mean.share(weight, last)
+        self.mean.count(weight)
+        share = 0.0 if self.shared else self.mean.share(last)
         loss = self._nothing_if(weight, loss)
         self.losses.append(loss.detach().clone())  # of a loss that is a view of a parameter too
+        self.aux.append(aux)
         return Clean(loss, weight, share, before, draws)
 
     def descend(self, part: Any, clean: Clean, norm: Tensor) -> None:
@@ -95,23 +105,54 @@ class Passes:
             clean: What its pass at w has left.
             norm: Norm of the ascent gradient.
         """
-        last, draws = len(self.losses) == self.count, clean.draws
+        last, draws = len(self.perturbed_losses) + 1 == self.count, clean.draws
         with self.state.rewound(clean.before):
-            with self.replicas.silent(unless=last), rows_only(self._summed()), self.mode:
-                with draws.again() if draws else nullcontext(), self.signals.heard_twice():
+            with self.replicas.silent(unless=last), rows_only(self._summed()), self._forward_only():
+                with self.mode, draws.again() if draws else nullcontext(), self.signals.heard_twice():
                     returned = self.loss_fn(fresh(part))
-                loss, _ = mean_and_weight(returned)
+                loss, _, _ = unpacked(returned)
             loss = self._nothing_if(clean.weight, loss)
+            if last and self.shared:
+                self.mean.join()
             # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
             # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
-            self.accumulate(loss * (1 + (norm - norm).sum()).to(loss.device), clean.share)
+            self.accumulate(loss * (1 + (norm - norm).sum()).to(loss.device), clean.share, last)
             self.perturbed_losses.append(loss.detach().clone())
 
-    def accumulate(self, loss: Tensor, share: float | Tensor) -> None:
-        """The backward pass of what a loss counts for, into `.grad`."""
+    def accumulate(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
+        """The backward pass of what a loss counts for, into `.grad`; it is reduced if it is the last."""
         share = share.to(loss.device, loss.dtype) if isinstance(share, Tensor) else share
-        with self.replicas.silent(unless=len(self.losses) == self.count):
+        with self.replicas.silent(unless=last):
             self.scaled(loss * share).backward()
+
+    @contextmanager
+    def _forward_only(self, again: bool = True) -> Iterator[None]:
+        """`loss_fn` is called in the block, which runs the forward pass and nothing else.
+
+        Args:
+            again: Whether another pass needs the batch as it was.
+
+        Raises:
+            ValueError: if `.grad`, a parameter or the batch has changed in the block.
+        """
+        before, versions = self.gradients.noted(), self.gradients.versions()
+        yield
+        if self.gradients.versions()[: len(versions)] != versions:
+            raise ValueError(
+                "loss_fn wrote to a trained parameter (F.embedding with max_norm does), which is not undone: write to "
+                "parameters after the optimizer's step."
+            )
+        if any(g is not h or v != w for (g, v), (h, w) in zip(before, self.gradients.noted(), strict=True)):
+            raise ValueError(
+                "loss_fn has changed .grad of the model: it must run the forward pass only, and return the loss "
+                "without calling backward() or zero_grad()."
+            )
+        changed = [tuple(t.shape) for t, version in self.written if t._version != version] if again else []
+        if changed:
+            raise ValueError(
+                f"loss_fn wrote to a tensor of the batch, of shape {changed[0]}: both passes must see the same data, "
+                "so write to a copy (x = x.clone()). The model is as before the call, the batch may not be."
+            )
 
     def ascent_gradient(self, clean: Clean) -> list[Tensor | None]:
         """g of each perturbed parameter; `.grad` and whatever waits for it are left alone.
@@ -154,15 +195,15 @@ class Passes:
 
 def leaves(loss: Tensor) -> list[Tensor]:
     """The tensors that a backward pass from the loss accumulates gradients in."""
-    return [node.variable for node in _graph(loss) if hasattr(node, "variable")]
+    return [node.variable for node in graph_of(loss) if hasattr(node, "variable")]
 
 
 def _reentrant(loss: Tensor) -> bool:
     """Whether the loss came through a checkpoint whose parameters torch.autograd.grad cannot see."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _graph(loss))
+    return any(node.name() == "CheckpointFunctionBackward" for node in graph_of(loss))
 
 
-def _graph(loss: Tensor) -> Iterator[Any]:
+def graph_of(loss: Tensor) -> Iterator[Any]:
     """Every node of autograd's graph behind a loss, once."""
     seen: set[Any] = {None}
     waiting: list[Any] = [loss.grad_fn]

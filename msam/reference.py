@@ -16,6 +16,7 @@ def msam_gradient(
     sizes: Sequence[int],
     rho: float,
     adaptive: bool = False,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """The gradient G of mSAM (arXiv 2302.09693) at the weights w.
 
@@ -26,6 +27,8 @@ def msam_gradient(
         sizes: Their numbers of examples |S_i|.
         rho: Radius of the perturbation.
         adaptive: ASAM's elementwise perturbation (arXiv 2102.11600, eta = 0).
+        groups: Which micro-batches, by number, share one perturbation, that of the mean of their gradients; by
+            default none do.
 
     Returns:
         G by name, of the parameters' shapes.
@@ -36,14 +39,18 @@ def msam_gradient(
     if any(p.dtype != torch.float64 for p in w.values()):
         raise ValueError("The reference works in float64: convert the model with .double().")
     G = {name: torch.zeros_like(p) for name, p in w.items()}
-    for S_i, n_i in zip(micro_batches, sizes, strict=True):
-        g = _gradient(loss_fn, w, S_i)
+    for group in groups or [[number] for number in range(len(micro_batches))]:
+        g = {name: torch.zeros_like(p) for name, p in w.items()}
+        for i in group:
+            for name, g_i in _gradient(loss_fn, w, micro_batches[i]).items():
+                g[name] += sizes[i] / sum(sizes[j] for j in group) * g_i
         T = {name: p.abs() if adaptive else torch.ones_like(p) for name, p in w.items()}
         norm = sum((((T[name] * g[name]) ** 2).sum() for name in w), torch.zeros((), dtype=torch.float64)).sqrt()
         e = {name: rho * T[name] ** 2 * g[name] / norm if norm > 0 else torch.zeros_like(g[name]) for name in w}
-        perturbed = _gradient(loss_fn, {name: w[name] + e[name] for name in w}, S_i)
-        for name in w:
-            G[name] += n_i / sum(sizes) * perturbed[name]
+        for i in group:
+            perturbed = _gradient(loss_fn, {name: w[name] + e[name] for name in w}, micro_batches[i])
+            for name in w:
+                G[name] += sizes[i] / sum(sizes) * perturbed[name]
     return G
 
 

@@ -28,7 +28,7 @@ from torch.autograd.graph import increment_version
 from msam.atomic import expanded
 
 LARGE = 2**16
-"""Elements from which on a tensor is cloned lazily."""
+"""Elements from which on a tensor is cloned lazily. Parameters always are: they rarely move."""
 
 LONGEST = 4096
 """Entries of a list, dict, set or deque up to which it counts as state."""
@@ -91,7 +91,7 @@ class State:
                 self._scripted += [*module.parameters(recurse=False), *module.buffers(recurse=False)]
                 continue
             self._live += [module._parameters, module._buffers]
-            if not type(module).__module__.startswith("torch.nn."):
+            if not type(module).__module__.startswith("torch.nn.") or module._forward_pre_hooks:  # as of spectral_norm
                 self._owners.append(_Attributes(vars(module)))
         self._tables: list[dict[str, Any]] = []
         self._objects: list[Any] = []
@@ -121,7 +121,7 @@ class State:
         for t, v in zip(then.tensors, then.values, strict=True):
             if not _alike(t, v):
                 self._attempt(failures, _reshaped, t, v)
-            elif t.numel() < LARGE or not _shared(t, v):
+            elif not _shared(t, v):
                 whole.append((t.detach(), v))
         for tensors, values in _grouped(whole):
             try:
@@ -131,6 +131,25 @@ class State:
                     self._attempt(failures, t.copy_, v)
         if failures:
             raise failures[0]
+
+    def changed(self, then: Snapshot, known: set[int]) -> str | None:
+        """The name of something that is not as it was, if there is any. On other devices than the CPU values may pass.
+
+        Args:
+            then: The state before.
+            known: Ids of tensors that may have changed.
+        """
+        for live, table in zip(self._live, then.tables, strict=True):
+            for name in live.keys() | table.keys():
+                if live.get(name, _MISSING) is not table.get(name, _MISSING):
+                    return name
+        for owner, record in zip(self._owners, then.attributes, strict=True):
+            if (attribute := owner.changed(record)) is not None:
+                return attribute
+        for t, v in zip(then.tensors, then.values, strict=True):
+            if id(t) not in known and t.device.type == "cpu" and not _equal(t, v):
+                return next((n for table in then.tables for n, held in table.items() if held is t), "a tensor")
+        return None
 
     @contextmanager
     def rewound(self, before: Snapshot) -> Iterator[None]:
@@ -166,7 +185,8 @@ class State:
         values: list[Any] = list(memory) if fits else [None] * len(tensors)
         small = []
         for number, t in enumerate(tensors):
-            if self._lazily and t.numel() >= LARGE and (clone := self._cloned(t)) is not None:
+            large = isinstance(t, nn.Parameter) or t.numel() >= LARGE
+            if self._lazily and large and (clone := self._cloned(t)) is not None:
                 values[number] = clone
                 continue
             if not fits or values[number] is self._clones.get(id(t)):
@@ -230,6 +250,16 @@ class _Attributes:
         for key in self._own.keys() - record.keys - _BASE:
             if _copied(self._own[key], []) is not None:
                 del self._own[key]
+
+    def changed(self, record: "_Record") -> str | None:
+        """The name of an attribute that is not what it was, or was none."""
+        for key in self._own.keys() - _BASE:
+            copy = record.copies.get(key)
+            if copy is None and (key in record.keys or _copied(self._own[key], []) is None):
+                continue  # no state
+            if copy is None or not _still(copy, self._own[key]):
+                return key
+        return next(iter(record.copies.keys() - self._own.keys()), None)
 
     def _same(self) -> bool:
         """Whether every attribute is the object that it was. What is no state is held by its id alone."""
@@ -314,6 +344,28 @@ def _copied(value: Any, tensors: list[Tensor], depth: int = 0) -> _Copied | None
     if None in entries:
         return None
     return _Copied(value, dict(zip(value, entries, strict=True)) if isinstance(value, dict) else entries)
+
+
+def _equal(t: Tensor, values: Tensor) -> bool:
+    """Whether a tensor holds these values, NaN for NaN."""
+    if not _alike(t, values):
+        return False
+    return _shared(t, values) or torch.equal(t, values) or bool(((t == values) | ((t != t) & (values != values))).all())
+
+
+def _still(copy: _Copied, value: Any) -> bool:
+    """Whether a value is what it was when it was copied; the values of tensors are not looked at."""
+    if copy.contents is None:
+        return value is copy.value or (
+            isinstance(value, _PLAIN) and type(value) is type(copy.value) and value == copy.value
+        )
+    if value is not copy.value or len(value) != len(copy.contents):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and _still(entry, value[key]) for key, entry in copy.contents.items())
+    if isinstance(value, set):
+        return value == {entry.value for entry in copy.contents}
+    return all(map(_still, copy.contents, value))
 
 
 def _refill(copy: _Copied) -> None:

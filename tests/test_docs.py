@@ -21,7 +21,7 @@ EXAMPLES = re.findall(
 
 
 def test_the_page_has_its_examples():
-    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 8
+    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 9
 
 
 def needs(how):

@@ -1,5 +1,5 @@
 """All micro-batches of a step in one pass over the mini-batch."""
 
-from msam.vectorized.passes import Vectorized
+from msam.vectorized.passes import Vectorized, together
 
-__all__ = ["Vectorized"]
+__all__ = ["Vectorized", "together"]

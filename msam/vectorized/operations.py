@@ -29,12 +29,16 @@ class Operation(ABC):
         adaptive: Whether T is |w|.
 
     Attributes:
-        norms: ||T g_i||, over the perturbed parameters together. Shape (m,); None if they have no gradient.
+        norms: ||T g_i||, over the perturbed parameters that nothing else uses. Shape (m,); None without a gradient.
+        trained: Whether each of the parameters wants a gradient. In the clean pass they stay out of autograd's graph.
     """
 
     def __init__(self, m: int, perturbed: Sequence[bool], adaptive: bool) -> None:
         self.m, self._perturbed, self._adaptive = m, perturbed, adaptive
         self.norms: Tensor | None = None
+        self.trained: Sequence[bool] = [True] * len(perturbed)
+        self.sums: list[Sum | None] = [None] * len(perturbed)
+        """Of each parameter that other operations use too, where their gradients add up."""
         self._own: list[Stack | None] = [None] * len(perturbed)
 
     @abstractmethod
@@ -53,11 +57,18 @@ class Operation(ABC):
     def descent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> tuple[Tensor | None, ...]:
         """The gradients at w + e_i by x, if wanted, and by each parameter."""
 
+    def renew(self, new: "Operation") -> None:  # noqa: B027
+        """Use the constants of the second pass's call, which may be other tensors."""
+
     def _keep(self, params: Sequence[Tensor | None], gradients: Sequence[Stack | None]) -> None:
         """Take the micro-batches' gradients by the perturbed parameters, and their norm."""
         norms = []
         for number, (w, own) in enumerate(zip(params, gradients, strict=True)):
-            if w is not None and own is not None and self._perturbed[number]:
+            if w is None or own is None or not self._perturbed[number]:
+                continue
+            if (total := self.sums[number]) is not None:
+                total.add(own)
+            else:
                 self._own[number] = own
                 norms += [torch.stack(torch._foreach_norm([g * w if self._adaptive else g for g in own]))]
         if norms:
@@ -68,16 +79,50 @@ class Operation(ABC):
         found: list[Any] = []
         for number, w in enumerate(params):
             own, self._own[number] = self._own[number], None
-            if w is None or own is None:
+            if w is not None and (total := self.sums[number]) is not None:
+                found.append(total.moved(w, scale, self._adaptive))
+            elif w is None or own is None:
                 found.append([w] * self.m)
-                continue
-            stacked = isinstance(own, Tensor)  # else autograd may have handed the same memory to others too
-            moved = [
-                torch.addcmul(w, g * w * w if self._adaptive else g, factor, out=g if stacked else None)
-                for g, factor in zip(own, scale, strict=True)
-            ]
-            found.append(own if stacked else moved)
+            else:
+                found.append(_moved(w, own, scale, self._adaptive))
         return found
+
+
+class Sum:
+    """The micro-batches' gradients by a parameter that several operations use: each of them adds its own."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._weights: Stack | None = None
+
+    def add(self, gradients: Stack) -> None:
+        """Add those of one operation."""
+        stack = stacked(gradients)
+        self._total = stack.clone() if self._total is None else self._total.add_(stack)
+
+    @torch.no_grad()
+    def norms(self, w: Tensor, adaptive: bool) -> Tensor | None:
+        """||T g_i||. Shape (m,); None if there is no gradient."""
+        if self._total is None:
+            return None
+        return torch.linalg.vector_norm((self._total * w if adaptive else self._total).flatten(1), dim=1)
+
+    def moved(self, w: Tensor, scale: Tensor, adaptive: bool) -> Stack:
+        """w + e_i, worked out once."""
+        if self._weights is None:
+            total = self._total
+            self._weights = [w] * len(scale) if total is None else _moved(w, total, scale.to(w.device), adaptive)
+        return self._weights
+
+
+def _moved(w: Tensor, own: Stack, scale: Tensor, adaptive: bool) -> Stack:
+    """w + e_i for each micro-batch. A stack of gradients becomes one of weights."""
+    in_place = isinstance(own, Tensor)  # else autograd may have handed the same memory to others too
+    moved = [
+        torch.addcmul(w, g * w * w if adaptive else g, factor, out=g if in_place else None)
+        for g, factor in zip(own, scale, strict=True)
+    ]
+    return own if in_place else moved
 
 
 class Each(Operation):
@@ -88,9 +133,14 @@ class Each(Operation):
     """
 
     def __init__(self, function: Callable[..., Tensor], m: int, perturbed: Sequence[bool], adaptive: bool) -> None:
+        """As `Operation`; the function is given the number of the micro-batch, its part of x, and the parameters."""
         super().__init__(m, perturbed, adaptive)
         self._function = function
         self._passes: list[tuple[GradientEdge, list[Tensor | None]]] = []
+
+    def renew(self, new: Operation) -> None:
+        assert isinstance(new, Each)
+        self._function = new._function
 
     def clean(self, x: Any, *params: Any) -> Tensor:
         return self._run(x, params, [[w] * self.m for w in params])
@@ -110,15 +160,15 @@ class Each(Operation):
         return dx, *(torch.stack(own).sum(0) if own else None for own in gradients)
 
     def _run(self, x: Tensor | None, params: Sequence[Tensor], weights: Sequence[Sequence[Tensor]]) -> Tensor:
-        wanted = [t is not None and t.requires_grad for t in (x, *params)]
+        wanted = [x is not None and x.requires_grad, *self.trained]
         parts = [x] * self.m if x is None else x.chunk(self.m)
         self._passes = []  # of a clean pass without a way back, if there are any
 
         def outputs() -> Iterator[Tensor]:
-            for inputs in zip(parts, *weights, strict=True):
+            for number, inputs in enumerate(zip(parts, *weights, strict=True)):
                 leaves = [t.detach().requires_grad_() if want else t for t, want in zip(inputs, wanted, strict=True)]
                 with torch.enable_grad():
-                    y = self._function(*leaves)
+                    y = self._function(number, *leaves)
                 if y.requires_grad:
                     self._passes.append((get_gradient_edge(y), leaves))
                 yield y.detach()
@@ -144,43 +194,66 @@ class Each(Operation):
 
 
 class Embedding(Operation):
-    """`torch.nn.functional.embedding`: what a micro-batch looked up moves, and the table stays."""
+    """`torch.nn.functional.embedding`: the rows that a micro-batch has looked up move, and the table stays.
+
+    The ids of the perturbed pass may be others than those of the clean pass, where they depend on activations.
+    """
 
     def __init__(self, m: int, perturbed: Sequence[bool], adaptive: bool, padding_idx: int) -> None:
         super().__init__(m, perturbed, adaptive)
         self._padding = padding_idx
+        self._rows: Tensor | None = None
+        """The rows that were looked up, in order. Those of micro-batch i count from i times the table's length."""
         self._steps: Tensor | None = None
+        """For the first of each group of equal rows, T^2 g."""
 
     def clean(self, x: Any, *params: Any) -> Tensor:
         return F.embedding(x, params[0])
 
     def ascent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> None:
         (w,) = params
-        row = (x.reshape(self.m, -1) + len(w) * torch.arange(self.m, device=x.device).unsqueeze(1)).flatten()
-        place = torch.searchsorted(row.sort().values, row)
-        D = dy.reshape(len(row), -1).masked_fill((x == self._padding).view(-1, 1), 0)
-        g = torch.zeros_like(D).index_add_(0, place, D)[place]
+        row = self._counted(x, len(w))
+        D = dy.reshape(len(row), -1).masked_fill((x == self._padding).reshape(-1, 1), 0)
+        if self.sums[0] is not None:
+            whole = torch.zeros(self.m * len(w), *w.shape[1:], dtype=D.dtype, device=D.device)
+            self._keep((w,), (whole.index_add_(0, row, D).view(self.m, *w.shape),))
+            return
+        self._rows = row.sort().values
+        place = torch.searchsorted(self._rows, row)
+        g = torch.zeros_like(D).index_add_(0, place, D)
         if self._adaptive:
-            g *= w[x.flatten()].square()
-        self.norms = (D * g).view(self.m, -1).sum(1).clamp_min(0).sqrt()  # D sums to g over what looked up a row
-        self._steps = g.view(self.m, -1)
+            g *= w[self._rows % len(w)].square()
+        squares = (D.double() * g[place]).view(self.m, -1).sum(1)  # D sums to g over what looked up a row
+        self.norms = squares.clamp_min(0).sqrt().to(D.dtype)
+        self._steps = g
 
     def moved(self, scale: Tensor, x: Any, *params: Any) -> Tensor:
-        y = F.embedding(x, params[0])
-        if self._steps is not None:
-            y.view(self.m, -1).addcmul_(self._steps, scale.unsqueeze(1))
-            self._steps = None
+        (w,) = params
+        if self.sums[0] is not None:
+            (weights,) = self._weights(scale, params)
+            return joined(map(F.embedding, x.chunk(self.m), weights), self.m)
+        y = F.embedding(x, w)
+        if self._steps is not None and self._rows is not None:
+            row = self._counted(x, len(w))
+            place = torch.searchsorted(self._rows, row).clamp_max(len(row) - 1)
+            steps = self._steps[place] * (self._rows[place] == row).unsqueeze(1)
+            y.view(self.m, -1).addcmul_(steps.view(self.m, -1), scale.unsqueeze(1))
+            self._rows = self._steps = None
         return y
 
     def descent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> tuple[Tensor | None, ...]:
         return None, torch.ops.aten.embedding_dense_backward(dy, x, len(params[0]), self._padding, False)
 
+    def _counted(self, x: Tensor, length: int) -> Tensor:
+        first = length * torch.arange(self.m, device=x.device).unsqueeze(1)
+        return (x.reshape(self.m, -1) + first).flatten()
+
 
 class _Clean(torch.autograd.Function):
-    """The clean pass of an operation. Its parameters get no gradient here."""
+    """The clean pass of an operation. Its parameters get no gradient here; the anchor brings autograd back."""
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, x: Any, *params: Any) -> Tensor:
+    def forward(ctx: Any, operation: Operation, anchor: Tensor, x: Any, *params: Any) -> Tensor:
         ctx.operation = operation
         ctx.save_for_backward(x, *params, _mark())
         return _own(operation.clean(x, *params))
@@ -189,7 +262,7 @@ class _Clean(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *params, _ = ctx.saved_tensors
         _once(ctx)
-        return None, ctx.operation.ascent(dy, ctx.needs_input_grad[1], x, *params), *(None for _ in params)
+        return None, None, ctx.operation.ascent(dy, ctx.needs_input_grad[2], x, *params), *(None for _ in params)
 
 
 class _Moved(torch.autograd.Function):
@@ -208,10 +281,14 @@ class _Moved(torch.autograd.Function):
         return None, None, *ctx.operation.descent(dy, ctx.needs_input_grad[2], x, *params)
 
 
-def run(operation: Operation, scale: Tensor | None, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
-    """The operation's value for autograd: at w without a scale, else at w + e_i."""
-    if scale is None:
-        return _Clean.apply(operation, x, *params)
+def run_clean(operation: Operation, anchor: Tensor, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
+    """The operation's value at w. Autograd comes back to it if it comes back to the anchor, a tensor of no meaning."""
+    operation.trained = [p is not None and p.requires_grad for p in params]
+    return _Clean.apply(operation, anchor, x, *(None if p is None else p.detach() for p in params))
+
+
+def run_moved(operation: Operation, scale: Tensor, x: Tensor | None, params: Sequence[Tensor | None]) -> Tensor:
+    """The operation's value at w + e_i, for autograd."""
     return _Moved.apply(operation, scale, x, *params)
 
 
@@ -251,8 +328,8 @@ def joined(parts: Iterable[Tensor], m: int) -> Tensor:
     for number, part in enumerate(parts):
         size = len(part)
         if not number:
-            outermost = part.stride(0) == part[0].numel() and 0 not in part.stride()
-            strides = part.stride() if outermost else part.contiguous().stride()
+            outermost = size > 1 and part.stride(0) == part[0].numel() and 0 not in part.stride()
+            strides = part.stride() if outermost else part.new_empty(part.shape).stride()
             whole = part.new_empty_strided((m * size, *part.shape[1:]), strides)
         whole[number * size : (number + 1) * size] = part
     return whole

@@ -18,6 +18,7 @@ class Product(Operation):
     The T rows of a micro-batch, X_i, and what comes back for them, D_i, make its gradient g_i = D_i^T X_i. Where T is
     small beside W it is never worked out: ||g_i||^2 is the sum over X_i X_i^T * D_i D_i^T, elementwise, and a product
     with g_i is one with D_i and one with X_i. W is then read and written once for all micro-batches, not once for each.
+    The factors are used in float64: rows that cancel leave a small sum of large products.
     """
 
     def __init__(self, m: int, perturbed: Sequence[bool], adaptive: bool) -> None:
@@ -33,12 +34,12 @@ class Product(Operation):
     def ascent(self, dy: Tensor, by_x: bool, x: Any, *params: Any) -> Tensor | None:
         w, b = params
         D, self._shape = self.rows(dy), dy.shape
-        small = self.factorises(D.shape[1], w.shape[0], w[0].numel()) and not self._adaptive
+        alone = not self._adaptive and self.sums[0] is None
+        small = alone and self.factorises(D.shape[1], w.shape[0], w[0].numel())
         self._keep((w, b), (None if small else self.gradients(dy, x, w), D.sum(1)))
         if small:
-            X = self.columns(x)
-            self._factors = D, X
-            norms = (torch.bmm(X, X.mT) * torch.bmm(D, D.mT)).sum((1, 2)).clamp_min(0).sqrt()
+            self._factors = D.double(), self.columns(x).double()
+            norms = self._norms().to(D.dtype)
             self.norms = norms if self.norms is None else torch.hypot(norms, self.norms)
         return self.back(dy, x, w) if by_x else None
 
@@ -48,8 +49,8 @@ class Product(Operation):
         if self._factors is None:
             return self.apply_each(x, self._each, biases)
         D, X = self._factors
-        self._scale = scale.to(D.dtype).view(-1, 1, 1)
-        y = torch.bmm(torch.bmm(self.columns(x), X.mT).mul_(self._scale), D)
+        self._scale = scale.double().view(-1, 1, 1)
+        y = torch.bmm(torch.bmm(self.columns(x).double(), X.mT).mul_(self._scale), D).to(x.dtype)
         if b is not None:
             y += stacked(biases).unsqueeze(1)
         return self.apply(x, w, None).add_(self.from_rows(y, self._shape))
@@ -61,11 +62,18 @@ class Product(Operation):
         if by_x and self._factors is not None:
             D, X = self._factors
             dx = self.back(dy, x, w)
-            dx += self.from_columns(torch.bmm(torch.bmm(rows, D.mT).mul_(self._scale), X), x)
+            back = torch.bmm(torch.bmm(rows.double(), D.mT).mul_(self._scale), X)
+            dx += self.from_columns(back.to(x.dtype), x)
         elif by_x:
             dx = self.back_each(dy, x, self._each)
         self._factors = self._each = None
         return dx, self.gradient(dy, x, w), None if b is None else rows.sum((0, 1))
+
+    def _norms(self) -> Tensor:
+        """||D_i^T X_i|| without D_i^T X_i."""
+        assert self._factors
+        D, X = self._factors
+        return (torch.bmm(X, X.mT) * torch.bmm(D, D.mT)).sum((1, 2)).clamp_min(0).sqrt()
 
     def factorises(self, T: int, n: int, k: int) -> bool:
         """Whether the two factors take fewer multiplications than g_i."""

@@ -79,6 +79,46 @@ def one_micro_batch(rank):
     return {"grad": tensors(ddp)}
 
 
+def shared(rank, over=True, **options):
+    """3 and 2 micro-batches, 7 and 5 examples: one perturbation on each rank, or on both."""
+    ddp = DDP(mlp(), **options)
+    ddp.module[0].bias.grad = torch.ones(7, dtype=torch.float64)
+    batch = shard(data(12, 5), [7, 5], rank)
+    step = msam.backward(loss_of(ddp), batch, ddp, rho=RHO, micro_batches=3 - rank, shared=over)
+    ddp.module[0].bias.grad -= 1
+    return {"grad": tensors(ddp), "norms": step.gradient_norms}
+
+
+def shared_over_ranks(rank):
+    return shared(rank, over="ranks")
+
+
+def shared_over_ranks_in_views(rank):
+    return shared(rank, over="ranks", gradient_as_bucket_view=True)
+
+
+def shared_counts_over_ranks(rank):
+    """Weighted by what is valid, of which rank 1 has nothing in one micro-batch."""
+    ddp = DDP(mlp())
+    x, y = shard(data(12, 5), [7, 5], rank)
+    if rank:
+        y[:3] = IGNORED
+
+    def loss_fn(part):
+        return F.cross_entropy(ddp(part[0]), part[1], ignore_index=IGNORED), (part[1] != IGNORED).sum()
+
+    msam.backward(loss_fn, (x, y), ddp, rho=RHO, micro_batches=2, shared="ranks")
+    return {"grad": tensors(ddp)}
+
+
+def joined(rank):
+    """Uneven inputs under join(), which would wait for one reduction a step."""
+    ddp = DDP(mlp())
+    with ddp.join():
+        call = lambda: msam.backward(loss_of(ddp), data(4, 5), ddp, rho=RHO, micro_batches=2)  # noqa: E731
+        return refusal(NotImplementedError, call)
+
+
 def control(rank):
     """rho = 0: the plain gradient over all examples."""
     ddp = DDP(mlp())
@@ -262,6 +302,11 @@ SCENARIOS = [
     find_unused,
     in_one_pass,
     one_micro_batch,
+    shared,
+    shared_over_ranks,
+    shared_over_ranks_in_views,
+    shared_counts_over_ranks,
+    joined,
     control,
     uneven,
     counted,

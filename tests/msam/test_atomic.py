@@ -4,14 +4,17 @@ import copy
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import msam
 from msam import perturbation
 from msam.atomic import Gradients
+from tests.msam.faults import AtLine, FaultAt, Injected, Watched, fail, interrupt
 from tests.msam.small import convnet, data, gradients, loss_of
 
 
@@ -233,3 +236,159 @@ def test_a_handler_that_saves_a_checkpoint_never_sees_perturbed_weights(number):
         signal.signal(number, usual)
     (weights,) = saved
     assert all(torch.equal(p, before[name]) for name, p in weights.items())
+
+
+class Looks(nn.Module):
+    """A table that is moved by its rows, a layer with statistics, and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9000, 8)
+        self.norm, self.drop, self.out = nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        return self.out(self.drop(self.norm(self.table(ids).mean(1))))
+
+
+MODES = {
+    "loop": {},
+    "in place": {},
+    "adaptive": {"adaptive": True},
+    "shared": {"shared": True},
+    "vectorized": {"vectorized": True},
+    "rho = 0": {"rho": 0.0},
+}
+
+
+@pytest.fixture(params=MODES)
+def step(request, monkeypatch):
+    """A function that takes a step of a model, and how to make one with gradients from before."""
+    if request.param == "in place":
+        monkeypatch.setattr(perturbation, "SWAPPED_ON", ())
+    options = {"rho": 0.3} | MODES[request.param]
+    x, y = torch.randint(0, 9000, (6, 2), generator=torch.Generator().manual_seed(1)), torch.arange(6) % 3
+
+    def make():
+        torch.manual_seed(0)
+        model = Looks().double()
+        for p in [model.norm.weight, model.out.weight]:
+            p.grad = torch.full_like(p, 100.0)
+        return model
+
+    def take(model):
+        torch.manual_seed(3)
+        msam.backward(lambda part: F.cross_entropy(model(part[0]), part[1]), (x, y), model, micro_batches=2, **options)
+
+    return make, take
+
+
+def taken(make, take):
+    model = make()
+    take(model)
+    return model
+
+
+def test_a_fault_at_any_operation_leaves_everything_as_it_was(step):
+    make, take = step
+    with FaultAt(None) as counting:
+        taken(make, take)
+    for number in range(counting.count):
+        model = make()
+        watched = Watched(model)
+        with suppress(Injected), FaultAt(number) as fault:
+            take(model)
+            fault.number = None
+        assert fault.number is None or watched.unchanged(), f"operation {number}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [interrupt, fail])
+def test_ctrl_c_or_an_error_at_any_line_finds_the_step_undone_or_finished(step, act):
+    make, take = step
+    expected = taken(make, take)
+    with AtLine(None, act) as counting:
+        taken(make, take)
+    for number in range(counting.count):
+        model = make()
+        watched, at = Watched(model), AtLine(number, act)
+        with suppress(KeyboardInterrupt, Injected), at:
+            take(model)
+        whole = watched.unchanged() or watched.committed(expected)
+        assert whole, f"line {number}, {at.where}"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, f"line {number}, {at.where}"
+        take(model)  # nothing is left of the step before
+
+
+@pytest.mark.parametrize("kind", ["expanded", "inference", "sparse", "dense of a sparse layer"])
+def test_gradients_that_cannot_be_written_to_are_replaced_by_the_sum(kind):
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=kind.startswith("dense")), nn.Flatten(), nn.Linear(8, 3)).double()
+    twin, batch = copy.deepcopy(model), (torch.randint(0, 10, (6, 2)), torch.arange(6) % 3)
+    w = model[0].weight
+    before = torch.ones(10, 4, dtype=torch.float64)
+    if kind == "expanded":
+        w.grad = torch.ones(1, 1, dtype=torch.float64).expand(10, 4)
+    elif kind == "inference":
+        with torch.inference_mode():
+            w.grad = before.clone()
+    elif kind == "sparse":
+        w.grad = before.to_sparse(1)
+    else:
+        w.grad = before.clone()
+    for net in (model, twin):
+        msam.backward(loss_of(net), batch, net, rho=0.3, micro_batches=2)
+    dense = [net[0].weight.grad.to_dense() for net in (model, twin)]
+    torch.testing.assert_close(dense[0], dense[1] + 1)
+
+
+def test_putting_back_goes_on_past_a_parameter_that_fails(monkeypatch):
+    model, batch, before, grads = with_gradients()
+    put_back, calls = perturbation.increment_version, iter(range(1000))
+    first_back = len(list(model.parameters()))  # after as many have moved
+
+    def fails(p):
+        if next(calls) == first_back:
+            raise RuntimeError("a hook, say")
+        put_back(p)
+
+    monkeypatch.setattr(perturbation, "increment_version", fails)
+    with pytest.raises(RuntimeError, match="a hook"):
+        msam.backward(loss_of(model), batch, model, rho=3.0)
+    assert_unchanged(model, before, grads)
+
+
+def test_the_users_own_error_comes_out_when_putting_back_fails_too():
+    model, batch, _, _ = with_gradients()
+
+    class Own(Exception):
+        pass
+
+    def loss_fn(part):
+        model[1].running_mean = torch.zeros(4, dtype=torch.float64)
+        model[1]._buffers["running_var"].resize_(7)
+        raise Own
+
+    with pytest.raises(Own):
+        msam.backward(loss_fn, batch, model, rho=3.0)
+    assert model[1].running_var.shape == (4,)
+
+
+def test_a_signal_that_waits_behind_another_is_delivered_too():
+    model, batch, before, grads = with_gradients()
+    heard, calls = [], iter(range(100))
+    usual = signal.signal(signal.SIGUSR1, lambda *_: heard.append("usr1"))
+
+    def loss_fn(part):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            for _ in range(100):
+                pass
+        return loss_of(model)(part)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            msam.backward(loss_fn, batch, model, rho=3.0)
+    finally:
+        signal.signal(signal.SIGUSR1, usual)
+    assert heard == ["usr1"]
+    assert_unchanged(model, before, grads)

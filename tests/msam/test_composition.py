@@ -305,15 +305,22 @@ def test_no_host_synchronisation(adaptive):
 
 
 @pytest.mark.needs("gpu")
-def test_nothing_waits_for_the_gpu():
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"adaptive": True}, {"shared": True}, {"vectorized": True}, {"rho": 0.0}], ids=str
+)
+def test_nothing_waits_for_the_gpu(options, counted):
     model, (x, y) = convnet().cuda(), data(8, 3, 8, 8)
-    batch = x.cuda(), y.cuda()
-    msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=4)
+    batch, options = (x.cuda(), y.cuda()), {"rho": 0.3, "micro_batches": 4} | options
+
+    def loss_fn(part):
+        loss = loss_of(model)(part)
+        return (loss, (part[1] >= 0).sum()) if counted else loss
+
+    msam.backward(loss_fn, batch, model, **options)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        counted = lambda part: (loss_of(model)(part), (part[1] >= 0).sum())  # noqa: E731
-        msam.backward(loss_of(model), batch, model, rho=0.3, micro_batches=4)
-        msam.backward(counted, batch, model, rho=0.3, micro_batches=4)
+        msam.backward(loss_fn, batch, model, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

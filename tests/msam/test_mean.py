@@ -49,7 +49,9 @@ def test_counts_valid_labels(hidden, rho):
 def test_any_weights(weights, rho):
     model, parts = mlp(), [data(3, 5, seed=i) for i in range(len(weights))]
     weight = iter([w for w in weights for _ in range(2 if rho else 1)])
-    msam.backward(lambda part: (loss_of(model)(part), next(weight)), None, model, rho=rho, micro_batches=parts)
+    msam.backward(
+        lambda part: msam.Output(loss_of(model)(part), next(weight)), None, model, rho=rho, micro_batches=parts
+    )
     if sum(weights):
         expected = reference_over(model, parts, weights, rho)
         torch.testing.assert_close(gradients(model), expected, rtol=1e-9, atol=1e-12)
@@ -74,17 +76,17 @@ def test_a_micro_batch_of_weight_0_contributes_nothing_even_if_its_loss_and_grad
 
 def test_weights_that_nobody_may_wait_for_are_not_looked_at(monkeypatch):
     """The way of GPUs, where a weight's value would cost a wait, taken on the CPU."""
-    taken = passes.mean_and_weight
+    taken = passes.unpacked
 
     def on_a_device(returned):
-        loss, _ = taken(returned)
-        return loss, returned[1].to(loss.dtype)
+        loss, _, aux = taken(returned)
+        return loss, returned[1].to(loss.dtype), aux
 
     model, (x, y) = mlp(), data(9, 5)
     y[3:6] = IGNORED
     parts = [part for i, part in enumerate(msam.split((x, y), 3)) if i != 1]
     expected = reference_over(model, parts, [3, 3], 0.3)
-    monkeypatch.setattr(passes, "mean_and_weight", on_a_device)
+    monkeypatch.setattr(passes, "unpacked", on_a_device)
     step = msam.backward(counted_loss(model), (x, y), model, rho=0.3, micro_batches=3)
     torch.testing.assert_close(gradients(model), expected, rtol=1e-11, atol=1e-13)
     assert torch.isfinite(step.loss)
@@ -145,7 +147,7 @@ def test_nothing_to_count_may_be_a_constant():
 
 def test_weights_accumulate_over_calls_as_separate_means():
     model, batch = mlp(), data(8, 5)
-    count = lambda part: (loss_of(model)(part), 7.0)  # noqa: E731
+    count = lambda part: msam.Output(loss_of(model)(part), 7.0)  # noqa: E731
     msam.backward(count, batch, model, rho=0.2, micro_batches=2)
     once = {name: g.clone() for name, g in gradients(model).items()}
     msam.backward(count, batch, model, rho=0.2, micro_batches=2)
@@ -186,8 +188,8 @@ def test_refuses_two_batches_or_none(batch, micro_batches, words):
 @pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), torch.tensor(-2.0)])
 def test_refuses_weights_that_count_nothing(weight):
     model = mlp()
-    with pytest.raises(ValueError, match="must be 0 or more"):
-        msam.backward(lambda part: (loss_of(model)(part), weight), data(4, 5), model, rho=0.1)
+    with pytest.raises(ValueError, match="and 0 or more"):
+        msam.backward(lambda part: msam.Output(loss_of(model)(part), weight), data(4, 5), model, rho=0.1)
 
 
 def test_refuses_a_weight_for_some_micro_batches_only():
@@ -205,4 +207,4 @@ def test_refuses_a_weight_for_some_micro_batches_only():
 def test_refuses_a_weight_of_several_numbers():
     model = mlp()
     with pytest.raises(ValueError, match="one number"):
-        msam.backward(lambda part: (loss_of(model)(part), torch.ones(2)), data(4, 5), model, rho=0.1)
+        msam.backward(lambda part: msam.Output(loss_of(model)(part), torch.ones(2)), data(4, 5), model, rho=0.1)

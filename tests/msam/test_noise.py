@@ -1,8 +1,10 @@
 """Both passes see the same random numbers, and on the CPU dropout's are drawn once."""
 
 import copy
+import random
 from functools import partial
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,3 +166,48 @@ def test_attention_that_only_torch_can_do_is_left_to_it(options):
 
     torch.manual_seed(0)
     check_bits(Attends())
+
+
+GENERATORS = {
+    "numpy": (lambda: None, lambda _: numpy.random.beta(0.4, 0.4)),
+    "python": (lambda: None, lambda _: random.random()),
+    "a numpy generator": (lambda: numpy.random.default_rng(0), lambda own: own.beta(0.4, 0.4)),
+    "an old numpy generator": (lambda: numpy.random.RandomState(0), lambda own: own.beta(0.4, 0.4)),
+    "a python generator": (lambda: random.Random(0), lambda own: own.random()),
+    "a torch generator": (lambda: torch.Generator().manual_seed(0), lambda own: torch.rand((), generator=own).item()),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"shared": True}, {"vectorized": True}], ids=str)
+@pytest.mark.parametrize("name", GENERATORS)
+def test_both_passes_draw_the_same_of_every_generator_that_is_global_or_named(name, options):
+    make, draw = GENERATORS[name]
+    own, reference = make(), make()
+    model, (x, y) = nn.Linear(5, 3).double(), data(8, 5)
+    drawn = []
+
+    def loss_fn(part):
+        drawn.append(draw(own))
+        return F.cross_entropy(model(part[0] * drawn[-1]), part[1])
+
+    numpy.random.seed(1)
+    random.seed(1)
+    named = [] if own is None else [own]
+    msam.backward(loss_fn, (x, y), model, rho=0.1, micro_batches=2, generators=named, **options)
+    numpy.random.seed(1)
+    random.seed(1)
+    alone = [draw(reference) for _ in range(3)]
+    expected = {"{}": [0, 0, 1, 1], "{'shared': True}": [0, 1, 0, 1], "{'vectorized': True}": [0, 0]}[str(options)]
+    assert drawn == [alone[i] for i in expected]
+    after = {"numpy": lambda: numpy.random.beta(0.4, 0.4), "python": random.random}.get(name, lambda: draw(own))
+    if name not in ("numpy", "python"):
+        assert after() == alone[max(expected) + 1]
+    drawn.clear()
+    msam.backward(loss_fn, (x, y), model, rho=0.1, micro_batches=2, same_noise=False, **options)
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_what_is_no_generator_is_refused():
+    model = nn.Linear(5, 3).double()
+    with pytest.raises(ValueError, match="generators holds a str"):
+        msam.backward(loss_of(model), data(4, 5), model, rho=0.1, generators=["seed"])

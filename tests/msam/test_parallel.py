@@ -131,12 +131,39 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all(ranks):
         ("bare_module", "call the wrapped model in loss_fn"),
         ("sync_batchnorm", "use BatchNorm"),
         ("static_graph", "leave static_graph out"),
+        ("joined", "leave join() out"),
         ("fsdp2", "use DistributedDataParallel"),
     ],
 )
 def test_refusals(ranks, scenario, words):
     for seen in ranks:
         assert words in (seen[scenario]["said"] or "")
+
+
+def shared_by_rank(groups, counts=None):
+    """Of 7 examples in 3 micro-batches and 5 in 2; or of valid ones."""
+    x, y = data(12, 5)
+    if counts:
+        y[7:10] = IGNORED
+        parts = [*msam.split((x[:7], y[:7]), 2), *msam.split((x[7:], y[7:]), 2)]
+        kept = [part[1] != IGNORED for part in parts]
+        parts = [(part[0][k], part[1][k]) for part, k in zip(parts, kept, strict=True) if k.any()]
+    else:
+        parts = [*msam.split((x[:7], y[:7]), 3), *msam.split((x[7:], y[7:]), 2)]
+    model = mlp()
+    w = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [len(part[1]) for part in parts]
+    return msam_gradient(pure_loss(model), w, parts, sizes, RHO, groups=groups or [range(len(parts))])
+
+
+def test_one_perturbation_for_each_rank_or_for_all(ranks):
+    check(ranks, "shared", shared_by_rank([[0, 1, 2], [3, 4]]))
+    check(ranks, "shared_over_ranks", shared_by_rank(None))
+    check(ranks, "shared_over_ranks_in_views", shared_by_rank(None))
+    check(ranks, "shared_counts_over_ranks", shared_by_rank(None, counts=True))
+    norms = [seen["shared_over_ranks"]["norms"] for seen in ranks]
+    assert torch.equal(*norms)
+    assert not torch.equal(*[seen["shared"]["norms"] for seen in ranks])
 
 
 def test_refuses_engines_by_name():

@@ -57,6 +57,8 @@ class Run:
     """m, the number of micro-batches that a mini-batch is split into (not their size)."""
     adaptive: bool = False
     """Whether the perturbation is ASAM's, elementwise; its rho is not comparable with SAM's."""
+    shared: bool = False
+    """Whether all micro-batches, over all ranks, share one perturbation, from the mean of their gradients."""
     seed: int = 0
     train_examples: int | None = None
     """Size of the training subset, which is the same for every seed; None takes all."""
@@ -85,6 +87,8 @@ class Run:
             reject("micro_batches", self.micro_batches, allowed)
         if self.adaptive and not self.rho:
             reject("adaptive", True, "left out if rho is 0: there is no perturbation to scale")
+        if self.shared and not (self.rho and self.micro_batches > 1):
+            reject("shared", True, "left out unless rho is greater than 0 and micro_batches greater than 1")
         available = DATASETS[self.dataset].train
         if (self.train_examples or 0) > self.available:
             reject("train_examples", self.train_examples, f"at most {available}, including held-out examples")

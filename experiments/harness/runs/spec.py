@@ -238,8 +238,9 @@ class Timing(Network):
             reject("rho", self.rho, "greater than 0 for a timing run")
         if self.holdout_examples:
             reject("holdout_examples", self.holdout_examples, "0 for a timing run")
-        if self.compile:
-            reject("compile", True, "left out of a timing run, which times uncompiled models")
+        for name in ("compile", "adaptive", "shared"):
+            if getattr(self, name):
+                reject(name, True, "left out of a timing run, which times uncompiled models and the arms of Table 1")
         if m < 2 or m & (m - 1) or self.batch_size % m:
             reject("micro_batches", m, f"a power of 2 that divides the batch size, {self.batch_size}, for a timing run")
         if m % self.workers:
@@ -278,7 +279,13 @@ class Stability(Run):
             reject("dataset", self.dataset, f"{', '.join(simulated)} for a stability run")
         if self.model not in models_of(self.dataset):
             reject("model", self.model, f"one of {', '.join(models_of(self.dataset))} for {self.dataset}")
-        for name, only in (("base_optimizer", "sgd"), ("momentum", 0.0), ("device", "cpu"), ("adaptive", False)):
+        for name, only in (
+            ("base_optimizer", "sgd"),
+            ("momentum", 0.0),
+            ("device", "cpu"),
+            ("adaptive", False),
+            ("shared", False),
+        ):
             if getattr(self, name) != only:
                 reject(name, getattr(self, name), f"{only!r} in a stability run")
 

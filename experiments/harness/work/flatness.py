@@ -159,7 +159,7 @@ def _eigenvalues(context: _Context) -> dict[str, Any]:
     spectrum = context.spectrum
     return {
         **{f"lambda_{i}": float(value) for i, value in enumerate(spectrum.values, start=1)},
-        "lambda_ratio": float(spectrum.values[0] / spectrum.values[-1]),
+        **({"lambda_ratio": float(spectrum.values[0] / spectrum.values[-1])} if spectrum.values[-1] else {}),
         "residual": spectrum.residual,
         "tolerance": TOLERANCE,
         "products": context.hessian.products - before,

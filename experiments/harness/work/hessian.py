@@ -8,6 +8,7 @@ the examples of a batch.
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -115,7 +116,10 @@ class Spectrum(NamedTuple):
     vectors: np.ndarray
     """(P, k), orthonormal."""
     residual: float
-    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; computed from products, not estimated."""
+    """||H v - lambda v|| / lambda_1 of the last pair, which converges last; computed from products, not estimated.
+
+    0 for a Hessian that is zero.
+    """
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -127,7 +131,9 @@ def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: floa
     """The `count` algebraically largest eigenvalues and their vectors.
 
     Uses Lanczos iteration, which checks convergence after each product and so needs the fewest products. If its vectors
-    do not fit in `KEPT_BYTES`, uses ARPACK, which restarts and checks only when its basis is full.
+    do not fit in `KEPT_BYTES`, uses ARPACK, which restarts and checks only when its basis is full. Either finds one of
+    several equal eigenvalues. So the largest one among the vectors orthogonal to these is computed next, and takes its
+    place among them, until it is not larger than the last of them.
 
     Args:
         H: A symmetric operator of P > count rows.
@@ -141,51 +147,96 @@ def largest_eigenvalues(H: PyTorchLinearOperator, count: int, *, tolerance: floa
     size = H.shape[0]
     dtype = np.float64 if H.dtype == torch.float64 else np.float32  # an encoder's basis in float64 would fill a laptop
     draws = np.random.default_rng(seed)
-    start, operator = draws.standard_normal(size), H.to_scipy(dtype)
-    most = min(size, KEPT_BYTES // (2 * 8 * size))
-    spectrum = _lanczos(operator, start, count, tolerance, most, draws)
-    if spectrum is not None:
-        return spectrum
-    values, vectors = eigsh(operator, k=count, which="LA", tol=tolerance, v0=start.astype(dtype))
-    order = np.argsort(-values)
-    values, vectors = values[order].astype(np.float64), vectors[:, order]
-    last = vectors[:, -1]
-    residual = np.linalg.norm(_times(H, last) - values[-1] * last) / abs(values[0])
-    return Spectrum(values, vectors, float(residual))
+    search = _Search(H.to_scipy(dtype), tolerance, min(size, KEPT_BYTES // (2 * 8 * size)), draws)
+    spectrum = search.largest(draws.standard_normal(size), count)
+    while count > 1:
+        further = search.beyond(spectrum)
+        if further.values[0] - spectrum.values[-1] <= tolerance * abs(spectrum.values[0]):
+            break
+        values = np.append(spectrum.values, further.values)
+        order = np.argsort(-values, kind="stable")[:count]
+        vectors = np.column_stack([spectrum.vectors, further.vectors])[:, order]
+        last = vectors[:, -1]
+        spectrum = Spectrum(values[order], vectors, _relative(_times(H, last) - values[order][-1] * last, values.max()))
+    return spectrum
 
 
-def _lanczos(
-    operator: LinearOperator, start: np.ndarray, count: int, tolerance: float, most: int, draws: np.random.Generator
-) -> Spectrum | None:
-    """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products are not enough."""
-    size = len(start)
-    basis, products, w = np.empty((size, 0)), np.empty((size, 0)), start
-    diagonal: list[float] = []
-    off_diagonal: list[float] = []
-    for number in range(1, most + 1):
-        length = np.linalg.norm(w)
-        if number > 1:
-            off_diagonal.append(float(length))
-            if length < 1e-13 * max(map(abs, diagonal)):  # the start's Krylov space is exhausted
-                off_diagonal[-1], w = 0.0, draws.standard_normal(size)
-                w -= basis @ (basis.T @ w)
-                length = np.linalg.norm(w)
-        q = w / length
-        basis = np.column_stack([basis, q])
-        w = operator.matvec(q.astype(operator.dtype)).astype(np.float64)
-        products = np.column_stack([products, w])
-        diagonal.append(float(q @ w))
-        for _ in range(2):
-            w = w - basis @ (basis.T @ w)
-        if number < count:
-            continue
-        values, parts = eigh_tridiagonal(diagonal, off_diagonal, select="i", select_range=(number - count, number - 1))
-        values, parts = values[::-1], parts[:, ::-1]
-        if number == size or (np.linalg.norm(w) * np.abs(parts[-1]) <= tolerance * np.abs(values)).all():
-            vectors = basis @ parts
-            residual = np.linalg.norm(products @ parts[:, -1] - values[-1] * vectors[:, -1]) / abs(values[0])
-            return Spectrum(values, vectors, float(residual))
-    return None
+@dataclass(frozen=True)
+class _Search:
+    """The search for the largest eigenvalues of an operator."""
+
+    operator: LinearOperator
+    tolerance: float
+    most: int
+    """Number of products, after which ARPACK takes over."""
+    draws: np.random.Generator
+    scale: float = 0.0
+    """Eigenvalues that are smaller than this need to be only as accurate as one of this size."""
+
+    def largest(self, start: np.ndarray, count: int) -> Spectrum:
+        """Those that are found from one first vector, so one of each group of equal ones."""
+        spectrum = self._lanczos(start, count)
+        if spectrum is not None:
+            return spectrum
+        dtype = self.operator.dtype
+        values, vectors = eigsh(self.operator, k=count, which="LA", tol=self.tolerance, v0=start.astype(dtype))
+        order = np.argsort(-values)
+        values, vectors = values[order].astype(np.float64), vectors[:, order]
+        last = vectors[:, -1]
+        product = self.operator.matvec(last.astype(dtype)).astype(np.float64)
+        return Spectrum(values, vectors, _relative(product - values[-1] * last, values[0]))
+
+    def beyond(self, known: Spectrum) -> Spectrum:
+        """The largest one whose vector is orthogonal to the known vectors."""
+
+        def without(v: np.ndarray) -> np.ndarray:
+            return v - known.vectors @ (known.vectors.T @ v)
+
+        def product(v: np.ndarray) -> np.ndarray:
+            return without(self.operator.matvec(without(v).astype(self.operator.dtype)))
+
+        rest = LinearOperator(self.operator.shape, product, dtype=self.operator.dtype)
+        search = replace(self, operator=rest, scale=float(abs(known.values[0])))
+        return search.largest(without(self.draws.standard_normal(rest.shape[0])), 1)
+
+    def _lanczos(self, start: np.ndarray, count: int) -> Spectrum | None:
+        """Lanczos with full reorthogonalisation and no restarts, in float64; None if `most` products are not enough."""
+        size, eps = len(start), np.finfo(self.operator.dtype).eps
+        basis, products, w = np.empty((size, 0)), np.empty((size, 0)), start
+        diagonal: list[float] = []
+        off_diagonal: list[float] = []
+        for number in range(1, self.most + 1):
+            length = np.linalg.norm(w)
+            if number > 1:
+                off_diagonal.append(float(length))
+                if length <= 1e-13 * max(map(abs, diagonal)):  # the start's Krylov space is exhausted
+                    off_diagonal[-1], w = 0.0, self.draws.standard_normal(size)
+                    w -= basis @ (basis.T @ w)
+                    length = np.linalg.norm(w)
+            q = w / length
+            basis = np.column_stack([basis, q])
+            w = self.operator.matvec(q.astype(self.operator.dtype)).astype(np.float64)
+            products = np.column_stack([products, w])
+            diagonal.append(float(q @ w))
+            for _ in range(2):
+                w = w - basis @ (basis.T @ w)
+            if number < count:
+                continue
+            chosen = {"select": "i", "select_range": (number - count, number - 1)}
+            values, parts = eigh_tridiagonal(diagonal, off_diagonal, **chosen)
+            values, parts = values[::-1], parts[:, ::-1]
+            needed = np.maximum(self.tolerance * np.maximum(abs(values), self.scale), eps * abs(values[0]))
+            if number == size or (np.linalg.norm(w) * np.abs(parts[-1]) <= needed).all():
+                vectors = basis @ parts
+                rest = products @ parts[:, -1] - values[-1] * vectors[:, -1]
+                return Spectrum(values, vectors, _relative(rest, values[0]))
+        return None
+
+
+def _relative(rest: np.ndarray, scale: float) -> float:
+    """||rest|| / |scale|; 0 if there is no rest."""
+    length = float(np.linalg.norm(rest))
+    return length / abs(float(scale)) if length else 0.0
 
 
 def lambda_1(task: Task, examples: int, *, tolerance: float = 1e-2) -> float:
@@ -248,10 +299,40 @@ def density(H: PyTorchLinearOperator, *, nodes: int, probes: int, seed: int = 0)
     with torch.random.fork_rng(devices=[H.device] if H.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for _ in range(probes):
-            theta, vectors = fast_lanczos(H, min(nodes, H.shape[0]))
-            values.append(theta.double().cpu().numpy())
-            weights.append(vectors[0].double().square().cpu().numpy() / probes)
+            theta, parts = _quadrature(H, min(nodes, H.shape[0]))
+            values.append(theta)
+            weights.append(parts / probes)
     return np.concatenate(values), np.concatenate(weights)
+
+
+def _quadrature(H: PyTorchLinearOperator, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights from one random first vector; fewer nodes if fewer reach all that it has a part in.
+
+    curvlinops' iteration divides by the length of what is left. Where nothing is left (a zero Hessian, one of low rank,
+    or one so small that its square is 0 in float32) it has no result.
+    """
+    try:
+        theta, vectors = fast_lanczos(H, nodes)
+        if theta.isfinite().all() and vectors.isfinite().all():
+            return theta.double().cpu().numpy(), vectors[0].double().square().cpu().numpy()
+    except torch.linalg.LinAlgError:
+        pass
+    w = torch.randn(H.shape[0], dtype=torch.float64, device=H.device).cpu().numpy()
+    basis = np.empty((len(w), 0))
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    for _ in range(nodes):
+        length = float(np.linalg.norm(w))
+        if diagonal and length <= 1e-7 * max(map(abs, diagonal)):
+            break
+        off_diagonal.append(length)
+        basis = np.column_stack([basis, w / length])
+        w = _times(H, basis[:, -1])
+        diagonal.append(float(basis[:, -1] @ w))
+        for _ in range(2):
+            w = w - basis @ (basis.T @ w)
+    theta, vectors = eigh_tridiagonal(diagonal, off_diagonal[1:])
+    return theta, vectors[0] ** 2
 
 
 @contextmanager

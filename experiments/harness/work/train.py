@@ -98,7 +98,15 @@ def _train(
 
         state.optimizer.zero_grad()
         batch, micro_batches = ranks.share(batch)
-        step = msam.backward(loss_fn, batch, model, rho=spec.rho, micro_batches=micro_batches, adaptive=spec.adaptive)
+        step = msam.backward(
+            loss_fn,
+            batch,
+            model,
+            rho=spec.rho,
+            micro_batches=micro_batches,
+            adaptive=spec.adaptive,
+            shared="ranks" if spec.shared and ranks.count > 1 else spec.shared,
+        )
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
         state.optimizer.step()

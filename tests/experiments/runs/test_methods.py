@@ -10,6 +10,7 @@ from tests.specs import BASE
 
 SGD, CONTROL, SAM, MSAM = FOUR = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
 ASAM, MASAM = replace(SAM, rho=0.5, adaptive=True), replace(MSAM, rho=0.5, adaptive=True)
+SHARED = replace(MSAM, rho=0.1, shared=True)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,7 @@ ASAM, MASAM = replace(SAM, rho=0.5, adaptive=True), replace(MSAM, rho=0.5, adapt
         (CONTROL, "control", "SGD, m=4 micro-batches"),
         (SAM, "sam", "SAM"),
         (MSAM, "msam", "mSAM, m=4"),
+        (SHARED, "shared", "SAM over m=4 micro-batches"),
         (ASAM, "asam", "ASAM"),
         (MASAM, "masam", "mSAM with ASAM's perturbation, m=4"),
     ],
@@ -41,7 +43,9 @@ def partner(cell, name, cells, varies=()):
 
 
 def test_what_each_arm_is_compared_with():
-    cells = [*FOUR, ASAM, MASAM]
+    cells = [*FOUR, SHARED, ASAM, MASAM]
+    assert partner(MSAM, "shared", cells) == SHARED
+    assert [partner(SHARED, name, cells) for name in ARMS["shared"].against] == [SGD, SAM, CONTROL]
     assert [partner(MSAM, name, cells) for name in ("base", "sam", "control")] == [SGD, SAM, CONTROL]
     assert [partner(MASAM, name, cells) for name in ARMS["masam"].against] == [SGD, SAM, CONTROL, ASAM]
     assert partner(SAM, "base", cells) == SGD

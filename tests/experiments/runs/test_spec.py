@@ -115,9 +115,8 @@ def needed(run, name):
         return {"dataset": "sst2", "model": "minilm"}
     if name in ("tf32", "deterministic"):
         return {"device": "cuda"} | ({"workers": 1} if isinstance(run, Timing) else {})
-    return {"ranks": {"micro_batches": 2}, "image_size": {"model": "hf-hub:timm/a"}, "adaptive": {"rho": 0.1}}.get(
-        name, {}
-    )
+    changes = {"ranks": {"micro_batches": 2}, "image_size": {"model": "hf-hub:timm/a"}, "adaptive": {"rho": 0.1}}
+    return (changes | {"shared": {"rho": 0.1, "micro_batches": 2}}).get(name, {})
 
 
 @pytest.mark.parametrize("run", KINDS, ids=lambda run: run.kind)

@@ -72,17 +72,19 @@ def weights(spec, root):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_same_network_as_one(tmp_path):
-    train(LINEAR, Session(tmp_path / "one"))
-    both = replace(LINEAR, ranks=2)
+@pytest.mark.parametrize("spec", [LINEAR, replace(LINEAR, shared=True), replace(LINEAR, micro_batches=2, shared=True)])
+def test_two_ranks_train_the_same_network_as_one(spec, tmp_path):
+    """A shared perturbation is shared by all ranks."""
+    train(spec, Session(tmp_path / "one"))
+    both = replace(spec, ranks=2)
     all_ranks(both, tmp_path / "two")
-    one, two = record_of(LINEAR, tmp_path / "one"), record_of(both, tmp_path / "two")
+    one, two = record_of(spec, tmp_path / "one"), record_of(both, tmp_path / "two")
     for name in ("test_accuracy", "test_loss", "train_loss", "epoch_loss", "sharpness"):
         assert two.summary()[name] == pytest.approx(one.summary()[name], abs=1e-5), name
-    for name, tensor in weights(LINEAR, tmp_path / "one").items():
+    for name, tensor in weights(spec, tmp_path / "one").items():
         torch.testing.assert_close(weights(both, tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
     (session,) = two.environments()
-    assert (session["ranks"], session["micro_batches_per_rank"]) == (2, 2)
+    assert (session["ranks"], session["micro_batches_per_rank"]) == (2, spec.micro_batches // 2)
 
 
 @pytest.mark.slow

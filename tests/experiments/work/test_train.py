@@ -195,6 +195,8 @@ def test_an_epoch_can_be_resumed_at_any_batch():
         {},
         {"micro_batches": 1},
         {"rho": 0.0},
+        {"adaptive": True},
+        {"shared": True},
         {"clip_norm": 0.5},
         {"nesterov": True},
         {"label_smoothing": 0.2},
@@ -223,9 +225,9 @@ def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
         for index, (x, y) in enumerate(task.batches(epoch, 0)):
             optimizer.param_groups[0]["lr"] = 0.1 * (0.5 * (1 + math.cos(math.pi * (4 * epoch + index) / 12)))
             optimizer.zero_grad()
-            msam.backward(
-                loss_fn, (x, y), model, rho=change.get("rho", 0.1), micro_batches=change.get("micro_batches", 4)
-            )
+            options = {"adaptive": change.get("adaptive", False), "shared": change.get("shared", False)}
+            options |= {"rho": change.get("rho", 0.1), "micro_batches": change.get("micro_batches", 4)}
+            msam.backward(loss_fn, (x, y), model, **options)
             if "clip_norm" in change:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
