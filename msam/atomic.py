@@ -8,7 +8,7 @@ put back. So Ctrl-C finds a step undone or finished, at whichever line it arrive
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -60,6 +60,11 @@ class Signals:
             yield
         finally:
             self._heard = False
+
+    def deliver_waiting(self) -> None:
+        """Deliver the signals that have waited."""
+        with self.heard():
+            pass
 
     @contextmanager
     def heard_twice(self) -> Iterator[None]:
@@ -234,22 +239,31 @@ def transaction(
     try:
         signals.take_over()
         _in_use.update(numbers)
-        try:
-            gradients.set_aside()
-            yield signals
-            with signals.heard():
-                pass
-            gradients.commit()
-        except BaseException as error:
-            if gradients.added:
-                gradients.finish()
-                raise
-            for action in (*undo, gradients.roll_back):
-                try:
-                    action()
-                except Exception as another:
-                    error.add_note(f"While msam.backward put everything back: {type(another).__name__}: {another}")
-            raise
+        yield from _all_or_nothing(signals, gradients, undo)
     finally:
         _in_use.difference_update(numbers)
         signals.give_back()
+
+
+def _all_or_nothing(
+    signals: Signals, gradients: Gradients, undo: Sequence[Callable[[], object]]
+) -> Generator[Signals, None, None]:
+    """What is undone if anything goes wrong before the sum is written.
+
+    A function of its own: an error that arises on the line of a nested `try` itself would pass by the outer `finally`.
+    """
+    try:
+        gradients.set_aside()
+        yield signals
+        signals.deliver_waiting()
+        gradients.commit()
+    except BaseException as error:
+        if gradients.added:
+            gradients.finish()
+            raise
+        for action in (*undo, gradients.roll_back):
+            try:
+                action()
+            except Exception as another:
+                error.add_note(f"While msam.backward put everything back: {type(another).__name__}: {another}")
+        raise
