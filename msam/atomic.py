@@ -116,8 +116,12 @@ class Gradients:
         self._copies = [g.detach().clone() if overwritten and g is not None else None for g in self._before]
         self._joined = False
         self._sum: list[Tensor | None] = []
-        self.added = False
+        self._into: list[tuple[Tensor, int]] = []
+
+    @property
+    def added(self) -> bool:
         """Whether the sum is written, so that nothing is left but to finish."""
+        return any(before._version != version for before, version in self._into[:1])
 
     def set_aside(self) -> None:
         """Begin with no gradients, so that this call's are its own."""
@@ -175,8 +179,8 @@ class Gradients:
                 self._sum.append(g if self._joined else _dense_first(before, g))
         if into:
             write = torch._foreach_copy_ if self._joined else torch._foreach_add_
+            self._into = [(before, before._version) for before in into[:1]]
             write(into, added)
-        self.added = True
         self.finish()
 
     def finish(self) -> None:
@@ -237,6 +241,16 @@ def transaction(
         )
     signals = Signals()
     try:
+        yield from _alone(numbers, signals, gradients, undo)
+    finally:  # once more, should an error have arisen there
+        _in_use.difference_update(numbers)
+        signals.give_back()
+
+
+def _alone(
+    numbers: set[int], signals: Signals, gradients: Gradients, undo: Sequence[Callable[[], object]]
+) -> Generator[Signals, None, None]:
+    try:
         signals.take_over()
         _in_use.update(numbers)
         yield from _all_or_nothing(signals, gradients, undo)
@@ -248,10 +262,7 @@ def transaction(
 def _all_or_nothing(
     signals: Signals, gradients: Gradients, undo: Sequence[Callable[[], object]]
 ) -> Generator[Signals, None, None]:
-    """What is undone if anything goes wrong before the sum is written.
-
-    A function of its own: an error that arises on the line of a nested `try` itself would pass by the outer `finally`.
-    """
+    """What is undone if anything goes wrong before the sum is written."""
     try:
         gradients.set_aside()
         yield signals

@@ -85,7 +85,7 @@ class Weights:
     @torch.no_grad()
     def put_back(self) -> None:
         """Every parameter that is moved is w again. What fails is passed over, to be tried again, then raised."""
-        moved, self._moved = self._moved, []
+        moved, left = self._moved, []
         failures: list[Exception] = []
         whole = [part for part in moved if part.other is None and part.rows is None]
         try:
@@ -104,9 +104,10 @@ class Weights:
                     part.parameter.copy_(part.w)
             except Exception as error:
                 failures.append(error)
-                self._moved.append(part)
+                left.append(part)
         for part in moved:
             self._version[part.parameter] = part.parameter._version
+        self._moved = left
         if failures:
             raise failures[0]
 

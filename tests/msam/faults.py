@@ -1,6 +1,7 @@
 """Faults put into a step: at an operation of torch, or as a signal or an error at a line of the package."""
 
 import copy
+import linecache
 import signal
 import sys
 from pathlib import Path
@@ -32,21 +33,39 @@ class FaultAt(TorchDispatchMode):
 
 
 class AtLine:
-    """Acts as the line of this number of the package is reached, once; counts them all."""
+    """Acts as the line of this number of the package is reached, once; notes them all.
+
+    Lines on which nothing happens that could go wrong do not count: `try:`, `pass`, and a `with` as its block is left.
+    """
 
     def __init__(self, number: int | None, act) -> None:
-        self.number, self.act, self.count, self.done = number, act, 0, False
+        self.number, self.act, self.lines, self.done = number, act, [], False
+        self.entered = {}
+
+    def numbers(self):
+        """Those of the first, second and last time that each line was reached: loops repeat the rest."""
+        at = {}
+        for number, line in enumerate(self.lines):
+            at.setdefault(line, []).append(number)
+        return sorted({number for numbers in at.values() for number in (*numbers[:2], numbers[-1])})
 
     def _trace(self, frame, event, arg):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
-            self.count += 1
-            if self.count - 1 == self.number and not self.done:
+        if event == "line" and not self._idle(frame):
+            self.lines.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            if len(self.lines) - 1 == self.number and not self.done:
                 self.done = True
-                self.where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 self.act()
         return self._trace
+
+    def _idle(self, frame):
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if not text.startswith("with "):
+            return text in ("try:", "pass", "finally:", "else:")
+        entered = self.entered.setdefault(frame, set())
+        entered ^= {frame.f_lineno}
+        return frame.f_lineno not in entered
 
     def __enter__(self):
         self.usual = sys.gettrace()
