@@ -87,7 +87,7 @@ test: setup ## Run the tests, three at a time with a core each (some wait for a 
 test-fast: setup ## Run the tests except those marked slow
 	$(pytest) -m "not slow and not rare"
 
-test-rare: setup ## Run the tests that make test leaves out: models of other libraries, encoders at full size, kills
+test-rare: setup ## Run the tests that make test leaves out: whole commands, ranks, kills, models of other libraries
 	$(pytest) -m rare
 
 bench: setup ## Time msam.backward against other implementations and against the bare passes (half an hour)

@@ -24,14 +24,21 @@ def touched(patch: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The tables and figures of a copy of the repository with every patch, after the smoke profile."""
-    copy, results = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("results")
+def patched(tmp_path_factory):
+    """A copy of the repository with every patch."""
+    copy = tmp_path_factory.mktemp("copy")
     for folder in ("msam", "experiments", "analysis"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "requirements.lock", copy)  # whose hash a record holds
     for _, patch in PATCHES:
         subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=copy, check=True)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, patched):
+    """Its tables and figures after the smoke profile."""
+    copy, results = patched, tmp_path_factory.mktemp("results")
     settings = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     how = ("--profile", "smoke", "--seeds", "1", "--results", str(results))
     for target in TARGETS:
@@ -59,12 +66,19 @@ def test_an_edit_touches_as_few_files_as_it_says(section, product, experiments):
     assert (len(files - lists), len(lists)) == (product, experiments), files
 
 
+def test_every_patch_applies_and_is_listed(patched):
+    settings = {**os.environ, "PYTHONPATH": str(patched)}
+    command = [sys.executable, "-m", "experiments", "list"]
+    done = subprocess.run(command, cwd=patched, env=settings, text=True, capture_output=True, check=True)
+    assert "momentum" in done.stdout
+
+
 def read(folder: Path, name: str) -> str:
     (path,) = folder.rglob(name)
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_arm_is_in_table_claims_and_report(results):
     assert re.search(r"\| SGD, averaged weights +\|", read(results, "table1.md"))
     assert "SGD, averaged weights over SGD" in read(results, "table1.md")
@@ -72,20 +86,20 @@ def test_the_arm_is_in_table_claims_and_report(results):
     assert "averaged weights over plain training" in read(results, "claims.md")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_data_set_and_the_model_have_rows(results):
     rows = [line for line in read(results, "table1.md").splitlines() if line.startswith("|")]
     assert any("| digits" in row and "(1)" in row for row in rows)
     assert any("torchvision.models:shufflenet" in row and "(1)" in row for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_column_is_in_table_1_alone(results):
     assert "| test loss" in read(results, "table1.md")
     assert "| test loss" not in read(results, "momentum.md")
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_the_study_has_a_table_and_a_figure(results):
     assert "momentum 0.9: SAM over SGD" in read(results, "momentum.md")
     assert any(path.stat().st_size > 5_000 for path in results.rglob("momentum.png"))

@@ -174,6 +174,7 @@ def test_commands_that_train_nothing_do_not_import_torch(arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.rare
 def test_rows_whose_data_is_unavailable_stay_not_run_and_the_others_train(tmp_path):
     """GLUE is not available without a folder or the hub, but the snippets are."""
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "MSAM_DATA": ""}

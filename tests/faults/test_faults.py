@@ -254,6 +254,7 @@ def holder_of(lock: Path) -> int:
     return next(int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5].split(":")[-1] == inode)
 
 
+@pytest.mark.rare
 def test_a_worker_out_of_memory_is_reported_and_the_others_go_on(tmp_path):
     """The pool's workers inherit a kernel limit on memory, which only the large run exceeds."""
     code = (

@@ -23,6 +23,7 @@ TWELVE = ("linear_cifar", "--profile", "smoke", "--seeds", "12")
 ONE = ("linear_cifar", "--profile", "smoke", "--seeds", "1")
 
 
+@pytest.mark.rare
 def test_a_table_trained_by_slurm_matches_one_trained_locally(slurm, tmp_path):
     """Thirteen jobs, four at a time; one of them fails at first."""
     specs = catalogue.runs("table1", "smoke", 1)
@@ -78,6 +79,7 @@ def test_a_job_is_requeued_before_its_time_limit_and_matches(slurm, uninterrupte
     slurm.assert_resumed([0, 1], uninterrupted)
 
 
+@pytest.mark.rare
 def test_a_preempted_job_resumes_and_matches(slurm, uninterrupted):
     slurm("submit", *LONG, "--partition", "low")
     slurm.until_it_trains()
@@ -85,6 +87,7 @@ def test_a_preempted_job_resumes_and_matches(slurm, uninterrupted):
     slurm.assert_resumed([0, 1], uninterrupted)
 
 
+@pytest.mark.rare
 def test_a_job_resumes_after_a_requeue_and_a_node_failure_and_matches(slurm, uninterrupted):
     """First an administrator requeues it, then its node fails."""
     slurm("submit", *LONG)
@@ -113,6 +116,7 @@ def test_many_runs_become_several_arrays_one_after_the_other(loopback, tmp_path)
     assert "12 cancelled." in slurm("status", *TWELVE)
 
 
+@pytest.mark.rare
 def test_a_killed_job_is_lost_and_can_be_submitted_again(slurm, uninterrupted):
     slurm("submit", *LONG)
     slurm.until_it_trains()
@@ -136,6 +140,7 @@ def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
     assert "No run" in slurm("cancel", *target)
 
 
+@pytest.mark.rare
 def test_two_ranks_on_two_nodes_train_the_same_network_as_one(slurm, tmp_path):
     mean = ("linear_cifar", "--profile", "smoke", "--seeds", "1", "--set", "micro_batches=4", "--set", "rho=0.05")
     slurm("submit", *mean, "--set", "ranks=2", "--nodes", "2")
@@ -153,6 +158,7 @@ def test_two_ranks_on_two_nodes_train_the_same_network_as_one(slurm, tmp_path):
     assert session["slurm_nodes"] == "n[1-2]"
 
 
+@pytest.mark.rare
 def test_ranks_are_requeued_together_and_a_dead_rank_ends_its_job(slurm):
     target = (*LONG, "--set", "ranks=2")
     slurm("submit", *target)

@@ -89,7 +89,7 @@ def cli(*arguments: str, root: Path) -> list[str]:
     return [sys.executable, "-m", "experiments", *arguments, "--profile", "smoke", "--results", str(root)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.rare)])
 def test_a_signal_stops_cleanly_and_the_same_command_resumes(number, tmp_path):
     arguments = ("run", "linear_cifar", "--seeds", "1", "--set", "epochs=20000")
     command = cli(*arguments, root=tmp_path)

@@ -96,6 +96,7 @@ def activations(spec):
     return layers * (tokens * (9 * width + 2 * inner) + attention)
 
 
+@pytest.mark.rare
 def test_the_command_passes_the_smoke_cells():
     done = subprocess.run(
         [sys.executable, "-m", "experiments", "check", "table1", "--profile", "smoke"],

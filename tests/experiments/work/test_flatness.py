@@ -116,6 +116,7 @@ def test_a_network_without_its_weights_is_reported_with_what_to_do(tmp_path):
     assert not record_of(spec, tmp_path).done
 
 
+@pytest.mark.rare
 def test_measuring_lambda_1_during_training_does_not_change_training(tmp_path):
     watched = replace(RESNET, curvature_every=2)
     train(RESNET, Session(tmp_path))

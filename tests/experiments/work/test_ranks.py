@@ -72,7 +72,14 @@ def weights(spec, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [LINEAR, replace(LINEAR, shared=True), replace(LINEAR, micro_batches=2, shared=True)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LINEAR,
+        replace(LINEAR, shared=True),
+        pytest.param(replace(LINEAR, micro_batches=2, shared=True), marks=pytest.mark.rare),
+    ],
+)
 def test_two_ranks_train_the_same_network_as_one(spec, tmp_path):
     """A shared perturbation is shared by all ranks."""
     train(spec, Session(tmp_path / "one"))
@@ -87,7 +94,7 @@ def test_two_ranks_train_the_same_network_as_one(spec, tmp_path):
     assert (session["ranks"], session["micro_batches_per_rank"]) == (2, spec.micro_batches // 2)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 def test_ranks_stop_together_and_resume_bit_for_bit(tmp_path):
     """The weights, and each rank's generator."""
     outputs = all_ranks(VIT, tmp_path / "whole")

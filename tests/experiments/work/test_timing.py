@@ -66,6 +66,7 @@ def test_activations_of_one_micro_batch_are_alive_at_once(record):
     assert summary["msam_m4_w1_memory_bytes"] < 0.6 * summary["sam_m1_w1_memory_bytes"]
 
 
+@pytest.mark.rare
 def test_a_stopped_timing_run_starts_over(tmp_path):
     calls = iter(range(100))
     with pytest.raises(Interrupted, match="2 of 4 rounds"):
@@ -121,6 +122,7 @@ def test_each_round_has_a_new_order_and_the_first_round_is_discarded(monkeypatch
     assert lines[0]["seconds"] == median(of_base[1:])
 
 
+@pytest.mark.rare
 def test_a_timing_run_has_the_machine_to_itself(tmp_path):
     others = catalogue.runs("linear_cifar", "smoke")
     specs = [others[0], RESNET, *others[1:]]

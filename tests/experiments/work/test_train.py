@@ -75,7 +75,14 @@ def start(spec: Training, root: Path) -> subprocess.Popen:
 AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout=8, schedule="step", fused=True)
 
 
-@pytest.mark.parametrize("spec", [RESNET, VIT, AVERAGED], ids=["resnet", "vit", "averaged"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(RESNET, id="resnet"),
+        pytest.param(VIT, id="vit", marks=pytest.mark.rare),
+        pytest.param(AVERAGED, id="averaged", marks=pytest.mark.rare),
+    ],
+)
 def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec, tmp_path):
     train(spec, Session(tmp_path / "uninterrupted"))
     first_steps = []
@@ -200,7 +207,7 @@ def test_an_epoch_can_be_resumed_at_any_batch():
         {"clip_norm": 0.5},
         {"nesterov": True},
         {"label_smoothing": 0.2},
-        {"precision": "bfloat16"},
+        pytest.param({"precision": "bfloat16"}, marks=pytest.mark.rare),
     ],
     ids=str,
 )
