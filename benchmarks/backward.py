@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ class Workload:
     model: nn.Module
     batch: Any
     loss_fn: Callable[[Any], Tensor]
+    loss_of: Callable[[nn.Module, Any], Tensor]
+    """The same for any model."""
+
+
+def of_images(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of images and labels."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def of_tokens(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a model of transformers."""
+    return model(**batch).loss
 
 
 def resnet18(batch: int) -> Workload:
@@ -63,7 +76,7 @@ def resnet18(batch: int) -> Workload:
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     model = model.to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, 32, 32).to(memory_format=torch.channels_last)
-    return Workload(model, (images, torch.randint(0, 10, (batch,))), lambda b: F.cross_entropy(model(b[0]), b[1]))
+    return Workload(model, (images, torch.randint(0, 10, (batch,))), partial(of_images, model), of_images)
 
 
 def vit(batch: int) -> Workload:
@@ -72,7 +85,7 @@ def vit(batch: int) -> Workload:
 
     model = VisionTransformer(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, num_classes=10)
     data = torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
-    return Workload(model, data, lambda b: F.cross_entropy(model(b[0]), b[1]))
+    return Workload(model, data, partial(of_images, model), of_images)
 
 
 def bert(batch: int) -> Workload:
@@ -82,7 +95,17 @@ def bert(batch: int) -> Workload:
     config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
     model = BertForSequenceClassification(config)
     data = {"input_ids": torch.randint(0, config.vocab_size, (batch, 64)), "labels": torch.randint(0, 2, (batch,))}
-    return Workload(model, data, lambda b: model(**b).loss)
+    return Workload(model, data, partial(of_tokens, model), of_tokens)
+
+
+def bert_base(batch: int) -> Workload:
+    """BERT-base over 128 tokens, 109 million parameters."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig()
+    model = BertForSequenceClassification(config)
+    data = {"input_ids": torch.randint(0, config.vocab_size, (batch, 128)), "labels": torch.randint(0, 2, (batch,))}
+    return Workload(model, data, partial(of_tokens, model), of_tokens)
 
 
 WORKLOADS: dict[str, tuple[Callable[[int], Workload], int, Sequence[int]]] = {

@@ -4,8 +4,9 @@
 """
 
 from msam.gradient import Step, backward
+from msam.graph import capture
 from msam.mean import Output
 from msam.microbatch import split
 
 __version__ = "0.1.0"
-__all__ = ["Output", "Step", "backward", "split"]
+__all__ = ["Output", "Step", "backward", "capture", "split"]

@@ -20,7 +20,9 @@ from msam.parallel import Replicas, compiled, unwrapped
 from msam.passes import Passes
 from msam.perturbation import Weights
 from msam.state import State
+from msam.streams import Streams, side_by_side
 from msam.vectorized import Vectorized, together
+from msam.ways import WAYS, Way, fastest
 
 Returned = Tensor | tuple[Tensor, int | Tensor] | Output
 """A mean loss, or a mean loss and the count of what it is the mean of, or these and anything else."""
@@ -41,12 +43,14 @@ class Step:
             micro-batches share one perturbation it is that of their mean gradient alone, shape (1,).
         aux: What `loss_fn` returned as `Output.aux` from each clean pass; None of one that returned nothing of the
             kind. One entry for `vectorized`, which has one clean pass.
+        passes: How the micro-batches ran: "loop", "vectorized" or "streams".
     """
 
     loss: Tensor
     perturbed_loss: Tensor
     gradient_norms: Tensor | None
     aux: tuple[Any, ...] = ()
+    passes: Way = "loop"
 
     @property
     def sharpness(self) -> Tensor:
@@ -67,6 +71,7 @@ def backward(
     same_noise: bool = True,
     generators: Sequence[Any] = (),
     state: nn.Module | Sequence[nn.Module] = (),
+    passes: Way | Literal["auto"] = "loop",
     vectorized: bool = False,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Step:
@@ -121,13 +126,17 @@ def backward(
             libraries, or of another process (as of a data loader), differ between the passes.
         state: Modules outside `model` whose state `loss_fn` moves: a discriminator with spectral norm, a criterion
             with a memory bank. It is treated like the model's own.
-        vectorized: Take all micro-batches through the model in one pass at w and one at their own w + e_i, where the
-            default takes them one after the other. The result is the same up to rounding; it takes less time where
-            micro-batches are small, and more memory: the activations of the whole mini-batch, and up to m gradients of
-            each weight. `loss_fn` gets the whole batch, whose mean loss must be the mean of the micro-batches'.
-            `msam.vectorized` says what it asks of a model; what it cannot do it refuses. If m does not divide the
-            number of examples, m = 1 or rho = 0, micro-batches are taken one after the other. Hooks of a parameter
-            see its perturbed gradient alone, once.
+        passes: How micro-batches run; the results are the same up to rounding. What a way cannot do it refuses.
+            "loop": one after the other.
+            "vectorized": all in one pass at w and one at their own w + e_i. It takes less time where micro-batches are
+            small, and more memory: the activations of the whole mini-batch, and up to m gradients of each weight.
+            `loss_fn` gets the whole batch, whose mean loss must be the mean of the micro-batches'; see
+            `msam.vectorized`. If m does not divide the number of examples they run one after the other. Hooks of a
+            parameter see its perturbed gradient alone, once.
+            "streams": side by side on a GPU, each at a copy of the weights; see `msam.streams`.
+            "auto": the fastest of these, as some steps show that are taken at the first call for a model and an m, and
+            undone. `Step.passes` says which, `msam.ways.measured(model)` why. The loop under DistributedDataParallel.
+        vectorized: A word for `passes="vectorized"`.
         scaler: The `GradScaler` of fp16 training. Both passes are scaled; `unscale_`, `step` and `update` stay the
             caller's. A step that overflows anywhere leaves values that are not finite in `.grad`, for it to skip.
 
@@ -141,7 +150,7 @@ def backward(
         RuntimeError: for a call from within `loss_fn` of another that works on the same parameters.
         NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm, a static graph or join() under
             DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
-            `parametrize.cached()`; if `vectorized`, for what cannot be done by micro-batch, by name.
+            `parametrize.cached()`; for what `passes` cannot do, by name.
 
     Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, unless
     `loss_fn` itself wrote to a weight. Signals
@@ -155,18 +164,33 @@ def backward(
     parts, sizes = _parts(batch, micro_batches)
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
-    _check_options(shared, vectorized, batch, sizes)
-    once = together(model, perturbed, rho, adaptive, sizes, batch) if vectorized and sizes else None
+    way = _way(passes, vectorized, shared)
+    if way == "auto":
+        step = partial(backward, loss_fn, batch, model, rho=rho, micro_batches=micro_batches, adaptive=adaptive)
+        step = partial(step, perturb=perturb, same_noise=same_noise, generators=generators, state=state, scaler=scaler)
+        ways: Sequence[Way] = () if ddp or not rho or len(parts) == 1 else WAYS
+        ways = [one for one in ways if one != "vectorized" or (batch is not None and sizes)]
+        key = len(parts), adaptive, model.training
+        way = fastest(step, network, params, ways=ways, state=modules, generators=generators, key=key)
+    if way == "vectorized" and (batch is None or sizes is None):
+        raise ValueError(
+            'passes="vectorized" needs the mini-batch itself, of tensors: give batch, and the number m as '
+            "micro_batches."
+        )
+    once = together(model, perturbed, rho, adaptive, sizes, batch) if way == "vectorized" and sizes else None
     if once:
         parts, sizes = [batch], [sum(sizes or [])]
-    weights, replicas = Weights(perturbed, rho, adaptive), Replicas(ddp)
-    tables = [] if ddp or once else embedding.tables(model)
+    weights, replicas, side = Weights(perturbed, rho, adaptive), Replicas(ddp), None
+    if way == "streams":
+        options = {"rho": rho, "adaptive": adaptive, "count": len(parts)}
+        side = side_by_side(model, params, perturbed, replicas, **options)
+    tables = [] if ddp or once or side else embedding.tables(model)
     kept = State([network, *modules], params, lazily=not compiled(model))
     started, gradients = kept.taken("start"), Gradients(params, overwritten=replicas.overwrites)
     undo: list[Callable[[], None]] = [weights.put_back, partial(kept.put_back, started)]
     undo.append(partial(embedding.dense_again, tables))
     with transaction(params, gradients, undo) as signals, replicas.watched():
-        passes = Passes(
+        run = Passes(
             loss_fn=loss_fn,
             count=len(parts),
             perturbed=perturbed,
@@ -181,12 +205,15 @@ def backward(
             started=started,
             written=versions(parts if batch is None else batch) if rho else (),
             shared=bool(shared and rho),
+            apart=side is not None,
         )
         if once:
-            return _in_one_pass(passes, once, batch)
-        if passes.shared:
-            return _with_one_perturbation(passes, weights, parts, over_ranks=shared == "ranks")
-        return _one_after_the_other(passes, weights, parts)
+            return _in_one_pass(run, once, batch)
+        if side:
+            return _side_by_side(run, side, parts)
+        if run.shared:
+            return _with_one_perturbation(run, weights, parts, over_ranks=shared == "ranks")
+        return _one_after_the_other(run, weights, parts)
 
 
 def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any]) -> Step:
@@ -227,15 +254,33 @@ def _in_one_pass(passes: Passes, once: Vectorized, S: Any) -> Step:
     with once.moved() as norms:
         passes.descend(S, clean, norms)
     # In one pass each counts as its share of the mini-batch: 1/m, or what loss_fn alone knows.
-    return _step(passes, None if clean.weight is not None else len(norms) * norms)
+    return _step(passes, None if clean.weight is not None else len(norms) * norms, "vectorized")
 
 
-def _step(passes: Passes, norms: Tensor | None) -> Step:
+def _side_by_side(passes: Passes, side: Streams, parts: Sequence[Any]) -> Step:
+    """The same on streams: every micro-batch S_i at w, and then at its own w + e_i, a copy."""
+    norms = []
+    with side.joined():
+        for S_i in parts:
+            with side.next():
+                with side.at_w():
+                    clean = passes.clean(S_i)  # L_i(w)
+                g_i = passes.ascent_gradient(clean)  # g_i = grad L_i(w)
+                with side.moved(g_i) as norm:  # w + e_i, e_i = rho * g_i / ||g_i||
+                    loss = passes.moved(S_i, clean, norm)  # L_i(w + e_i)
+                side.accumulate(passes.scaled(loss), passes.mean.weights[-1])  # G += |S_i| * grad L_i(w + e_i)
+            norms.append(norm)
+    side.check_state(passes.state, passes.started)
+    side.finish(passes.mean.total())  # G / |S|
+    return _step(passes, torch.stack(norms), "streams")
+
+
+def _step(passes: Passes, norms: Tensor | None, way: Way = "loop") -> Step:
     """The record of a step, whose ascent gradients have these norms times the scaler's factor."""
     loss = passes.mean.of(passes.losses)
     perturbed_loss = passes.mean.of(passes.perturbed_losses) if passes.perturbed_losses else loss
     norms = None if norms is None else norms / passes.scaled(torch.ones_like(norms[0]))
-    return Step(loss, perturbed_loss, norms, tuple(passes.aux))
+    return Step(loss, perturbed_loss, norms, tuple(passes.aux), way)
 
 
 def check_rho(rho: Any) -> float:
@@ -265,20 +310,22 @@ def _parts(batch: Any, micro_batches: Any) -> tuple[list[Any], list[int] | None]
     return list(micro_batches), ready_sizes(micro_batches)
 
 
-def _check_options(shared: Any, vectorized: bool, batch: Any, sizes: Sequence[int] | None) -> None:
-    """Refuse what does not go together.
+def _way(passes: Any, vectorized: bool, shared: Any) -> Way | Literal["auto"]:
+    """How micro-batches run.
 
     Raises:
-        ValueError: with the mend.
+        ValueError: for what there is not, or what does not go together, with the mend.
     """
+    if passes not in (*WAYS, "auto"):
+        raise ValueError(f"passes is {passes!r}, but must be one of {', '.join(map(repr, (*WAYS, 'auto')))}.")
     if shared not in (False, True, "ranks"):
         raise ValueError(f'shared is {shared!r}, but must be True (this rank), "ranks" (all ranks) or False.')
-    if shared and vectorized:
-        raise ValueError("vectorized=True gives each micro-batch its own perturbation, shared one to all: choose one.")
-    if vectorized and (batch is None or sizes is None):
-        raise ValueError(
-            "vectorized=True needs the mini-batch itself, of tensors: give batch, and the number m as micro_batches."
-        )
+    if vectorized and passes not in ("loop", "vectorized"):
+        raise ValueError(f"vectorized=True is passes='vectorized', but passes is {passes!r}: leave one out.")
+    way: Way | Literal["auto"] = "vectorized" if vectorized else passes
+    if shared and way != "loop":
+        raise ValueError(f'passes="{way}" gives each micro-batch its own perturbation, shared one to all: choose one.')
+    return way
 
 
 def _parameters(

@@ -84,9 +84,13 @@ class Mean:
             self.join()
         return share
 
+    def total(self) -> float | Tensor:
+        """The sum of the weights of all micro-batches, once each has been counted; under DDP the replicas' mean."""
+        return _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
+
     def shares(self) -> list[float | Tensor]:
         """The shares of all micro-batches, once each has been counted."""
-        total = _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
+        total = self.total()
         return [weight / total for weight in self.weights]
 
     def join(self) -> None:
@@ -190,7 +194,17 @@ def _weight(weight: Any, loss: Tensor) -> float | Tensor | None:
         raise ValueError(
             f"loss_fn returned the weight {weight}: the weight of a mean loss must be finite, and 0 or more."
         )
+    if capturing(loss):
+        raise NotImplementedError(
+            f"loss_fn returned the weight {weight}, a number on the host, which every replay of a captured step would "
+            "use again: return it as a tensor on the GPU."
+        )
     return weight
+
+
+def capturing(loss: Tensor) -> bool:
+    """Whether what is computed now is recorded as a CUDA graph."""
+    return loss.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_count(weight: Any) -> None:

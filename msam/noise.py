@@ -25,6 +25,8 @@ KEPT = (torch.float32, torch.float64)
 """Types whose dropout is done here; what is left to torch is drawn again."""
 
 
+_seconds: dict[torch.device, tuple[torch.Generator, torch.Generator]] = {}
+
 Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
 """How to get a generator's state, and how to set it."""
 
@@ -43,8 +45,12 @@ class Noise:
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor], own: Iterable[Any] = ()) -> None:
         self._generators: list[Generator] = [(torch.get_rng_state, torch.set_rng_state)]
+        self._twins: list[tuple[torch.Generator, torch.Generator]] = []
         for gpu in {p.device for p in params if p.device.type == "cuda"}:
-            self._generators.append((partial(torch.cuda.get_rng_state, gpu), partial(_set_gpu, gpu)))
+            if torch.cuda.is_current_stream_capturing():
+                self._twins += twins(gpu)
+            else:
+                self._generators.append((partial(torch.cuda.get_rng_state, gpu), partial(_set_gpu, gpu)))
         self._generators.append((random.getstate, random.setstate))
         if (numpy := sys.modules.get("numpy")) is not None:
             self._generators.append((partial(numpy.random.get_state, legacy=False), numpy.random.set_state))
@@ -57,14 +63,19 @@ class Noise:
         Args:
             keep: Whether masks may be kept. Not if other micro-batches are drawn for before the second pass.
         """
-        return Draws(self._generators, self._masks if keep else None)
+        return Draws(self._generators, self._masks if keep else None, self._twins)
 
 
 class Draws:
     """The random numbers of one micro-batch."""
 
-    def __init__(self, generators: Sequence[Generator], masks: "_Masks | None") -> None:
-        self._masks = masks
+    def __init__(
+        self,
+        generators: Sequence[Generator],
+        masks: "_Masks | None",
+        twins: Sequence[tuple[torch.Generator, torch.Generator]] = (),
+    ) -> None:
+        self._masks, self._twins = masks, twins
         self._states = [(set_state, get_state()) for get_state, set_state in generators]
 
     @contextmanager
@@ -76,10 +87,21 @@ class Draws:
     @contextmanager
     def again(self) -> Iterator[None]:
         """The forward pass in the block gets the same."""
+        self.rewind()
+        firsts = [(generator, generator.graphsafe_get_state()) for generator, _ in self._twins]
+        try:
+            for generator, second in self._twins:
+                generator.graphsafe_set_state(second)
+            with self._kept(again=True):
+                yield
+        finally:
+            for generator, first in firsts:
+                generator.graphsafe_set_state(first)
+
+    def rewind(self) -> None:
+        """The generators stand as they did before the first."""
         for set_state, state in self._states:
             set_state(state)
-        with self._kept(again=True):
-            yield
 
     @contextmanager
     def _kept(self, again: bool) -> Iterator[None]:
@@ -157,6 +179,17 @@ class _Masks(TorchFunctionMode):
         if not self.again:
             self.drawn.append((p, mask, before, torch.get_rng_state()))
         return mask
+
+
+def twins(gpu: torch.device) -> list[tuple[torch.Generator, torch.Generator]]:
+    """A GPU's generator, and a second state for it: a graph cannot put a state back, but can go on from another.
+
+    The first passes draw from one, the second passes from the other. Both begin alike and draw as much.
+    """
+    if gpu not in _seconds:
+        generator = torch.cuda.default_generators[torch.device(gpu).index or 0]
+        _seconds[gpu] = generator, generator.clone_state()
+    return [_seconds[gpu]]
 
 
 def _set_gpu(gpu: torch.device, state: Tensor) -> None:

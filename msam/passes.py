@@ -62,6 +62,8 @@ class Passes:
     """The batch's tensors, and the versions that they must keep."""
     shared: bool = False
     """Whether all passes at w come before those at w + e."""
+    apart: bool = False
+    """Whether each micro-batch has weights and state of its own, which are put into their places outside of this."""
     mode: AbstractContextManager[Any] = field(default_factory=nullcontext)
     """What else surrounds a forward pass."""
     losses: list[Tensor] = field(default_factory=list)
@@ -79,7 +81,7 @@ class Passes:
         number = len(self.losses) + 1
         last = number == self.count
         name = f"before {number}" if self.shared else "before"
-        before = self.state.taken(name) if again and self.losses else self.started
+        before = self.state.taken(name) if again and self.losses and not self.apart else self.started
         draws = self.noise.draws(keep=not self.shared) if self.noise else None
         tables = self.tables if again else self._summed()
         with self.replicas.silent(unless=last and not again), rows_only(tables), self._forward_only(again):
@@ -91,7 +93,7 @@ class Passes:
             for leaf in leaves(loss):  # parameters outside the model are weighted alike
                 self.gradients.include(leaf)
         self.mean.count(weight)
-        share = 0.0 if self.shared else self.mean.share(last)
+        share = 0.0 if self.shared or self.apart else self.mean.share(last)
         loss = self._nothing_if(weight, loss)
         self.losses.append(loss.detach().clone())  # of a loss that is a view of a parameter too
         self.aux.append(aux)
@@ -105,19 +107,32 @@ class Passes:
             clean: What its pass at w has left.
             norm: Norm of the ascent gradient.
         """
-        last, draws = len(self.perturbed_losses) + 1 == self.count, clean.draws
+        last = len(self.perturbed_losses) + 1 == self.count
         with self.state.rewound(clean.before):
-            with self.replicas.silent(unless=last), rows_only(self._summed()), self._forward_only():
-                with self.mode, draws.again() if draws else nullcontext(), self.signals.heard_twice():
-                    returned = self.loss_fn(fresh(part))
-                loss, _, _ = unpacked(returned)
-            loss = self._nothing_if(clean.weight, loss)
+            loss = self.moved(part, clean, norm, last)
             if last and self.shared:
                 self.mean.join()
-            # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
-            # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
-            self.accumulate(loss * (1 + (norm - norm).sum()).to(loss.device), clean.share, last)
-            self.perturbed_losses.append(loss.detach().clone())
+            self.accumulate(loss, clean.share, last)
+
+    def moved(self, part: Any, clean: Clean, norm: Tensor, last: bool = False) -> Tensor:
+        """The forward pass over a micro-batch at w + e: its loss, shape ().
+
+        Args:
+            part: The micro-batch.
+            clean: What its pass at w has left.
+            norm: Norm of the ascent gradient.
+            last: Whether the backward pass that follows is reduced.
+        """
+        draws = clean.draws
+        with self.replicas.silent(unless=last), rows_only(self._summed()), self._forward_only():
+            with self.mode, draws.again() if draws else nullcontext(), self.signals.heard_twice():
+                returned = self.loss_fn(fresh(part))
+            loss, _, _ = unpacked(returned)
+        loss = self._nothing_if(clean.weight, loss)
+        self.perturbed_losses.append(loss.detach().clone())
+        # The factor is 1, but NaN once the norm has overflowed: the step then shows it in .grad,
+        # where rho / inf = 0 would quietly make it a plain gradient. No wait for the device.
+        return loss * (1 + (norm - norm).sum()).to(loss.device)
 
     def accumulate(self, loss: Tensor, share: float | Tensor, last: bool) -> None:
         """The backward pass of what a loss counts for, into `.grad`; it is reduced if it is the last."""

@@ -127,7 +127,7 @@ class Weights:
             if not self._swapped[p] and self._version.get(p) != p._version:
                 copied.append(p)
         if copied:
-            torch._foreach_copy_([self._memory[p] for p in copied], [p.detach() for p in copied])
+            torch._foreach_copy_([self._memory[p] for p in copied], copied)
         return [self._parted(p, g) for p, g in pairs]
 
     def _parted(self, p: Tensor, g: Tensor) -> _Moved:
@@ -142,11 +142,10 @@ class Weights:
     @torch.no_grad()
     def _move(self, parts: list[_Moved]) -> Tensor:
         self._moved = parts
+        if self._adaptive and (whole := [part for part in parts if not part.alone and part.other is None]):
+            torch._foreach_mul_([part.parameter for part in whole], [part.g for part in whole])
         scaled = [self._scaled(part) for part in parts]
-        dtype = reduce(torch.promote_types, (t.dtype for t in scaled), torch.float32)
-        norms = torch._foreach_norm(scaled, 2, dtype=dtype)
-        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-        scale = self.rho / norm.clamp_min(1e-12)
+        norm, scale = radius(scaled, self.rho)
         factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         in_place: dict[tuple[torch.device, torch.dtype], list[_Moved]] = {}
         for part in parts:
@@ -172,7 +171,7 @@ class Weights:
             return part.g
         if part.alone:
             return part.g * part.w.abs()
-        return torch.mul(part.w, part.g, out=part.other) if part.other is not None else part.parameter.mul_(part.g)
+        return torch.mul(part.w, part.g, out=part.other) if part.other is not None else part.parameter
 
     def _swap(self, part: _Moved, other: Tensor, scale: Tensor) -> None:
         along = other.mul_(part.w.conj()) if self._adaptive else part.g
@@ -219,6 +218,14 @@ class Weights:
             f"rounding: it {effect}. Keep the weights in float32 and run the forward pass under torch.autocast.",
             stacklevel=8,
         )
+
+
+def radius(scaled: list[Tensor], rho: float) -> tuple[Tensor, Tensor]:
+    """||T g|| over all parameters together, and rho / ||T g||, both of shape () and in float32 or better."""
+    dtype = reduce(torch.promote_types, {t.dtype for t in scaled}, torch.float32)
+    norms = torch._foreach_norm(scaled, 2, dtype=dtype)
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return norm, rho / norm.clamp_min(1e-12)
 
 
 def _in_portions(parts: Sequence[_Moved]) -> Iterator[list[_Moved]]:

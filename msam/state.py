@@ -122,7 +122,7 @@ class State:
             if not _alike(t, v):
                 self._attempt(failures, _reshaped, t, v)
             elif not _shared(t, v):
-                whole.append((t.detach(), v))
+                whole.append((t, v))
         for tensors, values in _grouped(whole):
             try:
                 torch._foreach_copy_(tensors, values)
@@ -191,9 +191,10 @@ class State:
                 continue
             if not fits or values[number] is self._clones.get(id(t)):
                 values[number] = torch.empty_like(t, requires_grad=False)
-            small.append((values[number], t.detach()))
-        for copies, originals in _grouped(small):
-            torch._foreach_copy_(copies, originals)
+            small.append((values[number], t))
+        with torch.no_grad():
+            for copies, originals in _grouped(small):
+                torch._foreach_copy_(copies, originals)
         self._memory[name] = tensors, values
         return values
 

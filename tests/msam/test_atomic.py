@@ -256,6 +256,7 @@ MODES = {
     "adaptive": {"adaptive": True},
     "shared": {"shared": True},
     "vectorized": {"vectorized": True},
+    "streams": {"passes": "streams"},
     "rho = 0": {"rho": 0.0},
 }
 

@@ -1,0 +1,143 @@
+"""Which way of running micro-batches is the fastest for a model: measured once, with the caller's own mini-batch."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from msam.noise import Noise
+from msam.parallel import compiled
+from msam.state import State
+
+Way = Literal["loop", "vectorized", "streams"]
+WAYS: tuple[Way, ...] = get_args(Way)
+"""How micro-batches run, in the order in which they are tried."""
+
+WARM, TIMED = 1, 3
+"""Steps of each way that are not timed, and that are."""
+
+WORTH = 0.97
+"""Another way than the loop must take less than this share of its time."""
+
+MEMORY = 0.9
+"""Share of a GPU's memory that a way may take at most."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement found.
+
+    Attributes:
+        fastest: The way to take.
+        seconds: Median time of a step for each way that can be taken.
+        refused: Why the others cannot.
+    """
+
+    fastest: Way
+    seconds: dict[Way, float]
+    refused: dict[Way, str]
+
+
+_measured: WeakKeyDictionary[nn.Module, dict[Any, Measured]] = WeakKeyDictionary()
+
+
+def measured(model: nn.Module) -> list[Measured]:
+    """What `passes="auto"` has found for a model so far, for each m and kind of perturbation it was called with."""
+    return list(_measured.get(model, {}).values())
+
+
+def fastest(
+    step: Callable[..., Any],
+    model: nn.Module,
+    params: Sequence[Tensor],
+    *,
+    ways: Sequence[Way],
+    state: Sequence[nn.Module],
+    generators: Sequence[Any],
+    key: Any,
+) -> Way:
+    """The fastest way, measured at the first call for a model and a key. Nothing is left of the steps that it takes.
+
+    Args:
+        step: Takes a step, in the way that it is given as `passes`.
+        model: The network.
+        params: Its trained parameters.
+        ways: Those to try. If there are none it is the loop.
+        state: Further modules whose state a step moves.
+        generators: Further generators that it draws from.
+        key: What else the time depends on.
+    """
+    if not ways:
+        return "loop"
+    known = _measured.setdefault(model, {})
+    if key not in known:
+        with _rehearsal(model, params, state, generators):
+            known[key] = _measure(step, params, ways)
+    return known[key].fastest
+
+
+def _measure(step: Callable[..., Any], params: Sequence[Tensor], ways: Sequence[Way]) -> Measured:
+    device = params[0].device
+    seconds: dict[Way, float] = {}
+    refused: dict[Way, str] = {}
+    for way in ways:
+        if way == "streams" and device.type != "cuda":
+            refused[way] = f"a {device.type} has no streams"
+            continue
+        try:
+            seconds[way] = _seconds(step, way, params)
+        except NotImplementedError as error:
+            refused[way] = str(error)
+        except torch.OutOfMemoryError:
+            if way == "loop":
+                raise
+            refused[way] = "out of memory"
+    best = min(seconds, key=lambda way: seconds[way] if way == "loop" else seconds[way] / WORTH)
+    return Measured(best, seconds, refused)
+
+
+def _seconds(step: Callable[..., Any], way: Way, params: Sequence[Tensor]) -> float:
+    """The median time of a step."""
+    device, times = params[0].device, []
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    for number in range(WARM + TIMED):
+        for p in params:
+            p.grad = None
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step(passes=way)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        if number >= WARM:
+            times.append(time.perf_counter() - start)
+    if on_gpu and way != "loop":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if torch.cuda.max_memory_allocated(device) > MEMORY * total:
+            raise torch.OutOfMemoryError
+    return median(times)
+
+
+@contextmanager
+def _rehearsal(
+    model: nn.Module, params: Sequence[Tensor], state: Sequence[nn.Module], generators: Sequence[Any]
+) -> Iterator[None]:
+    """Whatever steps in the block leave behind is undone: gradients, state, random numbers."""
+    grads = [p.grad for p in params]
+    kept = State([model, *state], params, lazily=not compiled(model))
+    before, noise = kept.taken("rehearsal"), Noise(model, params, generators).draws()
+    try:
+        yield
+    finally:
+        kept.put_back(before)
+        noise.rewind()
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
