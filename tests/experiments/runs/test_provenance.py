@@ -168,6 +168,7 @@ def test_verify_rejects_more_epochs_than_the_run_has(finished):
     assert "1 to 2" in done.stderr
 
 
+@pytest.mark.rare
 def test_verify_reports_the_differences(finished, tmp_path):
     forged = Record(tmp_path, finished.run_id)
     shutil.copytree(finished.folder, forged.folder)

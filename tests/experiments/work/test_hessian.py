@@ -51,7 +51,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.rare if name == "residual" else ()) for name in CASES])
 def case(request):
     """(model, loss_fn, batch) in float64, in eval mode, with running statistics that are not the initial ones."""
     make, inputs, classes = CASES[request.param]
