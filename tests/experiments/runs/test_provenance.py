@@ -155,7 +155,10 @@ def test_show_prints_everything_known_about_a_run(finished):
     assert "'zzz' matches no run in" in unknown.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--epochs", "1"]], ids=["all epochs", "one epoch"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param([], id="all epochs", marks=pytest.mark.rare), pytest.param(["--epochs", "1"], id="one epoch")],
+)
 def test_verify_reproduces_the_run(arguments, finished):
     done = call("verify", finished.run_id, *arguments, "--results", str(finished.root))
     assert done.returncode == 0, done.stderr + done.stdout
