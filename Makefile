@@ -7,7 +7,7 @@ RESULTS ?=
 PYTHON ?=
 
 python := .venv/bin/python
-pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 3 --dist worksteal
+pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 4 --dist worksteal
 which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")
 how = $(which) $(if $(JOBS),--jobs "$(JOBS)")
 
@@ -81,7 +81,7 @@ status: setup ## Count the runs of Table 1: done, running, failed, missing
 setup: ## Build .venv from requirements.lock, once; other targets do this when needed
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
-test: setup ## Run the tests, three at a time with a core each (some wait for a cluster); warnings are errors
+test: setup ## Run the tests, four at a time with a core each (some wait for others); warnings are errors
 	$(pytest) -m "not rare"
 
 test-fast: setup ## Run the tests except those marked slow

@@ -96,7 +96,7 @@ def observe(chromium, axe, page, folder, width):
     return json.loads(html.unescape(match.group(1)))
 
 
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("width", [1280, pytest.param(360, marks=pytest.mark.rare)])
 def test_the_page_sorts_searches_links_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
     observed = observe(chromium, axe, page, tmp_path, width)
     rhos = [float(text or "nan") for text in observed["ascending"]]

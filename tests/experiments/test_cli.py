@@ -109,6 +109,7 @@ def test_more_seeds_keep_the_runs_that_are_done(results, tmp_path):
     assert len(list((tmp_path / "results" / "runs").iterdir())) == 3
 
 
+@pytest.mark.rare
 def test_redo_retrains_and_reproduces_the_numbers(results, tmp_path):
     root = tmp_path / "results"
     shutil.copytree(results, root)

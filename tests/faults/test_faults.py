@@ -203,6 +203,7 @@ def test_a_checkpoint_that_would_execute_code_is_rejected(stopped, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.rare
 def test_clocks_that_jump_change_no_number(tmp_path):
     """The system time jumps by years in both directions at each call; durations use the monotonic clock."""
     code = (

@@ -14,6 +14,7 @@ def test_training_killed_at_random_times_matches_uninterrupted_training():
     assert sum(counts[name] for name in faults) == 0, counts
 
 
+@pytest.mark.rare
 def test_readers_of_damaged_records_return_or_reject_and_never_crash():
     counts = inputs.read(1500, seed=1)
     assert counts["inputs"] == 1500

@@ -259,9 +259,11 @@ MODES = {
     "streams": {"passes": "streams"},
     "rho = 0": {"rho": 0.0},
 }
+SELDOM = ("adaptive", "in place", "rho = 0")
+"""Those that make test-rare tries."""
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[pytest.param(mode, marks=pytest.mark.rare if mode in SELDOM else ()) for mode in MODES])
 def step(request, monkeypatch):
     """A function that takes a step of a model, and how to make one with gradients from before."""
     if request.param == "in place":

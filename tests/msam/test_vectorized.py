@@ -653,7 +653,7 @@ def test_torchs_own_attention(batch_first, cross, options):
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("words", ["images", "tokens"])
+@pytest.mark.parametrize("words", [pytest.param("images", marks=pytest.mark.rare), "tokens"])
 def test_under_autocast(words):
     """Rounding to bfloat16 moves the gradient no more than it moves the loop's."""
     torch.manual_seed(0)

@@ -129,6 +129,7 @@ def test_a_killed_job_is_lost_and_can_be_submitted_again(slurm, uninterrupted):
     slurm.assert_uninterrupted(uninterrupted)
 
 
+@pytest.mark.rare
 def test_cancelled_runs_leave_the_queue_with_their_checkpoints(slurm):
     target = ("vit_cifar", "--profile", "smoke", "--set", "epochs=2000")
     slurm("submit", *target, "--parallelism", "2")

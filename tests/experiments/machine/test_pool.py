@@ -39,6 +39,7 @@ def scores(specs: list[Training], root: Path) -> list[dict]:
     return [{k: v for k, v in record_of(s, root).summary().items() if k not in TIMES} for s in specs]
 
 
+@pytest.mark.rare
 def test_the_number_of_workers_changes_no_number(tmp_path):
     one, two = run(FOUR, tmp_path / "1", jobs=1), run(FOUR, tmp_path / "2", jobs=2)
     assert set(one.trained) == set(two.trained) == set(FOUR)

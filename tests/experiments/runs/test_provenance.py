@@ -155,7 +155,10 @@ def test_show_prints_everything_known_about_a_run(finished):
     assert "'zzz' matches no run in" in unknown.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["--epochs", "1"]], ids=["all epochs", "one epoch"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param([], id="all epochs", marks=pytest.mark.rare), pytest.param(["--epochs", "1"], id="one epoch")],
+)
 def test_verify_reproduces_the_run(arguments, finished):
     done = call("verify", finished.run_id, *arguments, "--results", str(finished.root))
     assert done.returncode == 0, done.stderr + done.stdout
@@ -168,6 +171,7 @@ def test_verify_rejects_more_epochs_than_the_run_has(finished):
     assert "1 to 2" in done.stderr
 
 
+@pytest.mark.rare
 def test_verify_reports_the_differences(finished, tmp_path):
     forged = Record(tmp_path, finished.run_id)
     shutil.copytree(finished.folder, forged.folder)

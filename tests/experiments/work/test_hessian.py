@@ -51,7 +51,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+SELDOM = ("residual", "attention")
+"""Those that make test-rare tries."""
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.rare if name in SELDOM else ()) for name in CASES])
 def case(request):
     """(model, loss_fn, batch) in float64, in eval mode, with running statistics that are not the initial ones."""
     make, inputs, classes = CASES[request.param]

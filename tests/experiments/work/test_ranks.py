@@ -76,7 +76,7 @@ def weights(spec, root):
     "spec",
     [
         LINEAR,
-        replace(LINEAR, shared=True),
+        pytest.param(replace(LINEAR, shared=True), marks=pytest.mark.rare),
         pytest.param(replace(LINEAR, micro_batches=2, shared=True), marks=pytest.mark.rare),
     ],
 )

@@ -78,6 +78,7 @@ def test_a_stopped_timing_run_starts_over(tmp_path):
     assert len(record_of(RESNET, tmp_path).metrics()) == 6 + 6
 
 
+@pytest.mark.rare
 def test_a_data_parallel_process_that_fails_ends_the_run_with_its_message(tmp_path):
     damaged = tmp_path / "cifar-10-batches-py" / "data_batch_1"
     damaged.parent.mkdir()
@@ -97,6 +98,7 @@ def test_peak_bytes_counts_what_is_alive_at_once():
     assert 2 * 2**20 <= peak_bytes(step) < 2.5 * 2**20
 
 
+@pytest.mark.rare
 def test_the_profiler_prints_nothing_in_workers():
     words = (
         "import torch; from experiments.harness.work.timing import peak_bytes; "
