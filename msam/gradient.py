@@ -20,9 +20,9 @@ from msam.parallel import Replicas, compiled, unwrapped
 from msam.passes import Passes
 from msam.perturbation import Weights
 from msam.state import State
-from msam.streams import Streams, side_by_side
+from msam.streams import Streams
 from msam.vectorized import Vectorized, together
-from msam.ways import WAYS, Way, fastest
+from msam.ways import WAYS, NoWholeBatch, Rehearsal, Way, fastest
 
 Returned = Tensor | tuple[Tensor, int | Tensor] | Output
 """A mean loss, or a mean loss and the count of what it is the mean of, or these and anything else."""
@@ -164,26 +164,19 @@ def backward(
     parts, sizes = _parts(batch, micro_batches)
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
-    way = _way(passes, vectorized, shared)
+    way = _way(passes, vectorized, shared, whole=batch is not None and sizes is not None)
     if way == "auto":
         step = partial(backward, loss_fn, batch, model, rho=rho, micro_batches=micro_batches, adaptive=adaptive)
         step = partial(step, perturb=perturb, same_noise=same_noise, generators=generators, state=state, scaler=scaler)
-        ways: Sequence[Way] = () if ddp or not rho or len(parts) == 1 else WAYS
-        ways = [one for one in ways if one != "vectorized" or (batch is not None and sizes)]
-        key = len(parts), adaptive, model.training
-        way = fastest(step, network, params, ways=ways, state=modules, generators=generators, key=key)
-    if way == "vectorized" and (batch is None or sizes is None):
-        raise ValueError(
-            'passes="vectorized" needs the mini-batch itself, of tensors: give batch, and the number m as '
-            "micro_batches."
+        choice = bool(rho) and len(parts) > 1 and ddp is None
+        way = (
+            fastest(step, Rehearsal(network, params, modules, generators), (len(parts), adaptive)) if choice else "loop"
         )
     once = together(model, perturbed, rho, adaptive, sizes, batch) if way == "vectorized" and sizes else None
     if once:
         parts, sizes = [batch], [sum(sizes or [])]
-    weights, replicas, side = Weights(perturbed, rho, adaptive), Replicas(ddp), None
-    if way == "streams":
-        options = {"rho": rho, "adaptive": adaptive, "count": len(parts)}
-        side = side_by_side(model, params, perturbed, replicas, **options)
+    weights, replicas = Weights(perturbed, rho, adaptive), Replicas(ddp)
+    side = Streams(model, params, weights, len(parts)) if way == "streams" and rho and len(parts) > 1 else None
     tables = [] if ddp or once or side else embedding.tables(model)
     kept = State([network, *modules], params, lazily=not compiled(model))
     started, gradients = kept.taken("start"), Gradients(params, overwritten=replicas.overwrites)
@@ -310,8 +303,14 @@ def _parts(batch: Any, micro_batches: Any) -> tuple[list[Any], list[int] | None]
     return list(micro_batches), ready_sizes(micro_batches)
 
 
-def _way(passes: Any, vectorized: bool, shared: Any) -> Way | Literal["auto"]:
+def _way(passes: Any, vectorized: bool, shared: Any, whole: bool) -> Way | Literal["auto"]:
     """How micro-batches run.
+
+    Args:
+        passes: What the caller asked for.
+        vectorized: The caller's word for one of the ways.
+        shared: Whether micro-batches share a perturbation.
+        whole: Whether the mini-batch itself is there, and can be counted.
 
     Raises:
         ValueError: for what there is not, or what does not go together, with the mend.
@@ -325,6 +324,11 @@ def _way(passes: Any, vectorized: bool, shared: Any) -> Way | Literal["auto"]:
     way: Way | Literal["auto"] = "vectorized" if vectorized else passes
     if shared and way != "loop":
         raise ValueError(f'passes="{way}" gives each micro-batch its own perturbation, shared one to all: choose one.')
+    if way == "vectorized" and not whole:
+        raise NoWholeBatch(
+            'passes="vectorized" needs the mini-batch itself, of tensors: give batch, and the number m as '
+            "micro_batches."
+        )
     return way
 
 

@@ -57,7 +57,7 @@ class Weights:
 
     def __init__(self, params: Sequence[Tensor], rho: float, adaptive: bool) -> None:
         self.params, self.rho = params, rho
-        self._adaptive = adaptive
+        self.adaptive = adaptive
         self._memory: dict[Tensor, Tensor] = {}
         self._swapped: dict[Tensor, bool] = {}
         self._version: dict[Tensor, int] = {}
@@ -142,7 +142,7 @@ class Weights:
     @torch.no_grad()
     def _move(self, parts: list[_Moved]) -> Tensor:
         self._moved = parts
-        if self._adaptive and (whole := [part for part in parts if not part.alone and part.other is None]):
+        if self.adaptive and (whole := [part for part in parts if not part.alone and part.other is None]):
             torch._foreach_mul_([part.parameter for part in whole], [part.g for part in whole])
         scaled = [self._scaled(part) for part in parts]
         norm, scale = radius(scaled, self.rho)
@@ -167,21 +167,21 @@ class Weights:
 
     def _scaled(self, part: _Moved) -> Tensor:
         """T g, or what has its norm; ASAM's in the place where w + e will be: no further copy of the parameters."""
-        if not self._adaptive:
+        if not self.adaptive:
             return part.g
         if part.alone:
             return part.g * part.w.abs()
         return torch.mul(part.w, part.g, out=part.other) if part.other is not None else part.parameter
 
     def _swap(self, part: _Moved, other: Tensor, scale: Tensor) -> None:
-        along = other.mul_(part.w.conj()) if self._adaptive else part.g
+        along = other.mul_(part.w.conj()) if self.adaptive else part.g
         torch.addcmul(part.w, along, scale, out=other)
         part.parameter.data = other
         increment_version(part.parameter)  # a graph that was kept from elsewhere must not read w + e for w
 
     def _move_in_place(self, parts: Sequence[_Moved], scale: Tensor) -> None:
         """Move parameters of one device and type."""
-        if self._adaptive:
+        if self.adaptive:
             p, w = [part.parameter for part in parts], [part.w for part in parts]
             torch._foreach_mul_(p, [t.conj() for t in w])
             torch._foreach_mul_(p, scale)
@@ -196,7 +196,7 @@ class Weights:
 
     def _move_alone(self, part: _Moved, scale: Tensor) -> None:
         w, g = (part.w.float(), part.g.float()) if part.w.dtype in HALF else (part.w, part.g)
-        moved = (w + g * scale.to(g.dtype) * (w.abs().square() if self._adaptive else 1)).to(part.w.dtype)
+        moved = (w + g * scale.to(g.dtype) * (w.abs().square() if self.adaptive else 1)).to(part.w.dtype)
         if part.rows is None:
             part.parameter.copy_(moved)
         else:
@@ -212,7 +212,7 @@ class Weights:
             for p, rows, w in ((part.parameter, part.rows, part.w) for part in parts)
         ]
         distance = torch.linalg.vector_norm(torch.stack([s.to(steps[0].device) for s in steps])).item()
-        effect = "is rounded" if self._adaptive else f"moves them by {distance / self.rho:.0%} of rho"  # ASAM's differs
+        effect = "is rounded" if self.adaptive else f"moves them by {distance / self.rho:.0%} of rho"  # ASAM's differs
         warn(
             f"Weights of {next(part.w.dtype for part in parts if part.w.dtype in HALF)} lose the perturbation to "
             f"rounding: it {effect}. Keep the weights in float32 and run the forward pass under torch.autocast.",

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
 from msam.mean import HALF
-from msam.parallel import Replicas, compiled
+from msam.parallel import compiled
 from msam.passes import leaves
-from msam.perturbation import radius
+from msam.perturbation import Weights, radius
 from msam.state import Snapshot, State
 
 AT_MOST = 8
@@ -34,40 +35,28 @@ class Streams:
     """The weights and statistics that take the places of the model's while a micro-batch runs.
 
     Args:
-        network: The model.
+        model: The model.
         params: The parameters that are trained.
-        perturbed: Those that are perturbed.
-        rho: Radius of the perturbation, > 0.
-        adaptive: Whether the perturbation is ASAM's.
+        weights: Those that are perturbed, and how.
         count: How many micro-batches there are.
 
     Raises:
         NotImplementedError: for a model that cannot be run at copies of its weights, by what prevents it.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        params: Sequence[nn.Parameter],
-        perturbed: Sequence[nn.Parameter],
-        *,
-        rho: float,
-        adaptive: bool,
-        count: int,
-    ) -> None:
-        _check(network, params)
-        self._params, self._rho, self._adaptive = params, rho, adaptive
-        self._perturbed = perturbed
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], weights: Weights, count: int) -> None:
+        _check(model, params)
+        self._params, self._weights = params, weights
         device = params[0].device
         self._streams = _of(device, min(count, AT_MOST)) if device.type == "cuda" else [None]
         self._device = device
         self._sums: list[list[Tensor | None]] = [[None] * len(params) for _ in self._streams]
         self._number = 0
         trained = {id(p) for p in params}
-        tables = [module._parameters for module in network.modules()]
+        tables = [module._parameters for module in model.modules()]
         self._places = [(table, name, p) for table in tables for name, p in table.items() if id(p) in trained]
-        self._statistics = _Statistics(network)
-        self._fixed = [(name, b, b._version) for name, b in network.named_buffers() if not self._statistics.holds(b)]
+        self._statistics = _Statistics(model)
+        self._fixed = [(name, b, b._version) for name, b in model.named_buffers() if not self._statistics.holds(b)]
         self._copies: list[Tensor] = []
 
     @contextmanager
@@ -174,14 +163,14 @@ class Streams:
     @torch.no_grad()
     def _copy(self, gradient: list[Tensor | None]) -> Tensor:
         """Copies of all parameters, those with an ascent gradient at w + e; and its norm."""
-        pairs = [(p, g) for p, g in zip(self._perturbed, gradient, strict=True) if g is not None]
+        pairs = [(p, g) for p, g in zip(self._weights.params, gradient, strict=True) if g is not None]
         gradient.clear()
         w, g = [p.detach() for p, _ in pairs], [g for _, g in pairs]
         if any(t.is_sparse for t in g):
             refuse("sparse gradients")
-        scaled = torch._foreach_mul(g, w) if self._adaptive else g
-        norm, scale = radius(list(scaled), self._rho)
-        along = torch._foreach_mul(scaled, [t.conj() for t in w]) if self._adaptive else g
+        scaled = torch._foreach_mul(g, w) if self._weights.adaptive else g
+        norm, scale = radius(list(scaled), self._weights.rho)
+        along = torch._foreach_mul(scaled, [t.conj() for t in w]) if self._weights.adaptive else g
         moved = torch._foreach_mul(along, scale)
         torch._foreach_add_(moved, w)
         at = {id(p): t for (p, _), t in zip(pairs, moved, strict=True)}
@@ -264,6 +253,8 @@ class _Statistics:
 
 def _check(network: nn.Module, params: Sequence[nn.Parameter]) -> None:
     """Refuse what cannot be run at copies of its weights."""
+    if isinstance(network, DistributedDataParallel):
+        refuse("DistributedDataParallel")
     if compiled(network):
         refuse("torch.compile")
     for module in network.modules():
@@ -315,25 +306,6 @@ def _of(device: torch.device, count: int) -> list[Any]:
     known = _streams.setdefault(device, [])
     known += [torch.cuda.Stream(device) for _ in range(len(known), count)]
     return known[:count]
-
-
-def side_by_side(
-    network: nn.Module,
-    params: Sequence[nn.Parameter],
-    perturbed: Sequence[nn.Parameter],
-    replicas: Replicas,
-    **options: Any,
-) -> Streams | None:
-    """Micro-batches on streams; None where there is nothing to gain.
-
-    Raises:
-        NotImplementedError: for what cannot be run so, by name.
-    """
-    if not options["rho"] or options["count"] == 1:
-        return None
-    if replicas.several:
-        refuse("DistributedDataParallel")
-    return Streams(network, params, perturbed, **options)
 
 
 def refuse(what: str) -> NoReturn:

@@ -29,6 +29,10 @@ MEMORY = 0.9
 """Share of a GPU's memory that a way may take at most."""
 
 
+class NoWholeBatch(ValueError):
+    """A way needs the mini-batch itself, and the caller has given its parts."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a measurement found.
@@ -52,47 +56,64 @@ def measured(model: nn.Module) -> list[Measured]:
     return list(_measured.get(model, {}).values())
 
 
-def fastest(
-    step: Callable[..., Any],
-    model: nn.Module,
-    params: Sequence[Tensor],
-    *,
-    ways: Sequence[Way],
-    state: Sequence[nn.Module],
-    generators: Sequence[Any],
-    key: Any,
-) -> Way:
-    """The fastest way, measured at the first call for a model and a key. Nothing is left of the steps that it takes.
+class Rehearsal:
+    """Steps that leave nothing behind: gradients, state and random numbers are put back.
+
+    Args:
+        model: The network.
+        params: Its trained parameters.
+        state: Further modules whose state a step moves.
+        generators: Further generators that it draws from.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Sequence[Tensor], state: Sequence[nn.Module], generators: Sequence[Any]
+    ) -> None:
+        self.model, self.params = model, params
+        self._state, self._generators = state, generators
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Whatever steps in the block leave behind is undone."""
+        grads = [p.grad for p in self.params]
+        kept = State([self.model, *self._state], self.params, lazily=not compiled(self.model))
+        before, noise = kept.taken("rehearsal"), Noise(self.model, self.params, self._generators).draws()
+        try:
+            yield
+        finally:
+            kept.put_back(before)
+            noise.rewind()
+            for p, g in zip(self.params, grads, strict=True):
+                p.grad = g
+
+
+def fastest(step: Callable[..., Any], rehearsal: Rehearsal, key: Any) -> Way:
+    """The fastest way, measured at the first call for a model and a key.
 
     Args:
         step: Takes a step, in the way that it is given as `passes`.
-        model: The network.
-        params: Its trained parameters.
-        ways: Those to try. If there are none it is the loop.
-        state: Further modules whose state a step moves.
-        generators: Further generators that it draws from.
-        key: What else the time depends on.
+        rehearsal: Of the model.
+        key: What the time depends on, besides the mode (train or eval).
     """
-    if not ways:
-        return "loop"
-    known = _measured.setdefault(model, {})
+    known = _measured.setdefault(rehearsal.model, {})
+    key = key, rehearsal.model.training
     if key not in known:
-        with _rehearsal(model, params, state, generators):
-            known[key] = _measure(step, params, ways)
+        with rehearsal.undone():
+            known[key] = _measure(step, rehearsal.params)
     return known[key].fastest
 
 
-def _measure(step: Callable[..., Any], params: Sequence[Tensor], ways: Sequence[Way]) -> Measured:
+def _measure(step: Callable[..., Any], params: Sequence[Tensor]) -> Measured:
     device = params[0].device
     seconds: dict[Way, float] = {}
     refused: dict[Way, str] = {}
-    for way in ways:
+    for way in WAYS:
         if way == "streams" and device.type != "cuda":
             refused[way] = f"a {device.type} has no streams"
             continue
         try:
             seconds[way] = _seconds(step, way, params)
-        except NotImplementedError as error:
+        except (NotImplementedError, NoWholeBatch) as error:
             refused[way] = str(error)
         except torch.OutOfMemoryError:
             if way == "loop":
@@ -124,20 +145,3 @@ def _seconds(step: Callable[..., Any], way: Way, params: Sequence[Tensor]) -> fl
         if torch.cuda.max_memory_allocated(device) > MEMORY * total:
             raise torch.OutOfMemoryError
     return median(times)
-
-
-@contextmanager
-def _rehearsal(
-    model: nn.Module, params: Sequence[Tensor], state: Sequence[nn.Module], generators: Sequence[Any]
-) -> Iterator[None]:
-    """Whatever steps in the block leave behind is undone: gradients, state, random numbers."""
-    grads = [p.grad for p in params]
-    kept = State([model, *state], params, lazily=not compiled(model))
-    before, noise = kept.taken("rehearsal"), Noise(model, params, generators).draws()
-    try:
-        yield
-    finally:
-        kept.put_back(before)
-        noise.rewind()
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
