@@ -136,7 +136,8 @@ class Each(Operation):
         """As `Operation`; the function is given the number of the micro-batch, its part of x, and the parameters."""
         super().__init__(m, perturbed, adaptive)
         self._function = function
-        self._passes: list[tuple[GradientEdge, list[Tensor | None]]] = []
+        self._passes: list[tuple[GradientEdge, list[Tensor | None], tuple[int, ...]]] = []
+        """Of each micro-batch, where its gradient starts, what it is wanted of, and the strides of its value."""
 
     def renew(self, new: Operation) -> None:
         assert isinstance(new, Each)
@@ -170,7 +171,7 @@ class Each(Operation):
                 with torch.enable_grad():
                     y = self._function(number, *leaves)
                 if y.requires_grad:
-                    self._passes.append((get_gradient_edge(y), leaves))
+                    self._passes.append((get_gradient_edge(y), leaves, y.stride()))
                 yield y.detach()
 
         return joined(outputs(), self.m)
@@ -180,7 +181,9 @@ class Each(Operation):
         passes, self._passes = self._passes, []
 
         def by_part() -> Iterator[Tensor]:
-            for (edge, leaves), part in zip(passes, dy.chunk(self.m), strict=True):
+            for (edge, leaves, strides), part in zip(passes, dy.chunk(self.m), strict=True):
+                if part.stride() != strides and 0 not in strides:  # torch's batch_norm mixes up layouts that differ
+                    part = torch.empty_strided(part.shape, strides, dtype=part.dtype, device=part.device).copy_(part)
                 wanted = [t for t in leaves if t is not None and t.requires_grad]
                 found = dict(zip(map(id, wanted), torch.autograd.grad(edge, wanted, part), strict=True))
                 for own, leaf in zip(gradients, leaves[1:], strict=True):

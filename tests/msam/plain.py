@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LEAST = 1e-12
+"""What the norm of a gradient counts for at least, so that one that is nothing but rounding moves little."""
+
 
 @dataclass
 class Plain:
@@ -86,13 +89,13 @@ def _gradient(loss: Tensor, params: dict[str, nn.Parameter]) -> dict[str, Tensor
 
 
 def _move(params: dict[str, nn.Parameter], g: dict[str, Tensor], rho: float, adaptive: bool) -> float:
-    """Move by e = rho * T^2 g / ||T g||, and return the norm."""
+    """Move by e = rho * T^2 g / max(||T g||, 1e-12), and return the norm."""
     T = {name: params[name].detach().abs() if adaptive else torch.ones_like(params[name]) for name in g}
     norm = sum(((T[name] * g[name]) ** 2).sum().item() for name in g) ** 0.5
     if norm and rho:
         with torch.no_grad():
             for name, step in g.items():
-                params[name] += rho / norm * T[name] ** 2 * step
+                params[name] += rho / max(norm, LEAST) * T[name] ** 2 * step
     return norm
 
 
