@@ -24,6 +24,7 @@ from msam.streams import Streams
 from msam.vectorized import Vectorized, together
 from msam.ways import WAYS, NoWholeBatch, Rehearsal, Way, fastest
 
+Undo = list[Callable[[], object]]
 Returned = Tensor | tuple[Tensor, int | Tensor] | Output
 """A mean loss, or a mean loss and the count of what it is the mean of, or these and anything else."""
 
@@ -164,14 +165,12 @@ def backward(
     parts, sizes = _parts(batch, micro_batches)
     network, ddp = unwrapped(model)
     params, perturbed = _parameters(network, perturb)
-    way = _way(passes, vectorized, shared, whole=batch is not None and sizes is not None)
+    choice = bool(rho) and len(parts) > 1 and ddp is None
+    way = _way(passes, vectorized, shared, choice, whole=batch is not None and sizes is not None)
     if way == "auto":
         step = partial(backward, loss_fn, batch, model, rho=rho, micro_batches=micro_batches, adaptive=adaptive)
         step = partial(step, perturb=perturb, same_noise=same_noise, generators=generators, state=state, scaler=scaler)
-        choice = bool(rho) and len(parts) > 1 and ddp is None
-        way = (
-            fastest(step, Rehearsal(network, params, modules, generators), (len(parts), adaptive)) if choice else "loop"
-        )
+        way = fastest(step, Rehearsal(network, params, modules, generators), (len(parts), adaptive))
     once = together(model, perturbed, rho, adaptive, sizes, batch) if way == "vectorized" and sizes else None
     if once:
         parts, sizes = [batch], [sum(sizes or [])]
@@ -180,8 +179,7 @@ def backward(
     tables = [] if ddp or once or side else embedding.tables(model)
     kept = State([network, *modules], params, lazily=not compiled(model))
     started, gradients = kept.taken("start"), Gradients(params, overwritten=replicas.overwrites)
-    undo: list[Callable[[], None]] = [weights.put_back, partial(kept.put_back, started)]
-    undo.append(partial(embedding.dense_again, tables))
+    undo: Undo = [weights.put_back, partial(kept.put_back, started), partial(embedding.dense_again, tables)]
     with transaction(params, gradients, undo) as signals, replicas.watched():
         run = Passes(
             loss_fn=loss_fn,
@@ -197,16 +195,15 @@ def backward(
             noise=Noise(model, params, generators) if rho and same_noise else None,
             started=started,
             written=versions(parts if batch is None else batch) if rho else (),
-            shared=bool(shared and rho),
+            shared=shared if rho else False,
             apart=side is not None,
         )
         if once:
             return _in_one_pass(run, once, batch)
         if side:
             return _side_by_side(run, side, parts)
-        if run.shared:
-            return _with_one_perturbation(run, weights, parts, over_ranks=shared == "ranks")
-        return _one_after_the_other(run, weights, parts)
+        take = _with_one_perturbation if run.shared else _one_after_the_other
+        return take(run, weights, parts)
 
 
 def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any]) -> Step:
@@ -224,13 +221,13 @@ def _one_after_the_other(passes: Passes, weights: Weights, parts: Sequence[Any])
     return _step(passes, torch.stack(norms) if norms else None)
 
 
-def _with_one_perturbation(passes: Passes, weights: Weights, parts: Sequence[Any], over_ranks: bool) -> Step:
+def _with_one_perturbation(passes: Passes, weights: Weights, parts: Sequence[Any]) -> Step:
     """SAM by accumulation: every micro-batch S_i at w, and then every one at the same w + e."""
     cleans, total = [], Total(len(passes.perturbed))
     for S_i in parts:
         cleans.append(passes.clean(S_i))  # L_i(w)
         total.add(passes.ascent_gradient(cleans[-1]), passes.mean.weights[-1])  # g += |S_i|/|S| * grad L_i(w)
-    g = total.mean(passes.perturbed, passes.replicas if over_ranks else None)
+    g = total.mean(passes.perturbed, passes.replicas if passes.shared == "ranks" else None)
     shares = passes.mean.shares()
     with weights.moved(g) as norm:  # w + e, e = rho * g / ||g||
         for S_i, clean, share in zip(parts, cleans, shares, strict=True):
@@ -303,13 +300,14 @@ def _parts(batch: Any, micro_batches: Any) -> tuple[list[Any], list[int] | None]
     return list(micro_batches), ready_sizes(micro_batches)
 
 
-def _way(passes: Any, vectorized: bool, shared: Any, whole: bool) -> Way | Literal["auto"]:
+def _way(passes: Any, vectorized: bool, shared: Any, choice: bool, whole: bool) -> Way | Literal["auto"]:
     """How micro-batches run.
 
     Args:
         passes: What the caller asked for.
         vectorized: The caller's word for one of the ways.
         shared: Whether micro-batches share a perturbation.
+        choice: Whether there is more than one way for what is asked.
         whole: Whether the mini-batch itself is there, and can be counted.
 
     Raises:
@@ -329,7 +327,7 @@ def _way(passes: Any, vectorized: bool, shared: Any, whole: bool) -> Way | Liter
             'passes="vectorized" needs the mini-batch itself, of tensors: give batch, and the number m as '
             "micro_batches."
         )
-    return way
+    return "loop" if way == "auto" and not choice else way
 
 
 def _parameters(

@@ -60,8 +60,8 @@ class Passes:
     """The state that the step started from."""
     written: Sequence[tuple[Tensor, int]] = ()
     """The batch's tensors, and the versions that they must keep."""
-    shared: bool = False
-    """Whether all passes at w come before those at w + e."""
+    shared: bool | str = False
+    """Whether all passes at w come before those at w + e, which is one for all; "ranks": for all ranks."""
     apart: bool = False
     """Whether each micro-batch has weights and state of its own, which are put into their places outside of this."""
     mode: AbstractContextManager[Any] = field(default_factory=nullcontext)

@@ -15,6 +15,7 @@ LINES_OF_A_FUNCTION, PARAMETERS, LINES_OF_A_FILE = 60, 6, 400
 LONGER: dict[str, str] = {}
 WIDER = {
     "msam/gradient.py backward": "the options of the public API",
+    "msam/graph.py capture": "the options of the public API",
     "msam/reference.py msam_gradient": "the options of the public API",
     "msam/noise.py _Masks._attention": "the signature of torch's attention",
     "slurm/__main__.py submit": "the options of a command line",
