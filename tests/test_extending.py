@@ -78,7 +78,7 @@ def read(folder: Path, name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.rare
+@pytest.mark.slow
 def test_the_arm_is_in_table_claims_and_report(results):
     assert re.search(r"\| SGD, averaged weights +\|", read(results, "table1.md"))
     assert "SGD, averaged weights over SGD" in read(results, "table1.md")
@@ -86,20 +86,20 @@ def test_the_arm_is_in_table_claims_and_report(results):
     assert "averaged weights over plain training" in read(results, "claims.md")
 
 
-@pytest.mark.rare
+@pytest.mark.slow
 def test_the_data_set_and_the_model_have_rows(results):
     rows = [line for line in read(results, "table1.md").splitlines() if line.startswith("|")]
     assert any("| digits" in row and "(1)" in row for row in rows)
     assert any("torchvision.models:shufflenet" in row and "(1)" in row for row in rows)
 
 
-@pytest.mark.rare
+@pytest.mark.slow
 def test_the_column_is_in_table_1_alone(results):
     assert "| test loss" in read(results, "table1.md")
     assert "| test loss" not in read(results, "momentum.md")
 
 
-@pytest.mark.rare
+@pytest.mark.slow
 def test_the_study_has_a_table_and_a_figure(results):
     assert "momentum 0.9: SAM over SGD" in read(results, "momentum.md")
     assert any(path.stat().st_size > 5_000 for path in results.rglob("momentum.png"))
