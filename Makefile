@@ -5,6 +5,7 @@ SEEDS ?=
 JOBS ?=
 RESULTS ?=
 PYTHON ?=
+DEVICE ?=
 
 python := .venv/bin/python
 pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 4 --dist worksteal
@@ -90,9 +91,9 @@ test-fast: setup ## Run the tests except those marked slow
 test-rare: setup ## Run the tests that make test leaves out: whole commands, ranks, kills, models of other libraries
 	$(pytest) -m rare
 
-bench: setup ## Time msam.backward against other implementations and against the bare passes (half an hour)
-	$(python) -m benchmarks.backward
-	$(python) -m benchmarks.loop
+bench: setup ## Time msam.backward against other implementations and the bare passes (half an hour); DEVICE=cuda: on a GPU
+	$(if $(DEVICE),$(python) -m benchmarks.gpu --device "$(DEVICE)",$(python) -m benchmarks.backward)
+	$(if $(DEVICE),,$(python) -m benchmarks.loop)
 
 soak: setup ## Kill training runs, pools and analyses at random times, damage records, print the outcomes (half an hour)
 	$(python) -m tests.faults.soak
@@ -129,4 +130,5 @@ clean: ## Remove caches and build products, but not results or .venv
 #= SEEDS=n                   seeds of each cell (default: the profile's number)
 #= JOBS=n                    runs at a time (default: one per core)
 #= RESULTS=folder            where runs and tables go (default: ./results)
+#= DEVICE=cuda               where make bench runs (default: the CPU's own benchmark)
 #= PYTHON=python3.12         the interpreter for .venv (default: the first of 3.11 to 3.14)

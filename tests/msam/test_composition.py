@@ -307,7 +307,9 @@ def test_no_host_synchronisation(adaptive):
 @pytest.mark.needs("gpu")
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"adaptive": True}, {"shared": True}, {"vectorized": True}, {"rho": 0.0}], ids=str
+    "options",
+    [{}, {"adaptive": True}, {"shared": True}, {"vectorized": True}, {"passes": "streams"}, {"rho": 0.0}],
+    ids=str,
 )
 def test_nothing_waits_for_the_gpu(options, counted):
     model, (x, y) = convnet().cuda(), data(8, 3, 8, 8)
