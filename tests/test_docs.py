@@ -21,7 +21,7 @@ EXAMPLES = re.findall(
 
 
 def test_the_page_has_its_examples():
-    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 9
+    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 10
 
 
 def needs(how):

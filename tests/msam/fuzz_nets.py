@@ -110,7 +110,7 @@ def picture(make: Callable[[], nn.Module]) -> Callable[[random.Random], nn.Modul
 
 
 def columns(make: Callable[[], nn.Module]) -> Callable[[random.Random], nn.Module]:
-    """The same of two equal columns: of one alone, torch 2.11's BatchNorm may give wrong gradients on a CPU."""
+    """The same of two equal columns: of one alone, torch 2.14's BatchNorm may give wrong gradients on a CPU."""
     return lambda draw: Stage("", lambda s, x: s.layer(torch.stack([x.mT, x.mT], -1))[..., 0].mT, layer=make())
 
 

@@ -670,7 +670,7 @@ class Columns(nn.Module):
 
 @pytest.mark.parametrize("examples", [4, 8])
 def test_batch_norm_over_columns(examples):
-    """torch 2.11 on a CPU gives wrong gradients where a gradient lies in memory in another way than its input."""
+    """torch 2.14 on a CPU gives wrong gradients where a gradient lies in memory in another way than its input."""
     model, twin, batch = Columns(True).double(), Columns(False).double(), data(examples, 3, 5)
     twin.load_state_dict(model.state_dict())
     vectorized(model, batch, 4, rho=0.05)
