@@ -260,7 +260,7 @@ MODES = {
     "rho = 0": {"rho": 0.0},
 }
 SELDOM = ("adaptive", "in place", "rho = 0")
-"""Those that make test-rare tries."""
+"""Modes that only make test-rare tries."""
 
 
 @pytest.fixture(params=[pytest.param(mode, marks=pytest.mark.rare if mode in SELDOM else ()) for mode in MODES])

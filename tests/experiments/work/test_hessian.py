@@ -52,7 +52,7 @@ CASES = {
 
 
 SELDOM = ("residual", "attention")
-"""Those that make test-rare tries."""
+"""Cases that only make test-rare tries."""
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.rare if name in SELDOM else ()) for name in CASES])
