@@ -261,7 +261,7 @@ def _side_by_side(passes: Passes, side: Streams, parts: Sequence[Any]) -> Step:
                 side.accumulate(passes.scaled(loss), passes.mean.weights[-1])  # G += |S_i| * grad L_i(w + e_i)
             norms.append(norm)
     side.check_state(passes.state, passes.started)
-    side.finish(passes.mean.total())  # G / |S|
+    side.finish()  # G / |S|
     return _step(passes, torch.stack(norms), "streams")
 
 

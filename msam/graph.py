@@ -26,8 +26,8 @@ from torch.utils import _pytree
 
 from msam.gradient import Step, backward
 from msam.noise import twins
-from msam.parallel import compiled, unwrapped
-from msam.state import State
+from msam.parallel import unwrapped
+from msam.ways import Rehearsal
 
 WARM = 3
 """Steps before the capture: what torch allocates, tunes and compiles at first is not part of the graph."""
@@ -320,26 +320,16 @@ def _undone(
 ) -> Iterator[None]:
     """Steps in the block leave nothing but an optimizer's state of zeros where there was none."""
     state = options.get("state", ())
-    modules = [unwrapped(model)[0], *([state] if isinstance(state, nn.Module) else state)]
-    kept = State(modules, params, lazily=not compiled(model))
-    before, weights = kept.taken("capture"), [p.detach().clone() for p in params]
-    grads = [p.grad for p in params]
+    modules = [state] if isinstance(state, nn.Module) else list(state)
+    weights = [p.detach().clone() for p in params]
     moments = {p: {name: _copied(value) for name, value in optimizer.state.get(p, {}).items()} for p in params}
-    states = [torch.get_rng_state()]
-    devices = {p.device for p in params if p.device.type == "cuda"}
-    on_gpus = {device: torch.cuda.get_rng_state(device) for device in devices}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(params), weights)
-            for p in params:
-                for name, value in optimizer.state.get(p, {}).items():
-                    if isinstance(value, Tensor):
-                        value.copy_(moments[p][name]) if name in moments[p] else value.zero_()
-        kept.put_back(before)
-        torch.set_rng_state(states[0])
-        for device, random in on_gpus.items():
-            torch.cuda.set_rng_state(random, device)
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
+    with Rehearsal(unwrapped(model)[0], params, modules, options.get("generators", ())).undone():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(params), weights)
+                for p in params:
+                    for name, value in optimizer.state.get(p, {}).items():
+                        if isinstance(value, Tensor):
+                            value.copy_(moments[p][name]) if name in moments[p] else value.zero_()

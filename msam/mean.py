@@ -84,13 +84,9 @@ class Mean:
             self.join()
         return share
 
-    def total(self) -> float | Tensor:
-        """The sum of the weights of all micro-batches, once each has been counted; under DDP the replicas' mean."""
-        return _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
-
     def shares(self) -> list[float | Tensor]:
         """The shares of all micro-batches, once each has been counted."""
-        total = self.total()
+        total = _greater(self._replicas.mean_over_replicas(sum(self.weights)), LEAST)
         return [weight / total for weight in self.weights]
 
     def join(self) -> None:
@@ -131,12 +127,28 @@ class Total:
     def add(self, gradient: list[Tensor | None], weight: float | Tensor) -> None:
         """Add the gradient of a micro-batch of this weight. The list is emptied."""
         self._weight = self._weight + weight
-        for place, g in enumerate(gradient):
-            if g is not None:
-                term = g * (weight.to(g.device, g.dtype) if isinstance(weight, Tensor) else weight)
-                known = self._sums[place]
-                self._sums[place] = term if known is None else known + term
+        found = [place for place, g in enumerate(gradient) if g is not None]
+        self._add(found, _times([g for g in gradient if g is not None], weight))
         gradient.clear()
+
+    @torch.no_grad()
+    def join(self, other: "Total") -> None:
+        """Take in another sum, which is gone."""
+        sums, other._sums = other._sums, []
+        self._weight = self._weight + other._weight
+        self._add([place for place, g in enumerate(sums) if g is not None], [g for g in sums if g is not None])
+
+    def _add(self, places: Sequence[int], terms: Sequence[Tensor]) -> None:
+        known, added = [], []
+        for place, term in zip(places, terms, strict=True):
+            total = self._sums[place]
+            if total is not None and total.layout is term.layout is torch.strided:
+                known.append(total)
+                added.append(term)
+            else:
+                self._sums[place] = term if total is None else total + term
+        if known:
+            torch._foreach_add_(known, added)
 
     @torch.no_grad()
     def mean(self, params: Sequence[Tensor], replicas: Replicas | None) -> list[Tensor | None]:
@@ -147,11 +159,24 @@ class Total:
             weight = replicas.mean_over_replicas(weight)
             dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(params, sums, strict=True)]
             sums = [g / replicas.count for g in replicas.summed(dense)]
-        divisor = _greater(weight, LEAST)
-        return [
-            None if g is None else g / (divisor.to(g.device, g.dtype) if isinstance(divisor, Tensor) else divisor)
-            for g in sums
-        ]
+        means = iter(_times([g for g in sums if g is not None], 1 / _greater(weight, LEAST)))
+        return [None if g is None else next(means) for g in sums]
+
+
+def _times(tensors: Sequence[Tensor], factor: float | Tensor) -> list[Tensor]:
+    """Each times a number, in one call of torch for all dense ones of a device and type."""
+    products = list(tensors)
+    groups: dict[Any, list[int]] = {}
+    for place, t in enumerate(tensors):
+        groups.setdefault((t.device, t.dtype) if t.layout is torch.strided else place, []).append(place)
+    for places in groups.values():
+        first = tensors[places[0]]
+        number = factor.to(first.device, first.dtype) if isinstance(factor, Tensor) else factor
+        dense = first.layout is torch.strided
+        found = torch._foreach_mul([tensors[place] for place in places], number) if dense else (first * number,)
+        for place, product in zip(places, found, strict=True):
+            products[place] = product
+    return products
 
 
 def unpacked(returned: Any) -> tuple[Tensor, float | Tensor | None, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from msam.mean import HALF
+from msam.mean import HALF, Total
 from msam.parallel import compiled
 from msam.passes import leaves
 from msam.perturbation import Weights, radius
@@ -50,7 +50,7 @@ class Streams:
         device = params[0].device
         self._streams = _of(device, min(count, AT_MOST)) if device.type == "cuda" else [None]
         self._device = device
-        self._sums: list[list[Tensor | None]] = [[None] * len(params) for _ in self._streams]
+        self._sums = [Total(len(params)) for _ in self._streams]
         self._number = 0
         trained = {id(p) for p in params}
         tables = [module._parameters for module in model.modules()]
@@ -123,30 +123,15 @@ class Streams:
         known = {id(copy) for copy in copies}
         if any(id(leaf) not in known for leaf in leaves(loss)):
             refuse("a loss that depends on tensors outside the model, or a layer that keeps its weights elsewhere too")
-        gradient = torch.autograd.grad(loss, copies, allow_unused=True)
-        found = [place for place, g in enumerate(gradient) if g is not None]
-        terms = [gradient[place] for place in found]
-        factor = weight.to(self._device) if isinstance(weight, Tensor) else weight
-        with torch.no_grad():
-            terms = list(torch._foreach_mul(terms, factor))
-        sums = self._sums[self._number]
-        _add(sums, found, terms)
+        self._sums[self._number].add(list(torch.autograd.grad(loss, copies, allow_unused=True)), weight)
 
     @torch.no_grad()
-    def finish(self, total: float | Tensor) -> None:
-        """The weighted mean over all micro-batches goes to `.grad`, and the statistics to the model.
-
-        Args:
-            total: The sum of the weights.
-        """
-        first = self._sums[0]
-        for sums in self._sums[1:]:
-            found = [place for place, g in enumerate(sums) if g is not None]
-            _add(first, found, [sums[place] for place in found])
-        pairs = [(p, g) for p, g in zip(self._params, first, strict=True) if g is not None]
-        divisor = total.to(self._device) if isinstance(total, Tensor) else total
-        torch._foreach_div_([g for _, g in pairs], divisor)
-        for p, g in pairs:
+    def finish(self) -> None:
+        """The weighted mean over all micro-batches goes to `.grad`, and the statistics to the model."""
+        first, *others = self._sums
+        for other in others:
+            first.join(other)
+        for p, g in zip(self._params, first.mean(self._params, None), strict=True):
             p.grad = g
         self._statistics.combine()
 
@@ -287,18 +272,6 @@ def _cloned(tensors: Sequence[Tensor]) -> list[Tensor]:
     for places in kinds.values():
         torch._foreach_copy_([copies[place] for place in places], [tensors[place] for place in places])
     return copies
-
-
-@torch.no_grad()
-def _add(sums: list[Tensor | None], places: Sequence[int], terms: Sequence[Any]) -> None:
-    """Add terms to the sums at these places."""
-    pairs = [(sums[place], place, term) for place, term in zip(places, terms, strict=True)]
-    again = [(total, term) for total, _, term in pairs if total is not None]
-    for total, place, term in pairs:
-        if total is None:
-            sums[place] = term
-    if again:
-        torch._foreach_add_([total for total, _ in again], [term for _, term in again])
 
 
 def _of(device: torch.device, count: int) -> list[Any]:

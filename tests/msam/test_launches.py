@@ -77,6 +77,6 @@ def test_they_are_few_for_62_parameters_and_60_buffers(m, passes, adaptive):
     assert launches(LAYERS, m, passes=passes, adaptive=adaptive) <= A_STEP + m * A_MICRO_BATCH
 
 
-@pytest.mark.parametrize("passes", ["loop", "streams"])
-def test_they_do_not_grow_with_the_model(passes):
-    assert launches(LAYERS, 4, passes=passes) == launches(2, 4, passes=passes)
+@pytest.mark.parametrize("options", [{"passes": "loop"}, {"passes": "streams"}, {"shared": True}], ids=str)
+def test_they_do_not_grow_with_the_model(options):
+    assert launches(LAYERS, 4, **options) == launches(2, 4, **options)

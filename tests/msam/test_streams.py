@@ -9,6 +9,7 @@ from torch import nn
 
 import msam
 from msam import streams
+from msam.mean import Total
 from msam.perturbation import Weights
 from tests.msam.small import convnet, data, gradients, loss_of, mlp, reference
 
@@ -100,7 +101,7 @@ def test_micro_batches_take_turns_on_few_streams(monkeypatch, at_once):
     model, batch = convnet(), data(12, 3, 8, 8)
     params = list(model.parameters())
     made = streams.Streams(model, params, Weights(params, rho=0.2, adaptive=False), 6)
-    made._streams, made._sums = [None] * at_once, [[None] * len(made._params) for _ in range(at_once)]
+    made._streams, made._sums = [None] * at_once, [Total(len(params)) for _ in range(at_once)]
     monkeypatch.setattr("msam.gradient.Streams", lambda *_: made)
     msam.backward(loss_of(model), batch, model, rho=0.2, micro_batches=6, passes="streams")
     torch.testing.assert_close(gradients(model), reference(convnet(), batch, 6, 0.2), rtol=1e-9, atol=1e-12)

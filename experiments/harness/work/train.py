@@ -105,7 +105,7 @@ def _train(
             rho=spec.rho,
             micro_batches=micro_batches,
             adaptive=spec.adaptive,
-            shared="ranks" if spec.shared and ranks.count > 1 else spec.shared,
+            shared="ranks" if spec.shared else False,
         )
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
