@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.statistics import Interval, mean_interval, paired_difference
+from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS, Arm, arms_of, differing, reference
 from experiments.harness.runs.run import hints, names
 from experiments.harness.runs.spec import Run, Training, in_percent
@@ -33,13 +34,13 @@ _IDENTITY = (*_ALIKE[:5], "weight_decay", *_ALIKE[5:], "batch_size", "label_nois
 
 @lru_cache(maxsize=10_000)
 def ids(cell: Run, seeds: int) -> tuple[str, ...]:
-    """The ids of a cell's runs at the seeds 0, 1, ..., whether or not they have run."""
-    return tuple(replace(cell, seed=seed).run_id for seed in range(seeds))
+    """The ids of a cell's runs, from its own seed on, whether or not they have run."""
+    return tuple(run.run_id for run in with_seeds([cell], seeds))
 
 
 def values(runs: pd.DataFrame, cell: Run, seeds: int, column: str) -> pd.Series:
     """A column of a cell's finished runs, indexed by seed; runs without a number in that column are dropped."""
-    finished = {seed: run_id for seed, run_id in enumerate(ids(cell, seeds)) if run_id in runs.index}
+    finished = {seed: run_id for seed, run_id in enumerate(ids(cell, seeds), cell.seed) if run_id in runs.index}
     if column not in runs or not finished:
         return pd.Series(dtype=float)
     numbers = pd.to_numeric(runs.loc[list(finished.values()), column], errors="coerce")
@@ -48,7 +49,7 @@ def values(runs: pd.DataFrame, cell: Run, seeds: int, column: str) -> pd.Series:
 
 def run_ids(cell: Run, runs: pd.DataFrame, seeds: int) -> list[str]:
     """The ids of a cell's runs that have a score, in the order of their seeds."""
-    return [ids(cell, seeds)[seed] for seed in scores(cell, runs, seeds).index]
+    return [ids(cell, seeds)[seed - cell.seed] for seed in scores(cell, runs, seeds).index]
 
 
 def scores(cell: Run, runs: pd.DataFrame, seeds: int) -> pd.Series:
@@ -178,7 +179,7 @@ def identity(cell: Run, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
     score = cell.score
     by_seed = scores(cell, runs, seeds)
     score_interval = mean_interval(by_seed)
-    missing = [seed for seed in range(seeds) if seed not in by_seed.index]
+    missing = [seed for seed in range(cell.seed, cell.seed + seeds) if seed not in by_seed.index]
     return {
         **{name: cell.method if name == "method" else cell.flat[name] for name in _IDENTITY},
         "score": score,
@@ -187,7 +188,7 @@ def identity(cell: Run, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
         "n": score_interval.n,
         "expected": seeds,
         "missing_seeds": " ".join(map(str, missing)),
-        "missing_run_ids": " ".join(ids(cell, seeds)[seed] for seed in missing),
+        "missing_run_ids": " ".join(ids(cell, seeds)[seed - cell.seed] for seed in missing),
         "run_ids": " ".join(run_ids(cell, runs, seeds)),
     }
 

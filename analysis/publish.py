@@ -32,8 +32,9 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
     """
     runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
-    cells = tuple(dict.fromkeys(replace(run, seed=0) for run in runs))
-    return Target(name, cells, 1 + max(run.seed for run in runs), tuple(used), root, catalogue.varies(name))
+    first = min(run.seed for run in runs)
+    cells = tuple(run for run in runs if run.seed == first)
+    return Target(name, cells, 1 + max(run.seed for run in runs) - first, tuple(used), root, catalogue.varies(name))
 
 
 def publishable(profile: str) -> list[Target]:
@@ -201,9 +202,9 @@ def _kept(folder: Path, before: Results, profile: str, chosen: Sequence[Target])
 
 
 def _seeds(cell: Run, ids: set[str]) -> int:
-    """The number of seeds 0, 1, ... of a cell that have runs, up to the first gap."""
+    """The number of a cell's seeds that have runs, up to the first gap."""
     seeds = 0
-    while replace(cell, seed=seeds).run_id in ids:
+    while replace(cell, seed=cell.seed + seeds).run_id in ids:
         seeds += 1
     return seeds
 

@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify: train runs and inspect them."""
+"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: train runs and inspect them."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import end_with
-from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, load_estimate
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, guessed_seconds, load_estimate
 from experiments.harness.runs.files import printable
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import cores
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from experiments.harness.machine.proof import Report
 
 NIGHT_HOURS = 12
+
+OUT_OF_TIME = 75
+"""Exit status of a `run --minutes` that has not finished: sysexits' "temporary failure, try again"."""
 
 
 def list_() -> int:
@@ -56,14 +59,16 @@ def plan(
     estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
-        seconds = estimate.seconds(spec)
+        measured = estimate.seconds(spec)
+        seconds = guessed_seconds(spec) if measured is None and spec.device == "cuda" else measured
         if not done:
             unknown += seconds is None
             if isinstance(spec, Timing):  # timing runs go one at a time
                 alone += seconds or 0
             else:
                 left += seconds or 0
-        when = "done" if done else "time unknown" if seconds is None else f"about {duration(seconds)}"
+        about = "guess:" if measured is None else "about"
+        when = "done" if done else "time unknown" if seconds is None else f"{about} {duration(seconds)}"
         print(f"{spec.run_id}  {when:<14} {spec.title}")
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
@@ -80,8 +85,8 @@ def plan(
 
 
 def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: int) -> None:
-    """GPU-hours of each table and in total, nights and disk space."""
-    print("\nGPU-hours, from measured times where available, otherwise guessed for an A100-class GPU:")
+    """GPU time of each table and in total, nights and disk space."""
+    print("\nGPU time, from measured steps where available, otherwise guessed (facts.py says from what):")
     tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
     tables += [f"{name}-tuning" for name in tables if f"{name}-tuning" in catalogue.targets()]
     for name in tables if runs.target == "all" else [runs.target]:
@@ -89,9 +94,9 @@ def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: in
             specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
             left = {spec for spec in specs if not record_of(spec, runs.root).done}
             note = " (a grid, not part of the target all)" if left - set(waiting) else ""
-            print(f"  {name:<21} {len(left):>5} runs {sum(gpu_hours(s, estimate) for s in left):>8.0f} h{note}")
+            print(f"  {name:<21} {len(left):>5} runs {duration(3600 * sum(gpu_hours(s, estimate) for s in left)):>8}{note}")
     hours = sum(gpu_hours(spec, estimate) for spec in waiting)
-    print(f"  {'in total':<21} {len(waiting):>5} runs {hours:>8.0f} h, each shared run counted once")
+    print(f"  {'in total':<21} {len(waiting):>5} runs {duration(3600 * hours):>8}, each shared run counted once")
     nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))
     print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
     kept = sum(disk_bytes(spec)[0] for spec in waiting)
@@ -104,17 +109,23 @@ def run(
     jobs: int | None = None,
     data_root: Path | None = None,
     redo: bool = False,
+    minutes: float | None = None,
+    per_gpu: int = 1,
 ) -> int:
     """Train the runs of a target that are not done. Ctrl-C stops cleanly; the same command resumes.
 
     Args:
-        jobs: Number of workers; default: one per core, or one per GPU.
+        jobs: Number of workers; default: one per core, or `per_gpu` per GPU.
         data_root: A folder with the data sets, searched first (or set MSAM_DATA).
         redo: Retrain all runs of the target, including finished ones; each keeps its old result until it restarts.
+        minutes: Stop after so many minutes, with a checkpoint of each run; the exit status is then 75.
+        per_gpu: Number of small runs that share each GPU.
     """
     from experiments.harness.runs.provenance import command_line, environment
 
     _check_jobs(jobs)
+    _check_share(minutes, per_gpu)
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
     specs, results = runs.specs, runs.root
     for record in (record_of(spec, results) for spec in specs):
         if record.done:  # raises if the record is damaged, of another run, or of a newer version
@@ -128,7 +139,7 @@ def run(
 
     from experiments.harness.machine import pool
 
-    _check_device(waiting)
+    _check_device(waiting, jobs, per_gpu)
     done = len(specs) - len(waiting)
     waiting = _with_data(waiting, data_root, needed=not done)
     if not waiting:
@@ -140,7 +151,7 @@ def run(
     outcome = pool.run(
         waiting,
         Session(results, data_root, provenance),
-        jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
+        pool.Limits(jobs or pool.default_jobs(waiting[0].device, per_gpu), per_gpu, ends),
         estimate=load_estimate(results),
         redo=redo,
     )
@@ -151,6 +162,10 @@ def run(
     if outcome.interrupted:
         print("Stopped. The same command resumes from the checkpoints.", file=sys.stderr)
         return 130
+    left = sum(not record_of(spec, results).done for spec in specs)
+    if outcome.out_of_time and left and not outcome.failed:
+        print(f"Stopped after {minutes:g} minutes, {left} runs are left. The same command resumes.", file=sys.stderr)
+        return OUT_OF_TIME
     return 1 if outcome.failed else 0
 
 
@@ -282,6 +297,35 @@ def verify(
     return 1
 
 
+def export(
+    runs: OmitArgPrefixes[Runs], to: Annotated[Path, arg(metavar="FILE.tar.gz")], weights: bool = False
+) -> int:
+    """Pack the finished records of a target into one archive, for `import` on another machine.
+
+    Args:
+        to: The archive to write.
+        weights: Also pack the final weights, which Table 3 measures.
+    """
+    from experiments.harness.machine import transfer
+
+    specs = runs.specs
+    count = transfer.pack(specs, runs.root, to, weights=weights)
+    print(f"{count} of the {len(specs)} runs of {runs} are in {to} ({to.stat().st_size / 1e6:.1f} MB).")
+    return 0
+
+
+def import_(source: Positional[Annotated[Path, arg(metavar="SOURCE")]], results: Path = DEFAULT_ROOT) -> int:
+    """Check finished records that another machine made, and copy them to the results.
+
+    Args:
+        source: A results folder, its runs/, one run folder, or an archive of any of them.
+        results: The results root.
+    """
+    from experiments.harness.machine import transfer
+
+    return transfer.report(transfer.take_in(source, results.absolute()), source)
+
+
 def _record(run: str, results: Path) -> Record:
     """The run whose id starts with `run`.
 
@@ -312,7 +356,14 @@ def _check_jobs(jobs: int | None) -> None:
         raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
 
 
-def _check_device(specs: list[Run]) -> None:
+def _check_share(minutes: float | None, per_gpu: int) -> None:
+    if minutes is not None and not minutes > 0:
+        raise SpecError(f"minutes is {minutes:g}, but must be greater than 0.")
+    if per_gpu < 1:
+        raise SpecError(f"per_gpu is {per_gpu}, but must be 1 or more.")
+
+
+def _check_device(specs: list[Run], jobs: int | None = None, per_gpu: int = 1) -> None:
     from experiments.harness.machine.pool import default_jobs
 
     if any(spec.processes > 1 for spec in specs):
@@ -320,11 +371,16 @@ def _check_device(specs: list[Run]) -> None:
             "These runs are data-parallel (ranks > 1), but this command starts one process per run: submit them with "
             "python -m slurm submit, or leave ranks out."
         )
-    if any(spec.device == "cuda" for spec in specs) and not default_jobs("cuda"):
+    if not any(spec.device == "cuda" for spec in specs):
+        return
+    most = default_jobs("cuda", per_gpu)
+    if not most:
         raise SpecError(
             "These runs need a GPU, and torch finds none on this machine: use --profile cpu, or run the same command "
             "on a machine with a GPU."
         )
+    if (jobs or 0) > most:
+        raise SpecError(f"jobs is {jobs}, but must be at most {most}, the GPUs times per_gpu.")
 
 
 def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[Run]:
@@ -364,6 +420,8 @@ def main() -> None:
         "check": check,
         "show": show,
         "verify": verify,
+        "export": export,
+        "import": import_,
     }
     end_with(
         lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),

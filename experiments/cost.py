@@ -4,19 +4,20 @@
 
 Each run times steps of the base optimizer, the control, SAM and mSAM, interleaved (see `harness/work/timing.py`); seeds
 are repetitions. The networks are those of Table 1 at their batch size, ResNet-8 also at half and twice its batch size,
-and the deeper ResNet-20. On CPUs, two data-parallel workers with a core each are timed as well; on GPUs only one.
+and the deeper ResNet-20. On CPUs, two data-parallel workers with a core each are timed as well; on GPUs only one. The
+gpu profile times each network eagerly and as a CUDA graph, in each way of running micro-batches, at two batch sizes.
 """
 
 from dataclasses import replace
 
-from experiments import resnet_cifar, vit_cifar, wrn_cifar
+from experiments import bert_glue, resnet_cifar, vit_cifar, wrn_cifar
 from experiments.harness.runs.grids import timing_of
 from experiments.harness.runs.spec import Timing, Training
 
 TABLE = "table4"
 
-LARGEST_M = {"smoke": 4, "cpu": 16, "paper": 16}
-ROUNDS = {"smoke": 3, "cpu": 20, "paper": 50}
+LARGEST_M = {"smoke": 4, "cpu": 16, "gpu": 16, "paper": 16}
+ROUNDS = {"smoke": 3, "cpu": 20, "gpu": 50, "paper": 50}
 
 
 def timed(cell: Training) -> Timing:
@@ -34,3 +35,16 @@ RUNS = {
 }
 RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, batch_size=size)) for size in (64, 256)]
 RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, model="resnet20"))]
+
+WAYS = [{"capture": False}, *({"passes": way} for way in ("loop", "vectorized", "streams", "auto"))]
+"""How steps run in the `gpu` profile: eagerly, and captured in each way of running micro-batches."""
+
+SMALL = {"batch_size": 128}
+"""Micro-batches of 8 images at m=16: the hardest case for a GPU."""
+
+RUNS["gpu"] = [
+    replace(timed(cell), **{"passes": "loop", **way})
+    for network in (resnet_cifar.GPU, vit_cifar.GPU, wrn_cifar.GPU, bert_glue.GPU)
+    for cell in ([network] if network is bert_glue.GPU else [network, replace(network, **SMALL)])
+    for way in WAYS
+]

@@ -3,7 +3,7 @@
     python -m experiments run hessian --profile cpu       # first trains the missing networks
 
 The final network of each cell of `resnet_cifar`, `wrn_cifar`, `vit_cifar` and, on GPUs, `bert_glue` and `roberta_glue`
-is measured on its first 256 (smoke: 16, paper: 512) training and test examples. Finished networks are not retrained.
+is measured on its first 256 (smoke: 16, gpu and paper: 512) training and test examples. Finished networks are not retrained.
 Encoders have 22 million weights or more, so only the paper profile measures them. The radius for sharpness was fixed in
 advance and is the same for all methods of a data set: 0.05 as for SAM on CIFAR-10 in Foret et al. 2021, and for texts
 0.001, the middle of the published range for encoders.
@@ -17,9 +17,10 @@ from experiments.harness.runs.grids import curvature_of
 
 TABLE = "table3"
 
-IMAGES = {p: [c for e in (resnet_cifar, vit_cifar, wrn_cifar) for c in e.RUNS[p]] for p in ("smoke", "cpu", "paper")}
+PROFILES = ("smoke", "cpu", "gpu", "paper")
+IMAGES = {p: [c for e in (resnet_cifar, vit_cifar, wrn_cifar) for c in e.RUNS[p]] for p in PROFILES}
 TEXTS = [c for e in (bert_glue, roberta_glue) for c in e.RUNS["paper"] if c.dataset in ("mrpc", "rte")]
-EXAMPLES = {"smoke": 16, "cpu": 256, "paper": 512}
+EXAMPLES = {"smoke": 16, "cpu": 256, "gpu": 512, "paper": 512}
 
 RUNS = {profile: curvature_of(IMAGES[profile], examples=examples, rho=0.05) for profile, examples in EXAMPLES.items()}
 RUNS["paper"] += curvature_of(TEXTS, examples=256, rho=0.001)

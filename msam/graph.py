@@ -54,6 +54,7 @@ class CudaGraph:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._graph = device, torch.cuda.CUDAGraph()
+        self.bytes: int | None = None
         for _, second in twins(device):
             self._graph.register_generator_state(second)
 
@@ -66,9 +67,13 @@ class CudaGraph:
         usual.wait_stream(stream)
 
     def record(self, step: Callable[[], Any]) -> Any:
-        """Record a step."""
+        """Record a step; `bytes` is the peak of what it allocates, which the graph keeps."""
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         with torch.cuda.graph(self._graph):
-            return step()
+            result = step()
+        self.bytes = torch.cuda.max_memory_allocated(self._device) - before
+        return result
 
     def replay(self) -> None:
         """Run the step; the second states of the generators first follow those that were drawn from outside."""
@@ -83,6 +88,7 @@ class Captured:
     Attributes:
         replays: How many steps were replayed.
         eager: How many were not: batches of another shape than the captured one, or all of them by request.
+        bytes: Peak memory of a step, which its graph keeps; None if nothing is captured.
     """
 
     def __init__(
@@ -100,6 +106,11 @@ class Captured:
         self._clip_norm, self._scaler, self._options = clip_norm, scaler, options
         self._params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._graph: Graph | None = None
+
+    @property
+    def bytes(self) -> int | None:
+        """Peak memory of the captured step."""
+        return getattr(self._graph, "bytes", None)
 
     def __call__(self, batch: Any) -> Step:
         """Take the step: `.grad` is set, the weights and the optimizer's state move.

@@ -237,7 +237,7 @@ def _dry_run(chosen: Sequence[Array], scripts: Sequence[str], estimate: Estimate
                 rejected = True
                 print(f"{error}\n", file=sys.stderr)
     print(
-        f"{runs} of {total} runs would be submitted: about {hours:.1f} GPU-hours (guessed for an A100-class GPU unless "
+        f"{runs} of {total} runs would be submitted: about {hours:.1f} GPU-hours (guessed unless "
         "measured; no GPU has run these yet)."
     )
     return 2 if rejected else 0

@@ -272,7 +272,7 @@ def test_a_worker_out_of_memory_is_reported_and_the_others_go_on(tmp_path):
         "    large = replace(SPEC, model='resnet20', train_examples=16384, batch_size=16384, micro_batches=1)\n"
         "    small = [SPEC, replace(SPEC, seed=1)]\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (7 * 2**30, 7 * 2**30))\n"
-        "    outcome = pool.run([large, *small], Session(root), jobs=2, estimate=load_estimate(root))\n"
+        "    outcome = pool.run([large, *small], Session(root), pool.Limits(2), estimate=load_estimate(root))\n"
         "    assert set(outcome.trained) == set(small), outcome\n"
         "    assert 'memory' in outcome.failed[large], outcome.failed[large]\n"
         "    assert 'memory' in record_of(large, root).failure()\n"

@@ -40,6 +40,29 @@ class Outcome:
     failed: dict[Run, str] = field(default_factory=dict)
     """Each failed run with its traceback, or with how its process ended."""
     interrupted: bool = False
+    out_of_time: bool = False
+    """Whether runs were stopped, or not started, because the time was over."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of the machine the runs of a pool may use."""
+
+    jobs: int
+    """Number of workers."""
+    per_gpu: int = 1
+    """Number of workers that share each GPU."""
+    ends: float | None = None
+    """When all runs are asked to stop, as `time.monotonic` counts."""
+
+    def gpu(self, slot: int) -> int:
+        """The GPU of a worker: the first runs go to different ones."""
+        return slot % -(-self.jobs // self.per_gpu)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is over."""
+        return self.ends is not None and time.monotonic() >= self.ends
 
 
 @dataclass
@@ -58,17 +81,17 @@ class _Worker:
 def run(
     specs: Sequence[Run],
     session: Session,
+    limits: Limits,
     *,
-    jobs: int,
     estimate: Estimate,
     redo: bool = False,
 ) -> Outcome:
-    """Train the specs, `jobs` at a time, and show progress. Ctrl-C or SIGTERM stops all of them cleanly.
+    """Train the specs, several at a time, and show progress. Ctrl-C or SIGTERM stops all of them cleanly.
 
     Args:
         specs: Runs that are not done.
         session: The folders of records and data; workers replace its `report` and `stop`.
-        jobs: Number of workers; on GPUs, one per GPU.
+        limits: Number of workers, and how long they may work.
         estimate: Expected seconds of each run, for the progress bar.
         redo: Retrain the specs; each keeps its old result until it restarts.
 
@@ -85,10 +108,13 @@ def run(
     display = Display(specs, estimate)
     with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
-            while waiting and len(workers) < _max_workers(waiting[0], workers, jobs) and not stopping.is_set():
+            if limits.over and not stopping.is_set():
+                outcome.out_of_time = True
+                stopping.set()
+            while waiting and len(workers) < _max_workers(waiting[0], workers, limits.jobs) and not stopping.is_set():
                 taken = {worker.slot for worker in workers}
-                slot = next(i for i in range(jobs) if i not in taken)
-                workers.append(_start(context, waiting.pop(0), session, slot, redo))
+                slot = next(i for i in range(limits.jobs) if i not in taken)
+                workers.append(_start(context, waiting.pop(0), session, (slot, limits.gpu(slot)), redo))
             listening = [w.reports for w in workers if not w.pipe_closed]
             wait([*listening, *(w.process.sentinel for w in workers)], timeout=REPORT_SECONDS)
             for worker in list(workers):
@@ -101,18 +127,18 @@ def run(
                     _close(worker, outcome, session.root, stopping.is_set())
                     display.finished(worker.spec, worker.failure, session.root)
             display.update({w.spec: w.fraction for w in workers})
-        outcome.interrupted = stopping.is_set()
+        outcome.interrupted = stopping.is_set() and not outcome.out_of_time
     display.close()
     return outcome
 
 
-def default_jobs(device: str) -> int:
-    """One worker per core that this process may use, or per GPU."""
+def default_jobs(device: str, per_gpu: int = 1) -> int:
+    """One worker per core that this process may use, or `per_gpu` per GPU."""
     if device == "cpu":
         return cores()
     import torch
 
-    return torch.cuda.device_count()
+    return per_gpu * torch.cuda.device_count()
 
 
 def _max_workers(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
@@ -120,22 +146,23 @@ def _max_workers(spec: Run, workers: Sequence[_Worker], jobs: int) -> int:
     return 1 if any(isinstance(s, Timing) for s in (spec, *(w.spec for w in workers))) else jobs
 
 
-def _start(context: Any, spec: Run, session: Session, slot: int, redo: bool) -> _Worker:
+def _start(context: Any, spec: Run, session: Session, place: tuple[int, int], redo: bool) -> _Worker:
+    slot, gpu = place
     receiver, sender = context.Pipe(duplex=False)
     # Not a daemon process, because daemons may not start loader processes.
-    process = context.Process(target=_work, args=(sender, spec, session, slot, redo))
+    process = context.Process(target=_work, args=(sender, spec, session, gpu, redo))
     process.start()
     sender.close()
     return _Worker(process, receiver, spec, slot)
 
 
-def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: bool) -> None:
+def _work(reports: Connection, spec: Run, session: Session, gpu: int, redo: bool) -> None:
     """In the worker: train one run and report its progress; the exit status says how it ended."""
     stopping = Flag()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stopping.set)
     if spec.device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(slot)
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(gpu)
     from experiments.harness.work.execute import execute
 
     last = 0.0
@@ -165,10 +192,10 @@ def _work(reports: Connection, spec: Run, session: Session, slot: int, redo: boo
         sys.exit(1)
 
 
-def _visible_gpu(slot: int) -> str:
-    """The slot's GPU among those that this process may use."""
+def _visible_gpu(gpu: int) -> str:
+    """The name of a GPU, counted among those that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[slot] if visible else str(slot)
+    return visible.split(",")[gpu] if visible else str(gpu)
 
 
 def _receive(worker: _Worker) -> None:

@@ -3,7 +3,7 @@
 An experiment is a module of `experiments/` with a docstring and
 
     TABLE     the table its runs fill, for example "table1"
-    RUNS      profile -> cells: the runs of the table, each written once, at seed 0
+    RUNS      profile -> cells: the runs of the table, each written once, at its first seed
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
     VARIES    the fields that a study varies, for example ("batch_size",) (optional). Two cells are compared
               if they differ only in the fields that define their arms; if there is no such pair, these may differ too
@@ -27,7 +27,7 @@ from experiments.harness.runs.run import Run, from_dict, names
 from experiments.harness.runs.spec import SEEDS
 
 TUNING_SEEDS = 2
-"""Seeds of a grid, in every profile."""
+"""Number of seeds of a grid, in every profile."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def targets() -> list[str]:
 
 
 def cells(target: str, profile: str) -> list[Run]:
-    """The cells (specs at seed 0) of an experiment, a table, or one of their grids.
+    """The cells (specs at their first seed) of an experiment, a table, or one of their grids.
 
     Raises:
         SpecError: for an unknown target or profile; the message lists the known ones.
@@ -85,7 +85,7 @@ def cells(target: str, profile: str) -> list[Run]:
 
 
 def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Run]:
-    """The runs of a target: its cells at every seed of the profile, or at seeds 0, ..., seeds - 1.
+    """The runs of a target: its cells at their first seed and the next ones, as many as the profile has or `seeds`.
 
     Args:
         target: An experiment, a table, or one of their grids.

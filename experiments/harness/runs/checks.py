@@ -10,7 +10,7 @@ from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import DATASETS
 from experiments.harness.runs.methods import BASE_OPTIMIZERS
 
-PROFILES = ("smoke", "cpu", "paper")
+PROFILES = ("smoke", "cpu", "gpu", "paper")
 
 CHOICES = {
     "profile": PROFILES,
@@ -21,6 +21,8 @@ CHOICES = {
     "attention": ("eager", "sdpa"),
     "decay": ("all", "matrices"),
     "precision": ("float32", "bfloat16"),
+    "passes": ("loop", "vectorized", "streams", "auto"),
+    "padding": ("longest", "max_length"),
     "device": ("cpu", "cuda"),
 }
 

@@ -42,10 +42,13 @@ def gpu_hours(spec: Run, estimate: Estimate) -> float:
     """GPU-hours of a run: from measured times if available, otherwise guessed; 0 for a run that needs no GPU."""
     if spec.device != "cuda":
         return 0.0
-    seconds = estimate.seconds(spec)
-    if seconds is None:
-        seconds = work(spec) / MODELS.get(spec.model, Model(TextSet)).guessed_speed
-    return spec.processes * seconds / 3600
+    return spec.processes * (estimate.seconds(spec) or guessed_seconds(spec)) / 3600
+
+
+def guessed_seconds(spec: Run) -> float:
+    """A guess at the seconds of a run on one GPU, without the time to start it, see `facts.Model`."""
+    model = MODELS.get(spec.model, Model(TextSet))
+    return work(spec) / model.guessed_speed * (1 + model.guessed_micro_batch * (spec.micro_batches - 1))
 
 
 def disk_bytes(spec: Run) -> tuple[float, float]:
@@ -112,7 +115,7 @@ def _records(root: Path) -> Iterable[Record]:
 
 
 def _model_key(spec: Run) -> tuple:
-    fields = ("device", "threads", "precision", "tf32", "compile", "image_size")
+    fields = ("device", "threads", "precision", "tf32", "compile", "capture", "passes", "image_size")
     return spec.kind, spec.model, *(spec.flat[name] for name in fields), spec.flat["curvature_every"] > 0
 
 

@@ -1,13 +1,17 @@
 """Lists of cells that experiments share: the arms of a block, grids, seeds, curvature and timing runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.run import Run, hints
 from experiments.harness.runs.spec import Curvature, Network, Timing, Training
 
 R = TypeVar("R", bound=Run)
+
+GRID_SEED = 100
+"""The first seed of a grid of `grid_of_arms`; tables report the seeds from 0 on."""
 
 
 def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Training]:
@@ -18,6 +22,27 @@ def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho
         replace(base, rho=sam_rho),
         replace(base, micro_batches=micro_batches, rho=msam_rho),
     ]
+
+
+def all_arms(base: Training, *, micro_batches: int, rhos: Mapping[str, float]) -> list[Training]:
+    """A block with the base optimizer, twice its epochs, the control, and every perturbed arm.
+
+    Args:
+        base: The base optimizer's cell.
+        micro_batches: m of the arms that split the mini-batch.
+        rhos: rho of each perturbed arm, by its name in `methods.ARMS`; an arm that is not named has no cell.
+    """
+    plain = [base, replace(base, **ARMS["twice"].changed(base.flat)), replace(base, micro_batches=micro_batches)]
+    return plain + [perturbed(base, name, micro_batches, rho) for name, rho in rhos.items()]
+
+
+def perturbed(base: Training, arm: str, micro_batches: int, rho: float) -> Training:
+    """The cell of a perturbed arm: `sam`, `shared`, `msam`, `asam` or `masam`."""
+    split = replace(base, rho=rho, adaptive=arm in ("asam", "masam"))
+    if arm in ("sam", "asam"):
+        return split
+    split = replace(split, micro_batches=micro_batches)
+    return replace(split, shared=True, passes="loop") if arm == "shared" else split
 
 
 def curvature_of(cells: Iterable[Training], *, examples: int, rho: float) -> list[Run]:
@@ -41,6 +66,25 @@ def timed_steps(timing: Timing, workers: int = 1) -> list[Training]:
     base = Training(**_fields(timing, Network) | {"micro_batches": 1, "rho": 0.0}, epochs=1)
     plain = [base, *(replace(base, micro_batches=m) for m in counts)]
     return plain + [replace(base, micro_batches=m, rho=timing.rho) for m in (1, *counts)]
+
+
+def grid_of_arms(
+    base: Training,
+    *,
+    micro_batches: int,
+    learning_rates: Sequence[float],
+    rhos: Mapping[str, Sequence[float]],
+    holdout_examples: int = 5000,
+) -> list[Training]:
+    """The grid for a block of `all_arms`: the base optimizer's learning rate, then the rhos of each perturbed arm.
+
+    Its seeds start at `GRID_SEED`, so no seed that chooses is one that a table reports.
+    """
+    base = replace(base, holdout_examples=holdout_examples, seed=GRID_SEED)
+    return [
+        *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
+        *(perturbed(base, arm, micro_batches, rho) for arm, values in rhos.items() for rho in values),
+    ]
 
 
 def _fields(run: Run, cls: type[Run]) -> dict[str, Any]:
@@ -74,9 +118,9 @@ def tuning_grid(
 
 
 def with_seeds(cells: Iterable[R], seeds: int) -> list[R]:
-    """Every cell at seeds 0, ..., seeds - 1; seed by seed, so that an interrupted sweep has complete rows."""
+    """Every cell at its own seed and the next ones; seed by seed, so that an interrupted sweep has complete rows."""
     cells = list(cells)
-    return list(dict.fromkeys(replace(cell, seed=seed) for seed in range(seeds) for cell in cells))
+    return list(dict.fromkeys(replace(cell, seed=cell.seed + k) for k in range(seeds) for cell in cells))
 
 
 def with_ranks(specs: Iterable[Run], ranks: int) -> list[Run]:

@@ -14,6 +14,7 @@ from experiments.harness.runs.facts import DATASETS, ImageSet, SimulatedSet, Tex
 from experiments.harness.runs.run import Run, defaults, from_dict, from_text, hints
 
 __all__ = [
+    "CAPTURED",
     "ON_GPU",
     "PROFILES",
     "SEEDS",
@@ -28,17 +29,20 @@ __all__ = [
     "from_text",
 ]
 
-SEEDS = {"smoke": 2, "cpu": 3, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
 """Default number of paired seeds (0, 1, ...) of each profile."""
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
-"""How the `paper` profile computes. By the data sheets, autocast to bfloat16 would be up to twice as fast. But it
+"""How the `gpu` and `paper` profiles compute. By the data sheets, autocast to bfloat16 would be up to twice as fast. But it
 rounds weights to so few bits that most of a small perturbation is lost, and the rest is more than twice as long
 (benchmarks/results/precision.md). TensorFloat-32 loses far less. Compilation and deterministic kernels stay off until
 their gain and cost are measured on a GPU."""
 
+CAPTURED: dict[str, Any] = {**ON_GPU, "capture": True}
+"""How the `gpu` profile trains: the same, with each step as one CUDA graph."""
 
-_TEXTS_ONLY = ("dropout", "attention", "max_length")
+
+_TEXTS_ONLY = ("dropout", "attention", "max_length", "padding")
 _IMAGES_ONLY = ("augmentation", "cutout", "image_size", "label_noise", "channels_last")
 
 
@@ -74,6 +78,9 @@ class Network(Run):
     """Implementation of attention in text models."""
     max_length: int = 128
     """Texts are truncated to this many tokens, including special tokens."""
+    padding: str = "longest"
+    """What texts are padded to: the longest of their mini-batch, or `max_length`, so that all mini-batches have one
+    shape, as a CUDA graph needs."""
     precision: str = "float32"
     channels_last: bool = True
     """Memory layout of images and convolutions."""
@@ -81,6 +88,10 @@ class Network(Run):
     """Whether the base optimizer updates all parameters in one kernel."""
     compile: bool = False
     """Whether the model is compiled with `torch.compile`."""
+    capture: bool = False
+    """Whether the whole training step is one CUDA graph, `msam.capture`."""
+    passes: str = "loop"
+    """How the micro-batches run, see `msam.backward`: the gradient is the same up to rounding."""
     tf32: bool = False
     """Whether float32 products on a GPU may round their factors to TensorFloat-32."""
     deterministic: bool = False
@@ -103,17 +114,28 @@ class Network(Run):
                 reject(name, getattr(self, name), f"left out, except for {'text models' if images else 'images'}")
         if self.cutout > 32:
             reject("cutout", self.cutout, "at most 32, the side of the images")
-        for name in ("tf32", "deterministic"):
+        for name in ("tf32", "deterministic", "capture"):
             if self.device != "cuda" and getattr(self, name):
                 reject(name, True, "left out on CPUs: only GPUs have it")
         if self.image_size != 32 and "/" not in self.model:
             reject("image_size", self.image_size, "32, except for timm's pretrained models")
         if isinstance(data, TextSet) and not data.labels and self.label_smoothing:
             reject("label_smoothing", self.label_smoothing, f"0 for {self.dataset}, a regression")
+        if self.capture and not images and self.padding != "max_length":
+            reject("padding", self.padding, '"max_length" in a captured run, whose mini-batches all have one shape')
+        if self.shared and self.passes != "loop":
+            reject("passes", self.passes, "loop in a run whose micro-batches share one perturbation")
+        if self.deterministic and self.passes == "auto":
+            reject("passes", self.passes, "loop, vectorized or streams in a deterministic run: auto depends on times")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             reject("dropout", self.dropout, "at least 0 and below 1, or left out")
         if (self.test_examples or 0) > data.test:
             reject("test_examples", self.test_examples, f"at most {data.test}, or left out to take all")
+
+    @property
+    def way(self) -> str:
+        """How steps are run if not micro-batch by micro-batch, kernel by kernel: `captured`, the passes, or both."""
+        return ", ".join(["captured"] * self.capture + [self.passes] * (self.passes != "loop"))
 
     @property
     def available(self) -> int:
@@ -148,6 +170,8 @@ class Training(Network):
                 f"({self.batch_size}): each rank perturbs its own micro-batches, so SAM (m=1) needs ranks=1"
             )
             reject("ranks", self.ranks, allowed)
+        if self.ranks > 1 and (self.capture or self.passes != "loop"):
+            reject("ranks", self.ranks, "1 in a captured run, and in one whose passes are not the loop")
         if self.warmup_epochs >= self.epochs:
             reject("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
 
@@ -247,6 +271,8 @@ class Timing(Network):
             reject("workers", self.workers, f"a divisor of micro_batches, {m}")
         if self.workers > 1 and self.device != "cpu":
             reject("workers", self.workers, "1 on GPUs: several workers are timed only on CPUs")
+        if self.workers > 1 and self.passes != "loop":
+            reject("workers", self.workers, "1 if the passes are not the loop, which data-parallel steps take")
 
     @property
     def score(self) -> str:
@@ -256,7 +282,8 @@ class Timing(Network):
     @property
     def title(self) -> str:
         """Model, batch size, largest m, seed."""
-        return f"cost of {self.model} batch {self.batch_size} m to {self.micro_batches} seed {self.seed}"
+        way = f" {self.way}" if self.way else ""
+        return f"cost of {self.model} batch {self.batch_size} m to {self.micro_batches}{way} seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

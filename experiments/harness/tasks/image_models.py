@@ -147,11 +147,11 @@ def wide_resnet(depth: int, widen: int, classes: int) -> nn.Module:
     )
 
 
-def imagenet_resnet50(classes: int) -> nn.Module:
-    """torchvision's ResNet-50 with a 3x3 stem of stride 1 and no first pooling, as usual for CIFAR's image size."""
-    from torchvision.models import resnet50
+def imagenet_resnet(depth: int, classes: int) -> nn.Module:
+    """torchvision's ResNet with a 3x3 stem of stride 1 and no first pooling, as usual for CIFAR's image size."""
+    from torchvision import models
 
-    model = resnet50(num_classes=classes)
+    model = getattr(models, f"resnet{depth}")(num_classes=classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     return _initialised(model)
@@ -185,17 +185,28 @@ def vit(classes: int, **options: Any) -> nn.Module:
     return VisionTransformer(img_size=32, num_classes=classes, global_pool="avg", **options)
 
 
+def vit_tiny(classes: int) -> nn.Module:
+    """torchvision's Vision Transformer of 12 layers and width 192 for 32 x 32 images, over patches of 4."""
+    from torchvision.models import VisionTransformer
+
+    size = {"image_size": 32, "patch_size": 4, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
+    return VisionTransformer(num_classes=classes, **size)
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "linear": lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes)),
     "resnet8": lambda classes: resnet(8, classes),
     "resnet8-groupnorm": lambda classes: resnet(8, classes, norm=groupnorm),
+    "resnet18": partial(imagenet_resnet, 18),
     "resnet20": lambda classes: resnet(20, classes),
-    "resnet50": imagenet_resnet50,
+    "resnet50": partial(imagenet_resnet, 50),
     "wrn-10-1": lambda classes: wide_resnet(10, 1, classes),
+    "wrn-16-4": lambda classes: wide_resnet(16, 4, classes),
     "wrn-28-10": lambda classes: wide_resnet(28, 10, classes),
     "vit-micro": lambda classes: vit(
         classes, patch_size=8, embed_dim=64, depth=3, num_heads=4, mlp_ratio=2.0, embed_layer=ConvolutionalStem
     ),
+    "vit-tiny": vit_tiny,
     "vit-small": lambda classes: vit(classes, patch_size=4, embed_dim=384, depth=7, num_heads=12, mlp_ratio=1.0),
 }
 

@@ -178,9 +178,9 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.d
 @torch.no_grad()
 def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy in [0, 1] and mean cross-entropy."""
-    correct = loss = 0.0
+    correct, losses = [], []  # on the device: reading a number would wait for it
     for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
         logits = forward(x).float()
-        correct += (logits.argmax(1) == y).sum().item()
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-    return correct / len(labels), loss / len(labels)
+        correct.append((logits.argmax(1) == y).sum())
+        losses.append(F.cross_entropy(logits, y, reduction="sum"))
+    return sum(torch.stack(correct).tolist()) / len(labels), sum(torch.stack(losses).tolist()) / len(labels)

@@ -43,14 +43,14 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
     weights = checksum(model)
 
     train, holdout = subsets(spec, len(data.train.labels))
-    trained = _Encoded(data.train.taken(train), tokenizer, spec.max_length)
+    trained = encoded(spec, data.train.taken(train), tokenizer)
     if spec.holdout_examples:
-        scored = {"holdout": _Encoded(data.train.taken(holdout), tokenizer, spec.max_length)}
+        scored = {"holdout": encoded(spec, data.train.taken(holdout), tokenizer)}
     else:
         names = {split: "test" if i == 0 else "test_mismatched" for i, split in enumerate(task.validation)}
         first = range(spec.test_examples) if spec.test_examples else None
         parts = {names[s]: v.taken(first[: len(v.labels)]) if first else v for s, v in data.validation.items()}
-        scored = {part: _Encoded(v, tokenizer, spec.max_length) for part, v in parts.items()}
+        scored = {part: encoded(spec, v, tokenizer) for part, v in parts.items()}
     provenance = {
         "data_checksum": hashlib.sha256(f"{data.checksum} {weights}".encode()).hexdigest(),
         "data_source": data.source,
@@ -219,7 +219,7 @@ class _Encoded:
 
     def __init__(self, examples: Texts, tokenizer: Any, max_length: int) -> None:
         self.labels = examples.labels
-        self.targets = examples.labels if examples.labels.dtype == np.int64 else examples.labels.astype(np.float32)
+        self.targets = _targets(examples)
         self._tokenizer = tokenizer
         columns = [list(texts_) for texts_ in examples.sentences]
         self._tokens = tokenizer(*columns, truncation=True, max_length=max_length)
@@ -237,6 +237,43 @@ class _Encoded:
         padded = self._tokenizer.pad(rows, return_tensors="pt")
         labels = torch.from_numpy(self.targets[list(chosen)])
         return {name: to_device(tensor, device) for name, tensor in {**padded, "labels": labels}.items()}
+
+
+class _Fixed:
+    """Tokenized texts, all padded to one length, on the device: a batch is a selection, without work on the host."""
+
+    def __init__(self, examples: Texts, tokenizer: Any, max_length: int, device: torch.device) -> None:
+        self.labels, self.targets = examples.labels, _targets(examples)
+        columns = [list(texts_) for texts_ in examples.sentences]
+        tokens = tokenizer(
+            *columns, truncation=True, max_length=max_length, padding="max_length", return_tensors="pt"
+        )
+        tensors = {**tokens, "labels": torch.from_numpy(self.targets)}
+        self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def by_length(self) -> list[int]:
+        """All examples, in order: they are equally long."""
+        return list(range(len(self)))
+
+    def batch(self, chosen: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """These examples."""
+        index = to_device(torch.tensor(chosen), device)
+        return {name: tensor[index] for name, tensor in self._tensors.items()}
+
+
+def encoded(spec: Network, examples: Texts, tokenizer: Any) -> "_Encoded | _Fixed":
+    """The examples as tokens, padded as the spec says."""
+    if spec.padding == "max_length":
+        return _Fixed(examples, tokenizer, spec.max_length, torch.device(spec.device))
+    return _Encoded(examples, tokenizer, spec.max_length)
+
+
+def _targets(examples: Texts) -> np.ndarray:
+    """Classes as they are, values as float32."""
+    return examples.labels if examples.labels.dtype == np.int64 else examples.labels.astype(np.float32)
 
 
 def checksum(model: transformers.PreTrainedModel) -> str:

@@ -38,6 +38,7 @@ from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
 from experiments.harness.work.session import Session
 from experiments.harness.work.train import build_optimizer
+from msam.graph import Captured
 from msam.perturbation import Weights
 from msam.state import State
 
@@ -101,27 +102,33 @@ def timed(
     Returns:
         One line per step: `seconds` (the median over the rounds), `ratio` and `over_sam` (the medians of the ratios to
         the base optimizer and to SAM within each round) with their 95 % intervals `_low` and `_high`,
-        `examples_per_second`, the peak memory allocated in a step, and the bytes that are all-reduced.
+        `examples_per_second`, the peak memory allocated in a step (of a captured one, what its graph keeps), and the
+        bytes that are all-reduced.
     """
     reduced = _ReducedBytes()
     if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(reduced, _count_and_reduce)
-    optimizer = build_optimizer(spec, task.model)
+    optimizer, steps = build_optimizer(spec, task.model), timed_steps(spec, workers)
     shares = [_share(batch, workers, rank) for batch in islice(cycle(task.batches(0, 0)), BATCHES)]
     model.train()
 
+    loss_fn = partial(task.loss_fn, model)
+    captured = {cell: _captured(cell, loss_fn, shares[0], model, optimizer) for cell in steps if cell.capture}
+
     def take(cell: Training, batch: Any) -> None:
+        if cell.capture:
+            captured[cell](batch)
+            return
         optimizer.zero_grad()
-        loss_fn = partial(task.loss_fn, model)
         if cell.method == "base":
             loss_fn(batch).backward()
         elif cell.method == "sam" and workers > 1:
             _synchronous_sam(loss_fn, batch, task.model, cell.rho)
         else:
-            msam.backward(loss_fn, batch, model, rho=cell.rho, micro_batches=cell.micro_batches // workers)
+            m = cell.micro_batches // workers
+            msam.backward(loss_fn, batch, model, rho=cell.rho, micro_batches=m, passes=cell.passes)
         optimizer.step()
 
-    steps = timed_steps(spec, workers)
     times: dict[Training, list[float]] = {step: [] for step in steps}
     for number, batch in zip(range(spec.rounds + 1), cycle(shares)):
         for step in random.Random(number).sample(steps, len(steps)):
@@ -133,7 +140,7 @@ def timed(
     lines = []
     for step in steps:
         reduced.bytes = 0
-        memory = peak_bytes(partial(take, step, shares[0]), spec.device)
+        memory = captured[step].bytes if step.capture else peak_bytes(partial(take, step, shares[0]), spec.device)
         lines.append(
             {"measure": step.method, "m": step.micro_batches, "workers": workers}
             | median_interval("seconds", times[step])
@@ -146,6 +153,14 @@ def timed(
             }
         )
     return lines
+
+
+def _captured(
+    cell: Training, loss_fn: Callable[[Any], torch.Tensor], batch: Any, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Captured:
+    """A cell's whole step as one CUDA graph."""
+    options: dict[str, Any] = {"rho": cell.rho, "micro_batches": cell.micro_batches, "passes": cell.passes}
+    return msam.capture(loss_fn, batch, model, optimizer, **options)
 
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:

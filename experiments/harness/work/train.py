@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import msam
+from msam.graph import Captured
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Network, Training
@@ -82,7 +83,6 @@ def _train(
     ranks.seed()
     task = build(spec, session.data_root)
     model = ranks.wrapped(task.model)
-    loss_fn = partial(task.loss_fn, _compiled(model, spec) if spec.compile else model)
     state = _initial_state(spec, task)
     load_checkpoint(record, ranks, state)
     progress, steps = state.progress, spec.epochs * task.steps_per_epoch
@@ -91,25 +91,14 @@ def _train(
         record.add_environment({**about, "first_step": progress.step + 1})
         record.rewind(progress.step // task.steps_per_epoch)
     recorder = _Recorder(record, ranks, session, state, checkpoint_seconds)
+    loss_fn = partial(task.loss_fn, _compiled(model, spec) if spec.compile else model)
+    take_step = TrainingStep(spec, loss_fn, model, state.optimizer, ranks)
 
     model.train()
     for batch in _batches_from(task, progress.step, steps):
         recorder.checkpoint_if_due(f"Stopped before step {progress.step + 1} of {steps}.")
 
-        state.optimizer.zero_grad()
-        batch, micro_batches = ranks.share(batch)
-        step = msam.backward(
-            loss_fn,
-            batch,
-            model,
-            rho=spec.rho,
-            micro_batches=micro_batches,
-            adaptive=spec.adaptive,
-            shared="ranks" if spec.shared else False,
-        )
-        if spec.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), spec.clip_norm)
-        state.optimizer.step()
+        step = take_step(batch)
         state.scheduler.step()
         if state.average is not None:
             state.average.update(task.model)
@@ -127,6 +116,49 @@ def _train(
     recorder.checkpoint_if_due("Stopped before the scores.")
     if ranks.first:
         _finish(record, task, state, recorder)
+
+
+class TrainingStep:
+    """A whole training step on a mini-batch, except for the scheduler's: as it is, or as one CUDA graph.
+
+    Args:
+        spec: The run. With `capture`, the first step is captured before it is taken.
+        loss_fn: The loss of a (micro-)batch.
+        model: The network, or its data-parallel wrapper.
+        optimizer: The base optimizer.
+        ranks: The processes that share each mini-batch.
+    """
+
+    def __init__(
+        self,
+        spec: Network,
+        loss_fn: Callable[[Any], torch.Tensor],
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ranks: Ranks,
+    ) -> None:
+        self.spec, self.loss_fn, self.model, self.optimizer, self.ranks = spec, loss_fn, model, optimizer, ranks
+        self.captured: Captured | None = None
+
+    def __call__(self, batch: Any) -> msam.Step:
+        """Take the step."""
+        spec = self.spec
+        if spec.capture:
+            if self.captured is None:
+                options = {**self._options(), "micro_batches": spec.micro_batches, "clip_norm": spec.clip_norm}
+                self.captured = msam.capture(self.loss_fn, batch, self.model, self.optimizer, **options)
+            return self.captured(batch)
+        self.optimizer.zero_grad()
+        batch, micro_batches = self.ranks.share(batch)
+        step = msam.backward(self.loss_fn, batch, self.model, micro_batches=micro_batches, **self._options())
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), spec.clip_norm)
+        self.optimizer.step()
+        return step
+
+    def _options(self) -> dict[str, Any]:
+        shared = "ranks" if self.spec.shared else False
+        return {"rho": self.spec.rho, "adaptive": self.spec.adaptive, "shared": shared, "passes": self.spec.passes}
 
 
 class _Recorder:

@@ -32,7 +32,7 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, Session(root, environment={"commit": "abc"}), jobs=jobs, estimate=load_estimate(root))
+    return pool.run(specs, Session(root, environment={"commit": "abc"}), pool.Limits(jobs), estimate=load_estimate(root))
 
 
 def scores(specs: list[Training], root: Path) -> list[dict]:

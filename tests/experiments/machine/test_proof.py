@@ -12,6 +12,7 @@ from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_ci
 from experiments.harness.machine import proof
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import disk_bytes, gpu_hours, load_estimate
+from experiments.harness.runs.record import duration
 from experiments.harness.runs.facts import MODELS, ImageSet, Model, is_images
 from experiments.harness.runs.grids import curvature_of
 from experiments.harness.runs.record import Record
@@ -139,7 +140,7 @@ def test_the_plan_of_gpu_nights(tmp_path):
     done = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True, text=True)
     specs = catalogue.runs("table1", "paper")
     hours = sum(gpu_hours(spec, load_estimate(tmp_path)) for spec in specs)
-    assert f"table1                  120 runs {hours:>8.0f} h" in done.stdout
+    assert f"table1                  120 runs {duration(3600 * hours):>8}" in done.stdout
     assert f"{-(-hours // 36):.0f} on 3," in done.stdout
     assert f"Disk: {sum(disk_bytes(spec)[0] for spec in specs) / 1e9:.0f} GB" in done.stdout
     assert "guessed" in done.stdout

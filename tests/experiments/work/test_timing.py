@@ -128,7 +128,7 @@ def test_each_round_has_a_new_order_and_the_first_round_is_discarded(monkeypatch
 def test_a_timing_run_has_the_machine_to_itself(tmp_path):
     others = catalogue.runs("linear_cifar", "smoke")
     specs = [others[0], RESNET, *others[1:]]
-    pool.run(specs, Session(tmp_path), jobs=2, estimate=load_estimate(tmp_path))
+    pool.run(specs, Session(tmp_path), pool.Limits(2), estimate=load_estimate(tmp_path))
     folders = [record_of(spec, tmp_path).folder for spec in specs]
     spans = [((f / "env.json").stat().st_mtime_ns, (f / "summary.json").stat().st_mtime_ns) for f in folders]
     timed = spans[1]
