@@ -16,6 +16,7 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks, with_seeds
+from experiments.harness.runs.provenance import checkout, code_hash
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Run
 
@@ -159,11 +160,22 @@ def mixed(t: Target, results: Results) -> list[str]:
             if len(versions) > 1:
                 shown = ", ".join(one[:12] for one in versions)
                 reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({shown}): {remedy}.")
-    if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
-        reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {remedy}.")
+    origins = zip(rows["commit"], rows["code"], strict=True)
+    outside = [code for commit, code in origins if UNKNOWN in f"{commit}+{code}".split("+")]
+    committed = _committed_code() if outside else None
+    if unknown := sum(code != committed for code in outside):
+        reasons.append(
+            f"{t.name} has {unknown} runs from an unknown commit, made outside git by training code that is not this "
+            f"checkout's, or with uncommitted changes here: {remedy}."
+        )
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):
         reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {remedy}.")
     return reasons
+
+
+def _committed_code() -> str | None:
+    """The hash of this checkout's training code, which names its commit; None if it has uncommitted changes."""
+    return code_hash() if checkout("")["dirty"] is False else None
 
 
 def missing(t: Target, results: Results) -> list[Run]:

@@ -94,7 +94,9 @@ def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: in
             specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
             left = {spec for spec in specs if not record_of(spec, runs.root).done}
             note = " (a grid, not part of the target all)" if left - set(waiting) else ""
-            print(f"  {name:<21} {len(left):>5} runs {duration(3600 * sum(gpu_hours(s, estimate) for s in left)):>8}{note}")
+            print(
+                f"  {name:<21} {len(left):>5} runs {duration(3600 * sum(gpu_hours(s, estimate) for s in left)):>8}{note}"
+            )
     hours = sum(gpu_hours(spec, estimate) for spec in waiting)
     print(f"  {'in total':<21} {len(waiting):>5} runs {duration(3600 * hours):>8}, each shared run counted once")
     nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))
@@ -297,9 +299,7 @@ def verify(
     return 1
 
 
-def export(
-    runs: OmitArgPrefixes[Runs], to: Annotated[Path, arg(metavar="FILE.tar.gz")], weights: bool = False
-) -> int:
+def export(runs: OmitArgPrefixes[Runs], to: Annotated[Path, arg(metavar="FILE.tar.gz")], weights: bool = False) -> int:
     """Pack the finished records of a target into one archive, for `import` on another machine.
 
     Args:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from analysis import publish as publishing
 from analysis.__main__ import main
 from analysis.collect import collect
 from analysis.columns import csv_text
@@ -345,7 +346,7 @@ def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
     ("arguments", "word"),
     [
         (["no-such-table"], "Unknown experiment or table"),
-        (["--profile", "huge"], "the profiles are smoke, cpu, paper"),
+        (["--profile", "huge"], "the profiles are smoke, cpu, gpu, paper"),
         (["--results", "/nowhere/at/all"], "does not exist"),
         (["table1", "--seeds", "0"], "must be 1 or more"),
         (["table1:x"], "'x' is not a number of seeds"),
@@ -366,3 +367,23 @@ def test_unwritable_results_are_reported(tmp_path, monkeypatch, capsys):
     status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
     assert status == 2
     assert "cannot be written" in error
+
+
+def test_runs_made_outside_git_by_this_checkouts_code_may_be_published(tmp_path, monkeypatch):
+    """Their commit is unknown, but the hash of the training code names it, unless this checkout has changes."""
+    fill(tmp_path, [SGD, SAM])
+    fill(tmp_path, [MSAM], seeds=2)
+    for path in (tmp_path / "runs" / MSAM.run_id).iterdir():
+        path.unlink()
+    record = write_run(tmp_path, MSAM, 0.9, commit=None, dirty=None)
+    code = record.environments()[-1]["code"]
+    clean = {"dirty": False}
+    monkeypatch.setattr(publishing, "checkout", lambda command: clean)
+    monkeypatch.setattr(publishing, "code_hash", lambda: "0ther")
+    with pytest.raises(Refused, match="by training code that is not this checkout's"):
+        published(tmp_path, "table1")
+    monkeypatch.setattr(publishing, "code_hash", lambda: code)
+    published(tmp_path, "table1")
+    clean["dirty"] = True
+    with pytest.raises(Refused, match="uncommitted changes here"):
+        published(tmp_path, "table1")

@@ -54,7 +54,8 @@ def checkout(command: str) -> dict[str, Any]:
     """The state of the checkout that a command was started in.
 
     Returns:
-        `commit` and `dirty` (None outside a git checkout; changes under results/ do not count), `changes` (for a dirty
+        `commit` and `dirty` (None outside a git checkout, where only `machine`'s `code` names the code; changes under
+        results/ do not count), `changes` (for a dirty
         checkout, the files by `git status`, then the diff, truncated if it is very long), `lock` (a hash of
         requirements.lock, if there is one), `command`.
     """
@@ -128,6 +129,8 @@ def command_line() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (ROOT / ".git").exists():  # git would answer for a repository that this copy lies in
+        return None
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=20

@@ -41,6 +41,8 @@ from experiments.harness.tasks.storage import (
     download,
     file_checksum,
     locked,
+    opened,
+    parts_of,
     reject_checksum,
     storage_errors,
 )
@@ -61,7 +63,7 @@ def load_cifar(name: str, root: Path | None = None) -> ImageData:
     Args:
         name: `"cifar10"` or `"cifar100"`.
         root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz` and its
-            `.json` from our cache. None: the folder in the environment variable `MSAM_DATA`, if it is set. A root
+            `.json` from our cache; the `.npz` may be split into parts, see `storage.opened`. None: the folder in the environment variable `MSAM_DATA`, if it is set. A root
             without the set is skipped.
 
     Raises:
@@ -146,7 +148,7 @@ def _load_npz(name: str, folder: Path) -> ImageData | None:
     the published sums are used; CIFAR-100 has none, so it is rejected without the `.json`.
     """
     known, path, notes = SETS[name], folder / f"{name}.npz", folder / f"{name}.json"
-    if not path.exists():
+    if not path.exists() and not parts_of(path):
         return None
     sums, origin = known.sha256, "unknown origin"
     if notes.exists() or sums is None:
@@ -161,11 +163,13 @@ def _load_npz(name: str, folder: Path) -> ImageData | None:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{notes} is truncated or altered ({error!r}). {_DELETE}") from error
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
+        with opened(path) as file, np.load(file, allow_pickle=False) as npz:
             arrays = {part: np.ascontiguousarray(npz[part]) for part in ORDER}
     except Exception as error:  # a damaged archive can raise BadZipFile, EOFError, RuntimeError, ...
         expected = "; ".join(f"sha256 {sum_} for {part}" for part, sum_ in sums.items())
-        actual = f"{file_checksum(path, 'sha256')} for the whole file, which cannot be read ({error})"
+        with opened(path) as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        actual = f"{whole} for the whole file, which cannot be read ({error})"
         raise DataError(f"{path} is truncated or altered: expected {expected}; found {actual}. {_DELETE}") from error
     return _verified(name, arrays, path, f"{known.title} from {origin}", sums, _DELETE)
 

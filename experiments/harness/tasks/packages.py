@@ -8,12 +8,15 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from experiments.harness.runs.files import replacing
 from experiments.harness.tasks.storage import (
     DataError,
     DataUnavailable,
     cache_folder,
     file_checksum,
     locked,
+    opened,
+    parts_of,
     reject_checksum,
     storage_errors,
 )
@@ -28,9 +31,15 @@ CACHE_UNUSABLE = "make it a folder that you can read and write, or set XDG_CACHE
 
 
 def package_file(requirement: str, file: str, sha256: str, binary: bool) -> Path:
-    """A package's file in the cache, downloaded by pip if missing; pip checks its checksum before opening it."""
+    """A package's file in the cache, downloaded by pip if missing; pip checks its checksum before opening it.
+
+    The file may lie there in parts, see `storage.opened`, which are joined.
+    """
     path = cache_folder() / file
     with storage_errors(path.parent, CACHE_UNUSABLE), locked(file):
+        if not path.exists() and parts_of(path):
+            with opened(path) as parts, replacing(path) as temporary:
+                temporary.write_bytes(parts.read())
         if not path.exists():
             mend = f"connect to the network, or put {file} into {path.parent}"
             if not list(metadata.distributions(name="pip")):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import queue
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from experiments.harness.runs.command_line import Mistake
 
@@ -53,6 +54,22 @@ def file_checksum(path: Path, algorithm: str) -> str:
     """The hexadecimal checksum of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file to read from, or the parts of one that was split: `path.part-aa`, `path.part-ab`, ..., in this order.
+
+    `split -b 50m cifar10.npz cifar10.npz.part-` writes such parts, for places that take no large files.
+    """
+    parts = [] if path.exists() else parts_of(path)
+    with io.BytesIO(b"".join(part.read_bytes() for part in parts)) if parts else path.open("rb") as file:
+        yield file
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parts of a file that was split, in order; none if there are no parts."""
+    return sorted(path.parent.glob(f"{path.name}.part-*"))
 
 
 @contextlib.contextmanager

@@ -245,9 +245,7 @@ class _Fixed:
     def __init__(self, examples: Texts, tokenizer: Any, max_length: int, device: torch.device) -> None:
         self.labels, self.targets = examples.labels, _targets(examples)
         columns = [list(texts_) for texts_ in examples.sentences]
-        tokens = tokenizer(
-            *columns, truncation=True, max_length=max_length, padding="max_length", return_tensors="pt"
-        )
+        tokens = tokenizer(*columns, truncation=True, max_length=max_length, padding="max_length", return_tensors="pt")
         tensors = {**tokens, "labels": torch.from_numpy(self.targets)}
         self._tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 

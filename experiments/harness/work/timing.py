@@ -156,7 +156,11 @@ def timed(
 
 
 def _captured(
-    cell: Training, loss_fn: Callable[[Any], torch.Tensor], batch: Any, model: nn.Module, optimizer: torch.optim.Optimizer
+    cell: Training,
+    loss_fn: Callable[[Any], torch.Tensor],
+    batch: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> Captured:
     """A cell's whole step as one CUDA graph."""
     options: dict[str, Any] = {"rho": cell.rho, "micro_batches": cell.micro_batches, "passes": cell.passes}

@@ -32,7 +32,9 @@ TIMES = {"wall_seconds", "step_seconds"}
 
 
 def run(specs: list[Training], root: Path, jobs: int = 2) -> pool.Outcome:
-    return pool.run(specs, Session(root, environment={"commit": "abc"}), pool.Limits(jobs), estimate=load_estimate(root))
+    return pool.run(
+        specs, Session(root, environment={"commit": "abc"}), pool.Limits(jobs), estimate=load_estimate(root)
+    )
 
 
 def scores(specs: list[Training], root: Path) -> list[dict]:
@@ -168,3 +170,33 @@ def test_estimates_use_committed_times_if_there_are_no_local_ones(tmp_path):
     record.create(spec)
     record.finish({"wall_seconds": 10.0})
     assert load_estimate(tmp_path).seconds(spec) == pytest.approx(10)
+
+
+def test_runs_stop_with_a_checkpoint_when_the_time_is_over_and_none_begins(tmp_path):
+    second = replace(LONG, seed=1)
+    limits = pool.Limits(1, ends=time.monotonic() + 12)
+    outcome = pool.run([LONG, second], Session(tmp_path), limits, estimate=load_estimate(tmp_path))
+    assert (outcome.out_of_time, outcome.interrupted, outcome.failed, outcome.trained) == (True, False, {}, [])
+    assert record_of(LONG, tmp_path).checkpoint.exists()
+    assert not record_of(second, tmp_path).folder.exists()
+
+
+def test_run_minutes_exits_with_75_until_nothing_is_left(tmp_path):
+    words = ["run", "resnet_cifar", "--profile", "smoke", "--seeds", "1", "--jobs", "1", "--results", str(tmp_path)]
+
+    def command(*arguments):
+        line = [sys.executable, "-m", "experiments", *words, *arguments]
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+    stopped = command("--minutes", "0.02")
+    assert stopped.returncode == 75, stopped.stderr
+    assert "4 runs are left. The same command resumes." in stopped.stderr
+    assert command("--minutes", "9").returncode == 0
+    assert command("--minutes", "0").returncode == 2
+    assert command("--per-gpu", "0").returncode == 2
+
+
+def test_runs_that_share_gpus_are_spread_over_them():
+    assert [pool.Limits(4, per_gpu=2).gpu(slot) for slot in range(4)] == [0, 1, 0, 1]
+    assert [pool.Limits(3).gpu(slot) for slot in range(3)] == [0, 1, 2]
+    assert [pool.Limits(3, per_gpu=3).gpu(slot) for slot in range(3)] == [0, 0, 0]

@@ -89,6 +89,8 @@ def test_every_field_changes_the_run_id():
         "attention": "sdpa",
         "weight_decay": 0.1,
         "workers": 1,
+        "padding": "max_length",
+        "passes": "vectorized",
     }
     assert len({run.run_id for run in KINDS}) == len(KINDS)
     tried = set()
@@ -113,7 +115,9 @@ def needed(run, name):
     """The other changes that a field needs before it can vary."""
     if name in ("dropout", "attention", "max_length"):
         return {"dataset": "sst2", "model": "minilm"}
-    if name in ("tf32", "deterministic"):
+    if name == "padding":
+        return {"dataset": "sst2", "model": "minilm"}
+    if name in ("tf32", "deterministic", "capture"):
         return {"device": "cuda"} | ({"workers": 1} if isinstance(run, Timing) else {})
     changes = {"ranks": {"micro_batches": 2}, "image_size": {"model": "hf-hub:timm/a"}, "adaptive": {"rho": 0.1}}
     return (changes | {"shared": {"rho": 0.1, "micro_batches": 2}}).get(name, {})
@@ -184,7 +188,7 @@ def test_an_int_for_a_float_field_does_not_change_the_run_id():
         ("epochs", 0),
         ("batch_size", 0),
         ("seed", -1),
-        ("profile", "gpu"),
+        ("profile", "tpu"),
         ("model", "resnet9"),
         ("dataset", "mnist"),
         ("train_examples", 16),

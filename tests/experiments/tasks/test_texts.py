@@ -189,6 +189,21 @@ def test_micro_batches_have_equal_shapes_and_padding_changes_no_loss(bert, data)
     torch.testing.assert_close(task.loss_fn(task.model, wider), task.loss_fn(task.model, batch))
 
 
+def test_texts_of_one_length_are_the_same_texts_and_their_batches_have_one_shape(bert, data):
+    """Same order, same loss as padded to the longest, same scores."""
+    longest, fixed = (build_task(spec(bert, padding=padding), str(data)) for padding in ("longest", "max_length"))
+    fixed.model.load_state_dict(longest.model.state_dict())
+    for task in (longest, fixed):
+        task.model.eval()
+    pairs = list(zip(longest.batches(1, 0), fixed.batches(1, 0), strict=True))
+    assert {batch["input_ids"].shape for _, batch in pairs} == {(6, 32)}
+    for one, other in pairs:
+        length = one["input_ids"].shape[1]
+        assert all(torch.equal(other[name][:, :length], one[name]) for name in one if name != "labels")
+        torch.testing.assert_close(fixed.loss_fn(fixed.model, other), longest.loss_fn(longest.model, one))
+    assert fixed.evaluate() == pytest.approx(longest.evaluate(), rel=1e-5)
+
+
 def test_the_head_is_paired_by_seed_and_batches_do_not_depend_on_the_method(bert, data):
     def first(run: Training):
         torch.manual_seed(run.seed)

@@ -26,7 +26,9 @@ from experiments.harness.tasks.task import Task
 from experiments.harness.work import train as loop
 from experiments.harness.work.session import Diverged, Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
+from msam import graph
 from tests.msam.small import Waits
+from tests.msam.stand_in import StandIn
 from tests.specs import BASE
 
 RESNET = replace(
@@ -433,3 +435,41 @@ def test_a_run_that_ends_in_nan_has_failed(tmp_path):
         train(spec, Session(tmp_path))
     assert not record_of(spec, tmp_path).done
     assert "diverged after step 1" in record_of(spec, tmp_path).failure()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """`msam.capture` with a graph that a CPU can replay; returns the captured steps."""
+    made = []
+
+    def capture(loss_fn, batch, model, optimizer, **options):
+        step = graph.capture(loss_fn, batch, model, optimizer, eager=True, **options)
+        graph.check(model, optimizer, None)
+        step.record(StandIn(model, optimizer), batch)
+        made.append(step)
+        return step
+
+    monkeypatch.setattr(msam, "capture", capture)
+    monkeypatch.setattr(Training, "check", lambda self: None)  # which rejects it for a CPU
+    return made
+
+
+@pytest.mark.parametrize("passes", ["loop", "vectorized"])
+@pytest.mark.parametrize("spec", [RESNET, pytest.param(VIT, marks=pytest.mark.rare)], ids=["resnet", "vit"])
+def test_a_run_of_captured_steps_is_that_of_eager_ones_and_resumes_bit_for_bit(spec, passes, stand_in, tmp_path):
+    spec = replace(spec, passes=passes, micro_batches=4)
+    whole, eager = replace(spec, fused=True, capture=True), replace(spec, fused=True)
+    train(whole, Session(tmp_path / "captured"))
+    train(eager, Session(tmp_path / "eager"))
+    assert [(step.replays, step.eager) for step in stand_in] == [(12, 0)]
+    ours, theirs = (record_of(one, tmp_path / where) for one, where in ((whole, "captured"), (eager, "eager")))
+    for mine, other in zip(ours.metrics(), theirs.metrics(), strict=True):
+        for name in ("train_loss", "sharpness", "learning_rate"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+    stop = iter([False] * 6 + [True])
+    with pytest.raises(Interrupted):
+        train(whole, Session(tmp_path / "stopped", stop=lambda: next(stop)))
+    train(whole, Session(tmp_path / "stopped"))
+    assert [step.replays for step in stand_in] == [12, 6, 6]
+    lines, summary, weights = numbers(whole, tmp_path / "stopped")
+    assert (lines, summary, weights) == numbers(whole, tmp_path / "captured")
