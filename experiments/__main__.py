@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: train runs and inspect them."""
+"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: runs, made and read."""
 
 import contextlib
 import logging
@@ -94,9 +94,8 @@ def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: in
             specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
             left = {spec for spec in specs if not record_of(spec, runs.root).done}
             note = " (a grid, not part of the target all)" if left - set(waiting) else ""
-            print(
-                f"  {name:<21} {len(left):>5} runs {duration(3600 * sum(gpu_hours(s, estimate) for s in left)):>8}{note}"
-            )
+            time_left = duration(3600 * sum(gpu_hours(spec, estimate) for spec in left))
+            print(f"  {name:<21} {len(left):>5} runs {time_left:>8}{note}")
     hours = sum(gpu_hours(spec, estimate) for spec in waiting)
     print(f"  {'in total':<21} {len(waiting):>5} runs {duration(3600 * hours):>8}, each shared run counted once")
     nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))

@@ -36,15 +36,15 @@ RUNS = {
 RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, batch_size=size)) for size in (64, 256)]
 RUNS["cpu"] += [timed(replace(resnet_cifar.CPU, model="resnet20"))]
 
-WAYS = [{"capture": False}, *({"passes": way} for way in ("loop", "vectorized", "streams", "auto"))]
-"""How steps run in the `gpu` profile: eagerly, and captured in each way of running micro-batches."""
+WAYS = ((False, "loop"), (True, "loop"), (True, "vectorized"), (True, "streams"), (True, "auto"))
+"""How steps run in the `gpu` profile: whether they are captured, and how micro-batches run."""
 
-SMALL = {"batch_size": 128}
-"""Micro-batches of 8 images at m=16: the hardest case for a GPU."""
+SMALL = 128
+"""A batch size with micro-batches of 8 images at m=16: the hardest case for a GPU."""
 
+IMAGES = [replace(e.GPU, batch_size=size) for e in (resnet_cifar, vit_cifar, wrn_cifar) for size in (512, SMALL)]
 RUNS["gpu"] = [
-    replace(timed(cell), **{"passes": "loop", **way})
-    for network in (resnet_cifar.GPU, vit_cifar.GPU, wrn_cifar.GPU, bert_glue.GPU)
-    for cell in ([network] if network is bert_glue.GPU else [network, replace(network, **SMALL)])
-    for way in WAYS
+    replace(timed(cell), capture=capture, passes=passes)
+    for cell in (*IMAGES, bert_glue.GPU)
+    for capture, passes in WAYS
 ]

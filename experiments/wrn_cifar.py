@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from experiments import resnet_cifar
 from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms, tuning_grid
-from experiments.harness.runs.spec import CAPTURED, ON_GPU, Training
+from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table1"
 

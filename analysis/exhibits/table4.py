@@ -1,6 +1,6 @@
 """Table 4: the cost of a step of each method."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,10 +60,10 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
                 name = f"{step.method}_m{step.micro_batches}_w{workers}"
                 times = {key: mean_interval(values(runs, cell, seeds, f"{name}_{key}")) for key in TIMED}
                 label = f"{method_name(step)}, batch {cell.batch_size}" + (f", {workers} workers" * (workers > 1))
-                label += f", {cell.way}" if cell.way else ""
+                label += _after_comma(_way(cell))
                 row = {"block": number, "label": label, **identity(cell, runs, seeds), "method": step.method}
                 row |= {"micro_batches": step.micro_batches, "rho": step.rho, "workers": workers}
-                row |= {"way": cell.way} if any(_ways(cells)) else {}
+                row |= {"way": _way(cell)} if any(map(_way, cells)) else {}
                 row |= {"batch_size": cell.batch_size, "mean": times["ratio"].mean, "n": times["ratio"].n}
                 row |= {"half_width": times["ratio"].half_width}
                 for key, time in times.items():
@@ -74,8 +74,8 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     return rounded_relative(pd.DataFrame(rows))
 
 
-def _ways(cells: Iterable[Run]) -> list[str]:
-    return [cell.way for cell in cells if isinstance(cell, Timing)]
+def _way(cell: Run) -> str:
+    return cell.way if isinstance(cell, Timing) else ""
 
 
 def sentences(view: View) -> list[str]:
@@ -109,8 +109,8 @@ def _growth_with_m(perturbed: pd.DataFrame) -> Iterator[str]:
         fit, quality = _least_squares(design, rows["seconds"].to_numpy(dtype=float))
         rest = f"{1000 * fit[1]:.3f} ms for each example" if several else f"{1000 * fit[1]:.1f} ms in addition"
         yield (
-            f"{model}{_after_comma(way)}: a step of SAM or mSAM takes {1000 * fit[0]:.2f} ms for each micro-batch and {rest} "
-            f"(least squares over {len(rows)} steps, R2 {quality:.3f})."
+            f"{model}{_after_comma(way)}: a step of SAM or mSAM takes {1000 * fit[0]:.2f} ms for each micro-batch and "
+            f"{rest} (least squares over {len(rows)} steps, R2 {quality:.3f})."
         )
 
 
@@ -183,7 +183,7 @@ def cost(results: Results, target: Target) -> Figure:
             if largest_m.empty
             else f"\nmSAM, m={largest_m['micro_batches'].iloc[-1]}: {largest_m['mean'].iloc[-1]:.1f} times base"
         )
-        way = "".join(f"\n{one}" for one in _ways([cells[block]]) if one)
+        way = "\n" * bool(_way(cells[block])) + _way(cells[block])
         time.set(title=f"{cells[block].model}, batch {cells[block].batch_size}{way}{ratio}", ylim=(0, None))
         memory.set(ylim=(0, None))
         for axes, words in ((time, "time over the base's step"), (memory, "memory of a step, MB")):
@@ -225,7 +225,7 @@ def over_sam(target: Target, runs: pd.DataFrame, shown: Shown, passes: str = "lo
             elif extra_time.mean - extra_time.half_width > COST_WITHIN:
                 verdict = "contradicted"
             where = f"{cell.model}, batch {cell.batch_size}" + (f", {workers} workers" if workers > 1 else "")
-            where += _after_comma(*_ways([cell]))
+            where += _after_comma(_way(cell))
             what = f"mSAM, m={m} over SAM, time of a step, percent"
             comparisons.append(comparison(where, what, percent, verdict, ids_of((cell,), runs, seeds)))
     return comparisons

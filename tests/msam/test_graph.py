@@ -9,8 +9,8 @@ from torch import nn
 
 import msam
 from msam import graph, mean
-from tests.msam.stand_in import StandIn
 from tests.msam.small import convnet, data, gradients, loss_of, mlp
+from tests.msam.stand_in import StandIn
 
 
 def sgd(model, **options):

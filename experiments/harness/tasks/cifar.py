@@ -63,8 +63,8 @@ def load_cifar(name: str, root: Path | None = None) -> ImageData:
     Args:
         name: `"cifar10"` or `"cifar100"`.
         root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz` and its
-            `.json` from our cache; the `.npz` may be split into parts, see `storage.opened`. None: the folder in the environment variable `MSAM_DATA`, if it is set. A root
-            without the set is skipped.
+            `.json` from our cache; the `.npz` may be split into parts, see `storage.opened`. None: the folder in the
+            environment variable `MSAM_DATA`, if it is set. A root without the set is skipped.
 
     Raises:
         DataError: if a file does not match its checksum, the cache cannot be used, or no source could be reached.

@@ -125,8 +125,7 @@ def timed(
         elif cell.method == "sam" and workers > 1:
             _synchronous_sam(loss_fn, batch, task.model, cell.rho)
         else:
-            m = cell.micro_batches // workers
-            msam.backward(loss_fn, batch, model, rho=cell.rho, micro_batches=m, passes=cell.passes)
+            msam.backward(loss_fn, batch, model, **_options(cell, workers))
         optimizer.step()
 
     times: dict[Training, list[float]] = {step: [] for step in steps}
@@ -163,8 +162,12 @@ def _captured(
     optimizer: torch.optim.Optimizer,
 ) -> Captured:
     """A cell's whole step as one CUDA graph."""
-    options: dict[str, Any] = {"rho": cell.rho, "micro_batches": cell.micro_batches, "passes": cell.passes}
-    return msam.capture(loss_fn, batch, model, optimizer, **options)
+    return msam.capture(loss_fn, batch, model, optimizer, **_options(cell, 1))
+
+
+def _options(cell: Training, workers: int) -> dict[str, Any]:
+    """The cell's arguments of `msam.backward` in one of `workers` processes."""
+    return {"rho": cell.rho, "micro_batches": cell.micro_batches // workers, "passes": cell.passes}
 
 
 def _synchronous_sam(loss_fn: Callable[[Any], torch.Tensor], batch: Any, network: nn.Module, rho: float) -> None:

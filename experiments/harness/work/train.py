@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 import msam
-from msam.graph import Captured
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.runs.spec import Network, Training
@@ -25,6 +24,7 @@ from experiments.harness.work.average import MovingAverage
 from experiments.harness.work.checkpoint import Progress, State, load_checkpoint, save_checkpoint, save_weights
 from experiments.harness.work.ranks import Ranks
 from experiments.harness.work.session import Diverged, Interrupted, Session
+from msam.graph import Captured
 
 CHECK_EVERY = 50
 """Losses are collected every so many steps, since collecting waits for the device."""

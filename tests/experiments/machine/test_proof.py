@@ -12,10 +12,9 @@ from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_ci
 from experiments.harness.machine import proof
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import disk_bytes, gpu_hours, load_estimate
-from experiments.harness.runs.record import duration
 from experiments.harness.runs.facts import MODELS, ImageSet, Model, is_images
 from experiments.harness.runs.grids import curvature_of
-from experiments.harness.runs.record import Record
+from experiments.harness.runs.record import Record, duration
 from experiments.harness.runs.spec import SpecError
 from experiments.harness.tasks.image_models import build
 
