@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: runs, made and read."""
+"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: the runs."""
 
 import contextlib
 import logging

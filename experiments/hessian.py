@@ -4,9 +4,9 @@
 
 The final network of each cell of `resnet_cifar`, `wrn_cifar`, `vit_cifar` and, on GPUs, `bert_glue` and `roberta_glue`
 is measured on its first 256 (smoke: 16, gpu and paper: 512) training and test examples. Finished networks are not
-retrained. Encoders have 22 million weights or more, so only the paper profile measures them. The radius for sharpness was fixed in
-advance and is the same for all methods of a data set: 0.05 as for SAM on CIFAR-10 in Foret et al. 2021, and for texts
-0.001, the middle of the published range for encoders.
+retrained. Encoders have 22 million weights or more, so only the paper profile measures them. The radius for sharpness
+was fixed in advance and is the same for all methods of a data set: 0.05 as for SAM on CIFAR-10 in Foret et al. 2021,
+and for texts 0.001, the middle of the published range for encoders.
 
 Expected for ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 over micro-batches, 129 +- 22 with SAM,
 85 +- 10 with mSAM; a minute per run on one core of an AMD EPYC with AVX512, half a minute more at seed 0 for figures.

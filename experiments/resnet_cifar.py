@@ -80,7 +80,8 @@ GPU = replace(
 )
 
 # Until the grid has run, SAM's rho is 0.1 and mSAM's 0.05, which were best of 0.05, 0.1, 0.2 and 0.4 for held-out
-# images in one trial of 20 epochs (one seed, bfloat16), and ASAM's is 0.5, that of Kwon et al. 2021 for CIFAR-10.
+# images in one trial of 20 epochs (one seed, bfloat16), and ASAM's is 0.5, as in
+# SamsungLabs/ASAM@dc9b513 (example_cifar.py).
 GPU_RHOS = {"sam": 0.1, "shared": 0.1, "msam": 0.05, "asam": 0.5, "masam": 0.5}
 GPU_GRID = {
     **dict.fromkeys(("sam", "shared", "msam"), (0.025, 0.05, 0.1, 0.2)),

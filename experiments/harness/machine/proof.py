@@ -171,7 +171,7 @@ def _train_and_resume(spec: Training, root: Path) -> int:
     from experiments.harness.work.train import train
 
     if not torch.cuda.is_available():
-        spec = replace(spec, device="cpu", tf32=False, deterministic=False)
+        spec = replace(spec, device="cpu", tf32=False, deterministic=False, capture=False)
     training = spec.network or spec
     stop = iter([False] * (STEPS - 1) + [True])
     with contextlib.suppress(Interrupted):

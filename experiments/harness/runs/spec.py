@@ -33,8 +33,8 @@ SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
 """Default number of paired seeds (0, 1, ...) of each profile."""
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
-"""How the `gpu` and `paper` profiles compute. By the data sheets, autocast to bfloat16 would be up to twice as fast. But
-it rounds weights to so few bits that most of a small perturbation is lost, and the rest is more than twice as long
+"""How the `gpu` and `paper` profiles compute. By the data sheets, autocast to bfloat16 would be up to twice as fast.
+But it rounds weights to so few bits that most of a small perturbation is lost, and the rest is more than twice as long
 (benchmarks/results/precision.md). TensorFloat-32 loses far less. Compilation and deterministic kernels stay off until
 their gain and cost are measured on a GPU."""
 

@@ -151,9 +151,12 @@ def test_specs_and_models_know_the_same_names():
     [
         ("linear", 10, 30_730),
         ("resnet20", 10, 272_474),  # 0.27 M, He et al. 2016, table 6
+        ("resnet18", 10, 11_173_962),  # 11.2 M, torchvision's with a smaller stem and 10 classes
         ("resnet50", 10, 23_520_842),
+        ("wrn-16-4", 10, 2_748_890),
         ("wrn-28-10", 10, 36_479_194),  # 36.5 M, Zagoruyko and Komodakis 2016, table 4
         ("vit-small", 10, 6_268_810),  # 6.3 M, omihub777/ViT-CIFAR
+        ("vit-tiny", 10, 5_362_762),
     ],
 )
 def test_sizes_of_the_models(name, classes, parameters):
