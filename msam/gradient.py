@@ -150,8 +150,9 @@ def backward(
             that calls backward() or writes to the batch.
         RuntimeError: for a call from within `loss_fn` of another that works on the same parameters.
         NotImplementedError: for sharded parameters (FSDP, DeepSpeed), SyncBatchNorm, a static graph or join() under
-            DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, and inside
-            `parametrize.cached()`; for what `passes` cannot do, by name.
+            DistributedDataParallel, reentrant activation checkpointing, embeddings with max_norm, CUDA graphs of
+            torch.compile's own (mode="reduce-overhead"), and inside `parametrize.cached()`; for what `passes` cannot
+            do, by name.
 
     Whatever is raised, by `loss_fn` too, weights, buffers and `.grad` are then bit for bit what they were, unless
     `loss_fn` itself wrote to a weight. Signals

@@ -100,7 +100,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
 
     Raises:
         NotImplementedError: for models whose parameters are sharded, or run by an engine of their own, and
-            for SyncBatchNorm, a static graph or join() under DistributedDataParallel; for embeddings with max_norm.
+            for SyncBatchNorm, a static graph or join() under DistributedDataParallel; for embeddings with max_norm; for
+            modules on a GPU that torch.compile runs as CUDA graphs (mode="reduce-overhead").
         ValueError: for lazy parameters that have no shape yet.
     """
     ddp: DistributedDataParallel | None = None
@@ -108,6 +109,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
         if isinstance(model, DistributedDataParallel):
             ddp, model = model, model.module
         elif (inner := dict(model.named_children()).get("_orig_mod")) is not None:  # torch.compile's
+            _refuse_own_graphs(model)
             model = inner
         else:
             break
@@ -121,6 +123,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
             "a step, and msam.backward takes more: leave join() out, and give every rank as many mini-batches."
         )
     for module in model.modules():
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None):
+            _refuse_own_graphs(module)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             raise NotImplementedError(
                 f"nn.{type(module).__name__}(max_norm=...) writes to its weights in the forward pass: leave max_norm "
@@ -150,6 +154,20 @@ def compiled(model: nn.Module) -> bool:
         for m in model.modules()
         if not isinstance(m, torch.jit.ScriptModule)
     )
+
+
+def _refuse_own_graphs(module: nn.Module) -> None:
+    """Refuse a module on a GPU that torch.compile runs as CUDA graphs of its own.
+
+    Raises:
+        NotImplementedError: with what to use instead.
+    """
+    config = getattr(module._compiled_call_impl or module, "get_compiler_config", dict)()
+    if (config or {}).get("triton.cudagraphs") and any(p.is_cuda for p in module.parameters()):
+        raise NotImplementedError(
+            'torch.compile(mode="reduce-overhead") writes the results of each pass over those of the one before, and '
+            "msam.backward needs both: compile in the default mode, and capture the whole step with msam.capture."
+        )
 
 
 def _refuse(what: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import msam
 from experiments.harness.work.timing import peak_bytes
+from msam import parallel
 from msam.reference import msam_gradient
 from tests.msam.small import Waits, convnet, data, gradients, loss_of, mlp, pure_loss, reference
 
@@ -405,3 +407,24 @@ def test_batches_of_transformers_and_dataclasses():
         msam.backward(loss_fn, batch, model, rho=0.3, micro_batches=3)
         assert set(kinds) == {type(batch)}
         torch.testing.assert_close(gradients(model), expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("how", ["whole", "a layer", "in place"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", None])
+def test_cuda_graphs_that_torch_compile_makes_are_refused_on_a_gpu_alone(mode, how, monkeypatch):
+    """Nothing is compiled: only who would be. A CPU has no such graphs, so there every mode is taken."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    wrapped = model
+    if how == "whole":
+        wrapped = torch.compile(model, mode=mode)
+    elif how == "a layer":
+        model[0] = torch.compile(model[0], mode=mode)
+    else:
+        model[1].compile(mode=mode)
+    assert parallel.unwrapped(wrapped)[0] is model
+    monkeypatch.setattr(nn.Module, "parameters", lambda module: iter([SimpleNamespace(is_cuda=True)]))
+    if mode in ("reduce-overhead", "max-autotune"):
+        with pytest.raises(NotImplementedError, match=r"compile in the default mode.*msam\.capture"):
+            parallel.unwrapped(wrapped)
+    else:
+        assert parallel.unwrapped(wrapped)[0] is model

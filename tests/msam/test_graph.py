@@ -57,6 +57,20 @@ def test_replays_train_as_eager_steps_do(make, passes):
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-8)
 
 
+def test_a_compiled_model_is_captured_and_trains_as_it_does_eagerly():
+    """By a backend that compiles nothing but traces forward and backward, as the default mode does."""
+    model = convnet()
+    twin, all_batches = copy.deepcopy(model), batches(3, 3, 8, 8)
+    fast, slow = torch.compile(model, backend="aot_eager"), torch.compile(twin, backend="aot_eager")
+    ours, theirs = sgd(model), sgd(twin)
+    step = captured(fast, ours, all_batches[0])
+    for batch in all_batches:
+        found, expected = step(batch), eager(slow, theirs, batch)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-7, atol=1e-9)
+    assert step.replays == 3
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_nothing_has_moved_when_it_is_captured(steps_before):
     model = convnet()
