@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from msam.vectorized.batchnorm import BatchNorm
 from msam.vectorized.operations import Each, Embedding, Operation
 from msam.vectorized.origins import Derived, Examples, Origins, call, is_constant
 from msam.vectorized.products import Convolution, Linear
@@ -75,7 +76,8 @@ class Plans:
         (slot,) = of_examples
         if not self._fits(func, flat, slot, params, values):
             return None
-        return self._product(func, values, slot) or self._each(func, values, slot, params)
+        known = self._product(func, values, slot) or self._batch_norm(func, values, slot)
+        return known or self._each(func, values, slot, params)
 
     def looked_up(self, values: Mapping[Any, Any], x: Any) -> Plan | None:
         """A table of which each example has looked up rows."""
@@ -165,6 +167,18 @@ class Plans:
             return lambda: Linear(self.m, flags, self.adaptive), x, params
         settings = [_pair(value) for value in (stride, padding, dilation)]
         return lambda: Convolution(self.m, flags, self.adaptive, *settings), x, params
+
+    def _batch_norm(self, func: Callable[..., Any], values: Mapping[Any, Any], slot: Any) -> Plan | None:
+        given = argument(values, 3, "weight"), argument(values, 4, "bias")
+        params = [p for p in given if p is not None]
+        if func is not F.batch_norm or not argument(values, 5, "training") or len(params) == 1:
+            return None
+        if any(id(p) not in self._trained for p in params):
+            return None
+        running = argument(values, 1, "running_mean"), argument(values, 2, "running_var")
+        settings = argument(values, 6, "momentum", 0.1), argument(values, 7, "eps", 1e-5)
+        flags = [id(p) in self._perturbed for p in params]
+        return lambda: BatchNorm(self.m, flags, self.adaptive, running, settings), values[slot], params
 
     def _each(self, func: Callable[..., Any], values: Mapping[Any, Any], slot: Any, params: Sequence[Any]) -> Plan:
         """The function for one micro-batch after the other, of the parameters that its arguments come from."""

@@ -80,3 +80,19 @@ def test_they_are_few_for_62_parameters_and_60_buffers(m, passes, adaptive):
 @pytest.mark.parametrize("options", [{"passes": "loop"}, {"passes": "streams"}, {"shared": True}], ids=str)
 def test_they_do_not_grow_with_the_model(options):
     assert launches(LAYERS, 4, **options) == launches(2, 4, **options)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batchnorm_of_all_micro_batches_is_one_call_of_each_pass(affine):
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=affine), nn.Flatten(), nn.Linear(16, 3))
+    batch = torch.randn(16, 4, 4, 4), torch.arange(16) % 3
+
+    def loss_fn(part):
+        return F.cross_entropy(model(part[0]), part[1])
+
+    def calls(m):
+        with Launches() as step:
+            msam.backward(loss_fn, batch, model, micro_batches=m, rho=0.1, passes="vectorized")
+        return {name: count for name, count in step.count.items() if "batch_norm" in name}
+
+    assert calls(2) == calls(8) == {"native_batch_norm": 2, "native_batch_norm_backward": 2}
