@@ -162,8 +162,9 @@ def _refuse_own_graphs(module: nn.Module) -> None:
     Raises:
         NotImplementedError: with what to use instead.
     """
-    config = getattr(module._compiled_call_impl or module, "get_compiler_config", dict)()
-    if (config or {}).get("triton.cudagraphs") and any(p.is_cuda for p in module.parameters()):
+    asked = getattr(module._compiled_call_impl or module, "get_compiler_config", None)
+    config: dict[str, object] = (asked() if asked else None) or {}
+    if config.get("triton.cudagraphs") and any(p.is_cuda for p in module.parameters()):
         raise NotImplementedError(
             'torch.compile(mode="reduce-overhead") writes the results of each pass over those of the one before, and '
             "msam.backward needs both: compile in the default mode, and capture the whole step with msam.capture."

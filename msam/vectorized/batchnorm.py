@@ -59,7 +59,8 @@ class BatchNorm(Operation):
         kept = next((r for r in self._running if r is not None), weights[0] if weights else x)
         mean, variance = kept.new_zeros(2, leaves[0].shape[1])
         with torch.enable_grad():
-            y = F.batch_norm(leaves[0], mean, variance, *(leaves[1:] or (None, None)), True, 1.0, self._eps)
+            weight, bias = leaves[1:] or (None, None)
+            y = F.batch_norm(leaves[0], mean, variance, weight, bias, True, 1.0, self._eps)
         self._pass = (get_gradient_edge(y), leaves) if y.requires_grad else None
         self._move((mean, variance))
         return self._unfolded(y.detach())

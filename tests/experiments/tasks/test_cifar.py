@@ -183,6 +183,27 @@ def test_root_with_our_npz_is_used(
     assert not list(cache.iterdir())
 
 
+@pytest.mark.parametrize("harm", [None, "missing", "altered"])
+def test_root_with_our_npz_in_parts_is_used(cache: Path, scratch: Path, harm: str | None) -> None:
+    """As `split` writes them, for places that take no large files; altered parts are rejected by name."""
+    root = scratch / "root"
+    root.mkdir()
+    shutil.copy(REAL_NPZ.with_suffix(".json"), root)
+    subprocess.run(["split", "-b", "57m", REAL_NPZ, root / "cifar10.npz.part-"], check=True)
+    parts = sorted(root.glob("cifar10.npz.part-*"))
+    assert len(parts) > 2
+    assert all(part.stat().st_size < 60e6 for part in parts)
+    if harm == "missing":
+        parts[1].unlink()
+    elif harm == "altered":
+        flip_byte(parts[1], 1000)
+    if harm:
+        with pytest.raises(DataError, match=r"cifar10\.npz.*is truncated or altered"):
+            load_cifar("cifar10", root)
+    else:
+        assert load_cifar("cifar10", root).checksum == load_cifar("cifar10", REAL_NPZ.parent).checksum
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_root_without_the_set_is_skipped(
     real: ImageData, scratch: Path, exists: bool, caplog: pytest.LogCaptureFixture
