@@ -18,6 +18,9 @@ from experiments.harness.work.session import Interrupted, Session
 TIMES = ("seconds", "wall_seconds", "step_seconds")
 """Fields that differ every time."""
 
+ADDED = ("test_accuracy", "test_score", "holdout_accuracy", "holdout_score")
+"""Entries of metrics.jsonl that older records lack."""
+
 EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
 """Entries of a session that may explain a difference, most likely first."""
 
@@ -106,7 +109,8 @@ def _differences(record: Record, repeat: Record, epochs: int | None) -> list[str
     if len(before) != len(now):
         differences.append(f"metrics.jsonl had {len(before)} lines and now has {len(now)}.")
     for number, (line, other) in enumerate(zip(before, now, strict=False), start=1):
-        if words := _changed(line, other):
+        known = {name: other[name] for name in other if name in line or name not in ADDED}
+        if words := _changed(line, known):
             differences.append(f"metrics.jsonl first differs in line {number}: {words}.")
             break
     if epochs is None:

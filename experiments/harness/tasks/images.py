@@ -61,6 +61,7 @@ def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
         batches=images.batches,
         steps_per_epoch=images.steps_per_epoch,
         evaluate=images.evaluate,
+        score=images.score,
         sample=images.sample,
         data={"data_checksum": data.checksum, "data_source": data.source},
     )
@@ -131,6 +132,12 @@ class _Images:
             accuracy, loss = _score(lambda images: self.forward(self.model, self.normalise(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
+
+    def score(self, model: nn.Module, count: int) -> dict[str, float]:
+        """Accuracy of a model on the first `count` test or held-out images."""
+        x, y = self.parts[self.scored]
+        accuracy, _ = _score(lambda images: self.forward(model, self.normalise(images)), x[:count], y[:count])
+        return {f"{self.scored}_accuracy": accuracy}
 
     def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` examples of a part, without augmentation."""

@@ -85,19 +85,28 @@ def task_of(
             yield trained.batch(order[index * spec.batch_size : (index + 1) * spec.batch_size], device)
 
     @torch.no_grad()
+    def outputs_of(model: nn.Module, examples: "_Examples", count: int) -> Tensor:
+        outputs = torch.empty(count, task.outputs)
+        for chosen in torch.tensor([i for i in examples.by_length() if i < count]).split(EVALUATION_BATCH):
+            outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+        return outputs
+
     def evaluate() -> dict[str, float]:
         model.eval()
         summary: dict[str, float] = {}
         for part, examples in scored.items():
-            outputs = torch.empty(len(examples), task.outputs)
-            for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
-                outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+            outputs = outputs_of(model, examples, len(examples))
             values = scores(task, outputs.numpy(), examples.labels)
             summary |= {f"{part}_{name}": value for name, value in values.items()}
             summary[f"{part}_score"] = values[task.metrics[0]]
             summary[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
             summary[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
         return summary
+
+    def score(model: nn.Module, count: int) -> dict[str, float]:
+        part, examples = next(iter(scored.items()))
+        outputs = outputs_of(model, examples, min(count, len(examples)))
+        return {f"{part}_score": scores(task, outputs.numpy(), examples.labels[:count])[task.metrics[0]]}
 
     def sample(part: str, count: int) -> dict[str, Tensor]:
         return ({**scored, "train": trained})[part].batch(range(count), device)
@@ -109,6 +118,7 @@ def task_of(
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
+        score=score,
         sample=sample,
         data=data,
     )
