@@ -75,13 +75,17 @@ def run(arguments: Arguments) -> str:
 
     targets = _targets(arguments, finished_runs(root))
     collected = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
-    results = Results.of(run for run in collected.finished if run.spec.profile == arguments.profile)
+    ours = [run for run in collected.finished if run.spec.profile == arguments.profile]
+    under_way = [run for run in collected.unfinished if run.spec.profile == arguments.profile and run.metrics.count]
+    results = Results.of(ours, () if arguments.publish else under_way)
+    if not arguments.publish:
+        _reject_nothing(targets, results, root)
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
         publish(folder, arguments.profile, targets, results)
         results = Results.read(folder)
-    documents = documents_of(arguments.profile, targets, results, collected.failures)
+    documents = documents_of(arguments.profile, targets, results, collected.states)
     if not arguments.publish:
         files = {**results.texts(), **output_files(arguments.profile, targets, results, documents)}
         write_files(folder, files)
@@ -90,6 +94,24 @@ def run(arguments: Arguments) -> str:
     if stamp:
         remember(local, stamp, files, printed)
     return printed
+
+
+def _reject_nothing(targets: "list[Target]", results: "Results", root: Path) -> None:
+    """Reject a results root that has none of the runs, finished or under way.
+
+    Raises:
+        RecordError: with the command that makes them.
+    """
+    expected = [run.run_id for target in targets for run in target.runs]
+    if not {*results.runs["run_id"], *results.under_way["run_id"]}.isdisjoint(expected):
+        return
+    from analysis.publish import command
+
+    names = ", ".join(target.name for target in targets)
+    raise RecordError(
+        f"{root / 'runs'} has none of the {len(expected)} runs of {names} ({targets[0].cells[0].profile}): make them "
+        f"with `{command(targets[0])}`, or give the folder that holds runs/ with --results."
+    )
 
 
 def _from_committed(arguments: Arguments, root: Path) -> str:

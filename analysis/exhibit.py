@@ -145,13 +145,13 @@ class Exhibit:
     """Its place among the exhibits; at equal places they are sorted by name."""
     form: type[Document] = Document
 
-    def document(self, target: Target, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> Document:
+    def document(self, target: Target, frame: pd.DataFrame, states: Mapping[str, str] | None = None) -> Document:
         """The table of the target's cells, ready to be written.
 
         Args:
             target: The cells.
             frame: One row for each finished run.
-            failures: Why runs failed, by run_id.
+            states: Why runs failed or how far they are, by run_id.
 
         Raises:
             SpecError: if this exhibit cannot show one of the cells.
@@ -162,7 +162,7 @@ class Exhibit:
                 f"show: use another TABLE, or add an exhibit to analysis/exhibits/."
             )
         numbers = self.numbers(frame, target.cells, target.seeds, target.varies)
-        marks, missing = row_notes(numbers, failures or {})
+        marks, missing = row_notes(numbers, states or {})
         view = View(target, frame, numbers, tuple(marks))
         return self.form(
             name=target.name,

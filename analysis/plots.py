@@ -114,6 +114,20 @@ def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: s
     return by_epoch[max(by_epoch)]
 
 
+def draw_under_way(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str, arm: Arm) -> None:
+    """Draw each unfinished run of a cell as a dotted line that ends in a dot; the legend says what that means."""
+    if column not in curves:
+        return
+    label = "under way" if "under way" not in axes.get_legend_handles_labels()[1] else None
+    for run_id in ids(cell, seeds):
+        rows = curves[(curves["run_id"] == run_id) & curves[column].notna()]
+        if len(rows):
+            epochs, values = (rows[name].to_numpy(dtype=float) for name in ("epoch", column))
+            axes.plot(epochs, values, ls=":", lw=1, color=arm.colour)
+            axes.plot(epochs[-1:], values[-1:], "o", ms=4, color=arm.colour, mfc="none", label=label)
+            label = None
+
+
 def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int, arm: Arm) -> None:
     """Draw a cell's mean as a horizontal line, with its interval as a band."""
     interval = mean_interval(100 * values(frame, cell, seeds, cell.score))

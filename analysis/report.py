@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis.arms import method_name
 from analysis.document import Document
+from analysis.exhibit import Target
 from analysis.exhibits import Page
 from analysis.frames import Results
 from experiments.harness.runs.catalogue import catalogue
 from experiments.harness.runs.run import ORDER, defaults, in_order
-from experiments.harness.runs.spec import Run
+from experiments.harness.runs.spec import Run, in_percent
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Section:
 
 
 def report(
-    profile: str, documents: Sequence[Document], figures: Sequence[Page], cells: Sequence[Run], results: Results
+    profile: str, documents: Sequence[Document], figures: Sequence[Page], targets: Sequence[Target], results: Results
 ) -> str:
     """The page as HTML; equal contents give equal bytes.
 
@@ -49,7 +51,7 @@ def report(
         profile: the profile of the results.
         documents: the tables and the claims.
         figures: the figures, shown as PNG.
-        cells: the specs of the tables, for the hyper-parameters.
+        targets: the tables, for the hyper-parameters and the runs that are not finished.
         results: the runs, with their provenance.
     """
     environment = Environment(
@@ -68,7 +70,8 @@ def report(
         claims=next((s for s in sections if s.name == "claims"), None),
         sections=[s for s in sections if s.name != "claims"],
         figures=pictures,
-        hyper_parameters=_hyper_parameters(cells),
+        hyper_parameters=_hyper_parameters([cell for target in targets for cell in target.cells]),
+        under_way=_under_way(targets, results.under_way),
         choices=choices,
         runs=_runs(results),
     )
@@ -89,6 +92,22 @@ def section(document: Document, runs: pd.DataFrame) -> Section:
 
 def _known(ids: Any, known: set[str]) -> tuple[str, ...]:
     return tuple(run_id for run_id in ("" if ids is None or pd.isna(ids) else str(ids)).split() if run_id in known)
+
+
+def _under_way(targets: Sequence[Target], curves: pd.DataFrame) -> Section:
+    """A row for each run of the tables that has epochs but no result yet."""
+    runs = {run.run_id: run for target in targets for run in target.runs}
+    rows = []
+    for run_id, lines in curves.groupby("run_id", sort=False):
+        if run := runs.get(str(run_id)):
+            scores = lines[run.score].dropna() if run.score in lines else []
+            score = f"{100 * scores.iloc[-1]:.1f}" if len(scores) and in_percent(run.score) else ""
+            last = lines.iloc[-1]
+            reached = f"{last['epoch']} of {run.flat['epochs']}"
+            rows.append(tuple(map(Cell, (run.title, reached, f"{last.get('train_loss', math.nan):.3f}", score))))
+    origin = "These runs count in no table yet. Accuracy is on the first 1,000 examples, at the last epoch scored."
+    columns = ("run", "epoch", "training loss", "accuracy %")
+    return Section("under-way", "Runs under way", origin, columns, tuple(rows), (), ())
 
 
 def _hyper_parameters(cells: Sequence[Run]) -> Section:
