@@ -10,9 +10,11 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from analysis.unchanged import fingerprint, remember, remembered
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.checks import unknown
 from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.parsing import sentences
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import PROFILES, Run, SpecError
 
@@ -59,7 +61,7 @@ def run(arguments: Arguments) -> str:
         SpecError, RecordError, Refused: for a mistake in the command line or in the results folder.
     """
     if arguments.profile not in PROFILES:
-        raise SpecError(f"Unknown profile {arguments.profile!r}; the profiles are {', '.join(PROFILES)}.")
+        raise unknown("profile", arguments.profile, PROFILES)
     root = arguments.results.absolute()
     if arguments.from_committed:
         return _from_committed(arguments, root)
@@ -202,9 +204,13 @@ def _with_higher_seeds(target: "Target", results: "Results") -> int:
 
 def main() -> None:
     """Run the command line; a mistake in it prints one sentence and exits with status 2."""
-    arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
 
-    end_with(lambda: print(run(arguments)), stopped="Stopped: each file is either unchanged or complete.")
+    def command() -> None:
+        with sentences("python -m analysis", Arguments):
+            arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
+        print(run(arguments))
+
+    end_with(command, stopped="Stopped: each file is either unchanged or complete.")
 
 
 if __name__ == "__main__":

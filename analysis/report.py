@@ -100,8 +100,8 @@ def _under_way(targets: Sequence[Target], curves: pd.DataFrame) -> Section:
     rows = []
     for run_id, lines in curves.groupby("run_id", sort=False):
         if run := runs.get(str(run_id)):
-            scores = lines[run.score].dropna() if run.score in lines else []
-            score = f"{100 * scores.iloc[-1]:.1f}" if len(scores) and in_percent(run.score) else ""
+            scores = list(lines[run.score].dropna()) if run.score in lines else []
+            score = f"{100 * scores[-1]:.1f}" if scores and in_percent(run.score) else ""
             last = lines.iloc[-1]
             reached = f"{last['epoch']} of {run.flat['epochs']}"
             rows.append(tuple(map(Cell, (run.title, reached, f"{last.get('train_loss', math.nan):.3f}", score))))

@@ -1,4 +1,4 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify | tensorboard | clean: train runs and inspect them."""
+"""python -m experiments COMMAND: train runs and inspect them."""
 
 import logging
 import sys
@@ -15,6 +15,7 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.files import printable
+from experiments.harness.runs.parsing import sentences
 from experiments.harness.runs.plan import print_plan
 from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
 from experiments.harness.runs.selection import Runs
@@ -299,9 +300,11 @@ def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[R
     Raises:
         DataUnavailable: if no spec is left although some are `needed`.
     """
+    from experiments.harness.tasks.data import check_root
     from experiments.harness.tasks.storage import DataUnavailable
     from experiments.harness.work.execute import check
 
+    check_root(dict.fromkeys(spec.dataset for spec in specs), data_root)
     unavailable: dict[str, DataUnavailable] = {}
     for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
         first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
@@ -332,8 +335,14 @@ def main() -> None:
         "verify": verify,
         "tensorboard": tensorboard,
     }
+    program = "python -m experiments"
+
+    def command() -> int:
+        with sentences(program, commands):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog=program, description=__doc__)
+
     end_with(
-        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
+        command,
         stopped="Stopped. The same command resumes from the last checkpoints.",
     )
 

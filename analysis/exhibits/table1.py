@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from analysis import scores
 from analysis.exhibit import Exhibit, Picture, Target
 from analysis.frames import Results
+from analysis.statistics import Interval
 from analysis.plots import add_legend, draw_band, draw_under_way, ends_of, panels_of, set_logarithmic
 from experiments.harness.runs.spec import in_percent
 
@@ -32,7 +33,7 @@ def curves(results: Results, target: Target) -> Figure:
     figure = Figure(figsize=(3.4 * len(panels), 7.5 if scored else 5), layout="constrained")
     grid = figure.subplots(2 + scored, len(panels), squeeze=False)
     for column, (title, rows) in zip(grid.T, panels.items(), strict=True):
-        last = {}
+        last: dict[str, Interval] = {}
         for cell in rows:
             about: dict[str, Any] = {"cell": cell, "seeds": target.seeds, "arm": target.arms[cell]}
             for axes, measure in zip(column, ("train_loss", "sharpness", cell.score), strict=False):

@@ -3,12 +3,13 @@
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import DATASETS
 from experiments.harness.runs.methods import BASE_OPTIMIZERS
+from experiments.harness.runs.parsing import not_one_of
 
 PROFILES = ("smoke", "cpu", "paper")
 
@@ -38,6 +39,11 @@ SHARES = ("label_smoothing", "label_noise", "ema")
 
 class SpecError(Mistake, ValueError):
     """A spec that cannot be run. The message says what to change."""
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> SpecError:
+    """The error for a name that is not known, with the closest one that is."""
+    return SpecError(not_one_of(kind, name, known))
 
 
 def reject(name: str, value: Any, allowed: str) -> typing.NoReturn:
