@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from analysis import scores
 from analysis.exhibit import Exhibit, Picture, Target
 from analysis.frames import Results
-from analysis.statistics import Interval
 from analysis.plots import add_legend, draw_band, draw_under_way, ends_of, panels_of, set_logarithmic
+from analysis.statistics import Interval
 from experiments.harness.runs.spec import in_percent
 
 COLUMNS = (*scores.COLUMNS,)
