@@ -1,3 +1,3 @@
 """The suite's runs on a Slurm cluster, through submitit."""
 
-import experiments  # noqa: F401  rejects a Python that is too old
+from experiments.harness import runs as _runs  # noqa: F401  experiments rejects a Python that is too old
