@@ -17,7 +17,7 @@ from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.files import printable
 from experiments.harness.runs.parsing import sentences
 from experiments.harness.runs.plan import print_plan
-from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
+from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, in_bytes, record_of, state_of
 from experiments.harness.runs.selection import Runs
 from experiments.harness.runs.spec import PROFILES, Run, SpecError
 from experiments.harness.work.session import Session
@@ -227,7 +227,8 @@ def verify(
 
         session = Session(record.root, data_root, environment(command_line()), report)
         differences = verification.verify(record, session, epochs)
-    compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
+    weights = " and the final weights" if record.checkpoint.exists() else "; its final weights were removed"
+    compared = f"the first {epochs} epochs" if epochs else f"every line, the summary{weights}"
     if not differences:
         print(f"{record.run_id} matches bit for bit: {compared}, except times.")
         return 0
@@ -246,6 +247,31 @@ def tensorboard(runs: OmitArgPrefixes[Runs], to: Path | None = None) -> int:
     folder = (to or runs.root / "tensorboard" / runs.profile).absolute()
     written = convert([record_of(spec, runs.root) for spec in runs.specs], folder)
     print(f"{written} of {len(runs.specs)} runs of {runs} written. To see them: tensorboard --logdir {folder}")
+    return 0
+
+
+def clean(results: Path = DEFAULT_ROOT, remove: bool = False) -> int:
+    """List the weights and checkpoints that nothing needs any more, with their sizes; --remove removes them.
+
+    Records are never touched. Without its final weights a run can be verified only by its epochs and scores.
+
+    Args:
+        results: The results root.
+        remove: Remove what is listed.
+    """
+    from experiments.harness.machine import clean as cleaning
+
+    files = cleaning.unneeded(results.absolute())
+    for one in files:
+        print(f"{in_bytes(one.size):>8}  {one.path.parent.name}/{one.path.name}  {one.why}: {printable(one.title)}")
+    total = in_bytes(sum(one.size for one in files))
+    if not files:
+        print(f"{results.absolute()} has nothing to remove.")
+    elif remove:
+        freed = cleaning.remove(files, results.absolute())
+        print(f"\nRemoved {in_bytes(freed)} of {total}.")
+    else:
+        print(f"\n{len(files)} files, {total}. To remove them, give the same command with --remove.")
     return 0
 
 
@@ -334,6 +360,7 @@ def main() -> None:
         "show": show,
         "verify": verify,
         "tensorboard": tensorboard,
+        "clean": clean,
     }
     program = "python -m experiments"
 

@@ -116,7 +116,7 @@ def _differences(record: Record, repeat: Record, epochs: int | None) -> list[str
     if epochs is None:
         if words := _changed(record.summary(), repeat.summary()):
             differences.append(f"summary.json differs: {words}.")
-        if type(record.spec()) is Training:
+        if type(record.spec()) is Training and record.checkpoint.exists():
             differences += _weight_differences(load_weights(record), load_weights(repeat))
     return [printable(words) for words in [*differences, *_explanations(record, repeat)]] if differences else []
 
