@@ -96,6 +96,12 @@ class Claim:
     """Takes the exhibit's target, the runs by id, and all shown tables."""
     place: int | None = None
     """Its place among the claims; by default that of the exhibit."""
+    unit: str = "points of accuracy"
+    """What its differences measure."""
+    expected: int = 1
+    """The sign of the differences, compared with `line`, that supports it."""
+    line: float = 0.0
+    """What the intervals are compared with."""
     further: bool = False
     """Whether it is about an arm that the paper does not have: such a claim is mentioned only if it has runs."""
 

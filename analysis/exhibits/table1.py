@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from analysis import scores
 from analysis.exhibit import Exhibit, Picture, Target
 from analysis.frames import Results
-from analysis.plots import add_legend, draw_band, draw_under_way, ends_of, panels_of, set_logarithmic
+from analysis.plots import add_legend, draw_band, draw_under_way, panels_of, seeds_of, set_logarithmic
 from analysis.statistics import Interval
 from experiments.harness.runs.spec import in_percent
 
@@ -41,7 +41,7 @@ def curves(results: Results, target: Target) -> Figure:
                     end = draw_band(axes, finished, column=measure, **about)
                     draw_under_way(axes, under_way, column=measure, **about)
                     last.setdefault(target.arms[cell].called(cell), end)
-        column[0].set(title=f"{title}{ends_of(last)}")
+        column[0].set(title=f"{title}{seeds_of(last.values())}")
         for axes, words in zip(column, ("training loss", "rise of the loss", "accuracy % (first 1,000)"), strict=False):
             axes.set(xlabel="epoch", ylabel=words)
             if "accuracy" not in words:
