@@ -158,6 +158,13 @@ def mixed(t: Target, results: Results) -> list[str]:
             if len(versions) > 1:
                 shown = ", ".join(one[:12] for one in versions)
                 reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({shown}): {remedy}.")
+    for model, block in rows.groupby("model"):
+        sessions = [session for run_id in block["run_id"] for session in results.provenance.get(run_id, [])]
+        if len(sources := {str(session["model_code"]) for session in sessions if "model_code" in session}) > 1:
+            shown = ", ".join(sorted(sources))
+            reasons.append(
+                f"{t.name} ({model}) has runs from several versions of the model's source ({shown}): {remedy}."
+            )
     if unknown := sum(UNKNOWN in f"{a}+{b}".split("+") for a, b in zip(rows["commit"], rows["code"], strict=True)):
         reasons.append(f"{t.name} has {unknown} runs from an unknown commit, made outside git: {remedy}.")
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):

@@ -332,13 +332,15 @@ def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[R
 
     check_root(dict.fromkeys(spec.dataset for spec in specs), data_root)
     unavailable: dict[str, DataUnavailable] = {}
-    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
-        first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
+    firsts: dict[tuple[object, ...], Run] = {}
+    for spec in specs:
+        firsts.setdefault((spec.dataset, spec.model, spec.flat["max_length"], spec.flat["start_weights"]), spec)
+    for spec in firsts.values():
         try:
-            if dataset not in unavailable:
-                check(first, data_root)
+            if spec.dataset not in unavailable:
+                check(spec, data_root)
         except DataUnavailable as error:
-            unavailable[dataset] = error
+            unavailable[spec.dataset] = error
     available = [spec for spec in specs if spec.dataset not in unavailable]
     if needed and not available:
         raise next(iter(unavailable.values()))

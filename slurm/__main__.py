@@ -203,12 +203,14 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
 
 
 def _check_paths(specs: Sequence[Run]) -> None:
-    """Check that model paths are absolute, since jobs run in another folder; make MSAM_DATA absolute."""
+    """Check that paths in specs are absolute, since jobs run in another folder; make MSAM_DATA absolute."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
     for spec in specs:
         if "/" in spec.model and not Path(spec.model).expanduser().is_absolute():
             raise SlurmError(f"model is {spec.model!r}, but jobs run in another folder: give its absolute path.")
+        if (start := spec.flat["start_weights"]) and not Path(start).expanduser().is_absolute():
+            raise SlurmError(f"start_weights is {start!r}, but jobs run in another folder: give its absolute path.")
 
 
 def _unfinished(states: Sequence[Standing]) -> list[Run]:

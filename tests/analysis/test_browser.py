@@ -41,9 +41,12 @@ addEventListener("load", async () => {{
   await new Promise(done => setTimeout(done, 50));
   const run = document.getElementById(link.hash.slice(1));
   seen.opened = [run.tagName, run.open, run.hidden];
-  seen.folded = [...document.querySelectorAll("td details.runs")].filter(d => d.querySelectorAll("a").length > 1).map(d => d.open);
-  seen.tallest = Math.max(...[...document.querySelectorAll("#rho tbody tr, .forest tbody tr")].map(r => r.getBoundingClientRect().height));
-  seen.dots = [...document.querySelectorAll(".plot .dot")].map(d => [d.offsetLeft >= 0, d.offsetLeft <= d.parentElement.offsetWidth]).flat();
+  const several = [...document.querySelectorAll("td details.runs")].filter(d => d.querySelectorAll("a").length > 1);
+  seen.folded = several.map(d => d.open);
+  const lines = [...document.querySelectorAll("#rho tbody tr, .forest tbody tr")];
+  seen.tallest = Math.max(...lines.map(row => row.getBoundingClientRect().height));
+  const within = d => d.offsetLeft >= 0 && d.offsetLeft <= d.parentElement.offsetWidth;
+  seen.dots = [...document.querySelectorAll(".plot .dot")].map(within);
   const checked = await axe.run();
   const bad = checked.violations.filter(v => ["serious", "critical"].includes(v.impact));
   seen.axe = bad.map(v => v.id + ": " + v.nodes[0].html);

@@ -21,7 +21,10 @@ TIMES = ("seconds", "wall_seconds", "step_seconds")
 ADDED = ("test_accuracy", "test_score", "holdout_accuracy", "holdout_score")
 """Entries of metrics.jsonl that older records lack."""
 
-EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
+EXPLAINS = (
+    *("code", "model_code", "start_weights_checksum", "lock", "commit", "python", "packages"),
+    *("cpu", "gpu", "driver", "system", "threads", "torch_flags"),
+)
 """Entries of a session that may explain a difference, most likely first."""
 
 

@@ -1,6 +1,7 @@
 """Allowed values of a spec's fields. Standard library only."""
 
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -93,3 +94,8 @@ def is_callable(model: str) -> bool:
     """Whether a model is named as `"module:callable"`."""
     module, _, name = model.partition(":")
     return all(part.isidentifier() for part in module.split(".")) and name.isidentifier()
+
+
+def is_start(weights: str) -> bool:
+    """Whether start weights are named as `PATH.safetensors@DIGEST`."""
+    return re.fullmatch(r".+\.safetensors@[0-9a-f]{12,64}", weights) is not None

@@ -23,6 +23,7 @@ from experiments.harness.runs.spec import Network
 from experiments.harness.tasks import glue_files
 from experiments.harness.tasks.data import load
 from experiments.harness.tasks.glue_files import Texts
+from experiments.harness.tasks.own_models import load_start
 from experiments.harness.tasks.storage import DataError
 from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
@@ -40,6 +41,7 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
     task = text_set(spec.dataset)
     data = load(spec.dataset, data_root)
     tokenizer, model, origin = encoder(spec, task)
+    started = load_start(spec, model)
     weights = checksum(model)
 
     train, holdout = subsets(spec, len(data.train.labels))
@@ -57,6 +59,7 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
         "texts_checksum": data.checksum,
         "weights_checksum": weights,
         "weights_source": origin,
+        **started,
     }
     return task_of(spec, model, trained, scored, provenance)
 
@@ -179,7 +182,8 @@ def check(spec: Network, data_root: Path | None = None) -> None:
         DataError: if they do not match; `DataUnavailable` if no source has the data.
     """
     load(spec.dataset, data_root)
-    encoder(spec, text_set(spec.dataset))
+    _, model, _ = encoder(spec, text_set(spec.dataset))
+    load_start(spec, model)
 
 
 def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
