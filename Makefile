@@ -7,6 +7,15 @@ RESULTS ?=
 PYTHON ?=
 DEVICE ?=
 
+# Checked when make starts, before any set-up.
+profiles := smoke cpu paper
+ifeq ($(filter $(PROFILE),$(profiles)),)
+$(error PROFILE is '$(PROFILE)', but must be one of: $(profiles))
+endif
+is_count = $(shell printf %s '$(subst ','\'',$(1))' | grep -xE '0*[1-9][0-9]*')
+$(foreach name,SEEDS JOBS,$(if $($(name)),$(if $(call is_count,$($(name))),,\
+  $(error $(name) is '$($(name))', but must be a whole number of 1 or more))))
+
 python := .venv/bin/python
 pytest = OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses 4 --dist worksteal
 which = --profile "$(PROFILE)" $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(RESULTS),--results "$(RESULTS)")

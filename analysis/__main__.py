@@ -10,9 +10,11 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from analysis.unchanged import fingerprint, remember, remembered
 from experiments.harness.runs import catalogue
+from experiments.harness.runs.checks import unknown
 from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.parsing import sentences
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import PROFILES, Run, SpecError
 
@@ -59,7 +61,7 @@ def run(arguments: Arguments) -> str:
         SpecError, RecordError, Refused: for a mistake in the command line or in the results folder.
     """
     if arguments.profile not in PROFILES:
-        raise SpecError(f"Unknown profile {arguments.profile!r}; the profiles are {', '.join(PROFILES)}.")
+        raise unknown("profile", arguments.profile, PROFILES)
     root = arguments.results.absolute()
     if arguments.from_committed:
         return _from_committed(arguments, root)
@@ -75,13 +77,17 @@ def run(arguments: Arguments) -> str:
 
     targets = _targets(arguments, finished_runs(root))
     collected = collect(root, curves_of={run.run_id for t in targets for run in t.runs})
-    results = Results.of(run for run in collected.finished if run.spec.profile == arguments.profile)
+    ours = [run for run in collected.finished if run.spec.profile == arguments.profile]
+    under_way = [run for run in collected.unfinished if run.spec.profile == arguments.profile and run.metrics.count]
+    results = Results.of(ours, () if arguments.publish else under_way)
+    if not arguments.publish:
+        _reject_nothing(targets, results, root)
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
         publish(folder, arguments.profile, targets, results)
         results = Results.read(folder)
-    documents = documents_of(arguments.profile, targets, results, collected.failures)
+    documents = documents_of(arguments.profile, targets, results, collected.states)
     if not arguments.publish:
         files = {**results.texts(), **output_files(arguments.profile, targets, results, documents)}
         write_files(folder, files)
@@ -90,6 +96,24 @@ def run(arguments: Arguments) -> str:
     if stamp:
         remember(local, stamp, files, printed)
     return printed
+
+
+def _reject_nothing(targets: "list[Target]", results: "Results", root: Path) -> None:
+    """Reject a results root that has none of the runs, finished or under way.
+
+    Raises:
+        RecordError: with the command that makes them.
+    """
+    expected = [run.run_id for target in targets for run in target.runs]
+    if not {*results.runs["run_id"], *results.under_way["run_id"]}.isdisjoint(expected):
+        return
+    from analysis.publish import command
+
+    names = ", ".join(target.name for target in targets)
+    raise RecordError(
+        f"{root / 'runs'} has none of the {len(expected)} runs of {names} ({targets[0].cells[0].profile}): make them "
+        f"with `{command(targets[0])}`, or give the folder that holds runs/ with --results."
+    )
 
 
 def _from_committed(arguments: Arguments, root: Path) -> str:
@@ -180,9 +204,13 @@ def _with_higher_seeds(target: "Target", results: "Results") -> int:
 
 def main() -> None:
     """Run the command line; a mistake in it prints one sentence and exits with status 2."""
-    arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
 
-    end_with(lambda: print(run(arguments)), stopped="Stopped: each file is either unchanged or complete.")
+    def command() -> None:
+        with sentences("python -m analysis", Arguments):
+            arguments = tyro.cli(Arguments, prog="python -m analysis", config=(FlagCreatePairsOff,))
+        print(run(arguments))
+
+    end_with(command, stopped="Stopped: each file is either unchanged or complete.")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,17 @@ class Unfinished:
     spec: Run
     failure: str | None
     """Why its last attempt failed; None if it is running or was interrupted."""
+    metrics: Lines = field(default_factory=lambda: Lines(()))
+    """Its epochs so far."""
+
+    @property
+    def state(self) -> str:
+        """Why it failed, or how far it is."""
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        epochs = self.metrics.columns.get("epoch")
+        reached = "" if epochs is None else f", epoch {epochs[-1]} of {self.spec.flat['epochs']}"
+        return f"under way{reached}"
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,9 @@ class Collected:
     """A sentence for each folder that could not be read; the folder is left unchanged."""
 
     @property
-    def failures(self) -> dict[str, str]:
-        """Why runs failed, by run_id."""
-        return {u.spec.run_id: u.failure for u in self.unfinished if u.failure is not None}
+    def states(self) -> dict[str, str]:
+        """For each run without a result, why it failed or how far it is, by run_id."""
+        return {u.spec.run_id: u.state for u in self.unfinished if u.failure is not None or u.metrics.count}
 
 
 def finished_runs(root: Path) -> set[str]:
@@ -129,8 +140,8 @@ def _read(record: Record, with_curves: bool) -> Finished | Unfinished:
         raise RecordError(f"{record.folder} is not a run folder: move it out of runs/.")
     spec = record.spec()
     if not record.done:
-        failure = record.failure()
-        return Unfinished(spec, None if failure is None else plain(failure)[:200])
+        failure, lines = record.failure(), Lines(record.metrics() if with_curves else ())
+        return Unfinished(spec, None if failure is None else plain(failure)[:200], lines)
     try:
         sessions = record.environments()
     except RecordError:

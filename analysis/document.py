@@ -210,19 +210,19 @@ def uncounted(numbers: pd.DataFrame, texts: Iterable[str]) -> list[str]:
     return [text.removesuffix(f" ({n})").removesuffix("not run") for text, n in counts]
 
 
-def row_notes(numbers: pd.DataFrame, failures: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def row_notes(numbers: pd.DataFrame, states: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """For each row a footnote mark such as ` [1]` or an empty string, and the footnotes."""
-    texts = [_missing(row, failures) for row in numbers.itertuples()]
+    texts = [_missing(row, states) for row in numbers.itertuples()]
     distinct = list(dict.fromkeys(filter(None, texts)))
     marks = [f" [{distinct.index(text) + 1}]" if text else "" for text in texts]
     return marks, [f"[{number}] {text}" for number, text in enumerate(distinct, start=1)]
 
 
-def _missing(row: Any, failures: Mapping[str, str]) -> str:
+def _missing(row: Any, states: Mapping[str, str]) -> str:
     """Which of a cell's runs are missing and why; empty if none is missing or none was started."""
     gaps = list(zip(row.missing_seeds.split(), row.missing_run_ids.split(), strict=True))
-    gap_words = [f"seed {seed}" + (f" failed: {failures[i]}" if i in failures else "") for seed, i in gaps]
-    if not gaps or (not row.n and not any(i in failures for _, i in gaps)):
+    gap_words = [f"seed {seed}" + (f" {states[i]}" if i in states else "") for seed, i in gaps]
+    if not gaps or (not row.n and not any(i in states for _, i in gaps)):
         return ""
     return f"{len(gaps)} of {row.expected} runs missing ({'; '.join(gap_words)})."
 

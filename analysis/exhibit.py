@@ -96,6 +96,12 @@ class Claim:
     """Takes the exhibit's target, the runs by id, and all shown tables."""
     place: int | None = None
     """Its place among the claims; by default that of the exhibit."""
+    unit: str = "points of accuracy"
+    """What its differences measure."""
+    expected: int = 1
+    """The sign of the differences, compared with `line`, that supports it."""
+    line: float = 0.0
+    """What the intervals are compared with."""
     further: bool = False
     """Whether it is about an arm that the paper does not have: such a claim is mentioned only if it has runs."""
 
@@ -145,13 +151,13 @@ class Exhibit:
     """Its place among the exhibits; at equal places they are sorted by name."""
     form: type[Document] = Document
 
-    def document(self, target: Target, frame: pd.DataFrame, failures: Mapping[str, str] | None = None) -> Document:
+    def document(self, target: Target, frame: pd.DataFrame, states: Mapping[str, str] | None = None) -> Document:
         """The table of the target's cells, ready to be written.
 
         Args:
             target: The cells.
             frame: One row for each finished run.
-            failures: Why runs failed, by run_id.
+            states: Why runs failed or how far they are, by run_id.
 
         Raises:
             SpecError: if this exhibit cannot show one of the cells.
@@ -162,7 +168,7 @@ class Exhibit:
                 f"show: use another TABLE, or add an exhibit to analysis/exhibits/."
             )
         numbers = self.numbers(frame, target.cells, target.seeds, target.varies)
-        marks, missing = row_notes(numbers, failures or {})
+        marks, missing = row_notes(numbers, states or {})
         view = View(target, frame, numbers, tuple(marks))
         return self.form(
             name=target.name,

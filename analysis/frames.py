@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.arms import METHODS
-from analysis.collect import Finished, Lines, plain, plain_keys
+from analysis.collect import Finished, Lines, Unfinished, plain, plain_keys
 from analysis.columns import PROVENANCE, column_of, csv_text, joined_column, known_dtypes, parse
 from experiments.harness.runs.files import RecordError, replacing
 from experiments.harness.runs.run import defaults, in_order
@@ -64,13 +64,15 @@ class Results:
     runs: pd.DataFrame
     curves: pd.DataFrame
     provenance: dict[str, list[dict[str, Any]]]
+    under_way: pd.DataFrame = field(default_factory=lambda: _curves([]))
+    """The curves of runs that are not finished, so far; they are in curves.csv, but never committed."""
 
     @classmethod
-    def of(cls, runs: Iterable[Finished]) -> "Results":
+    def of(cls, runs: Iterable[Finished], under_way: Iterable[Unfinished] = ()) -> "Results":
         """The contents of the three files for these runs."""
         runs = list(runs)
         sessions = {run.spec.run_id: [_public(s) for s in run.sessions] for run in runs}
-        return cls(frame(runs), curves(runs), sessions)
+        return cls(frame(runs), curves(runs), sessions, curves(under_way))
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
@@ -97,6 +99,7 @@ class Results:
             self.runs[self.runs["run_id"].isin(run_ids)],
             self.curves[self.curves["run_id"].isin(run_ids)],
             {k: v for k, v in self.provenance.items() if k in run_ids},
+            self.under_way[self.under_way["run_id"].isin(run_ids)],
         )
 
     def joined(self, other: "Results") -> "Results":
@@ -113,9 +116,12 @@ class Results:
             json.dumps({"run_id": run_id, "sessions": self.provenance[run_id]}, sort_keys=True) + "\n"
             for run_id in sorted(self.provenance)
         ]
+        every = self.curves
+        if len(self.under_way):
+            every = _curves([*_by_run(self.curves), *_by_run(self.under_way)])
         return {
             "runs.csv": csv_text(self.runs),
-            "curves.csv": csv_text(self.curves),
+            "curves.csv": csv_text(every),
             "provenance.jsonl": "".join(lines),
         }
 
@@ -125,7 +131,7 @@ def frame(runs: Iterable[Finished]) -> pd.DataFrame:
     return _runs([_row(run) for run in runs])
 
 
-def curves(runs: Iterable[Finished]) -> pd.DataFrame:
+def curves(runs: Iterable[Finished | Unfinished]) -> pd.DataFrame:
     """One row for each line of a run's metrics: `run_id`, `epoch`, then the other keys of the line."""
     metrics = [(run.spec.run_id, run.metrics) for run in runs]
     return _curves([(run_id, lines if isinstance(lines, Lines) else Lines(lines)) for run_id, lines in metrics])

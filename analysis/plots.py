@@ -1,7 +1,7 @@
 """Shared by the figures: style, files, and lines, bands and points drawn from cells."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from analysis.cells import ids, scores, values
+from analysis.cells import ids, references, values
 from analysis.statistics import Interval, mean_interval, paired_difference
-from experiments.harness.runs.methods import Arm
+from experiments.harness.runs.methods import Arm, arms_of
 from experiments.harness.runs.spec import Run
 
 STYLE: dict[Any, Any] = {
@@ -51,20 +52,25 @@ class Series:
     """Factor applied to the column."""
     shift: float = 1
     """Factor applied to the field, so that points at the same value are drawn next to each other."""
+    over: Mapping[Run, Run] | None = None
+    """The cell that each cell is compared with: paired differences are drawn instead of values."""
 
 
 def draw_points(
     axes: Axes, frame: pd.DataFrame, cells: Sequence[Run], seeds: int, series: Series, arms: Mapping[Run, Arm]
 ) -> None:
-    """Draw means with their intervals, in the colour of the last cell's arm."""
+    """Draw means, or means of paired differences, with their intervals, in the colour of the last cell's arm."""
     field, shift = series.field, series.shift
-    points = [
-        (
-            cell.flat[field],
-            mean_interval(series.factor * values(frame, cell, seeds, series.column or cell.score)),
-        )
-        for cell in sorted(cells, key=lambda cell: cell.flat[field])
-    ]
+
+    def of(cell: Run) -> pd.Series:
+        return series.factor * values(frame, cell, seeds, series.column or cell.score)
+
+    def interval(cell: Run) -> Interval:
+        if series.over is None:
+            return mean_interval(of(cell))
+        return paired_difference(of(cell), of(series.over[cell])) if cell in series.over else mean_interval([])
+
+    points = [(cell.flat[field], interval(cell)) for cell in sorted(cells, key=lambda cell: cell.flat[field])]
     points = [(x, interval) for x, interval in points if interval.n]
     if not points:
         return
@@ -114,50 +120,76 @@ def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: s
     return by_epoch[max(by_epoch)]
 
 
-def draw_level(axes: Axes, frame: pd.DataFrame, cell: Run, seeds: int, arm: Arm) -> None:
-    """Draw a cell's mean as a horizontal line, with its interval as a band."""
-    interval = mean_interval(100 * values(frame, cell, seeds, cell.score))
-    if interval.n:
-        axes.axhline(interval.mean, ls=arm.line, lw=1, color=arm.colour, label=arm.called(cell))
-        if interval.n > 1:
-            low, high = interval.mean - interval.half_width, interval.mean + interval.half_width
-            axes.axhspan(low, high, color=arm.colour, alpha=0.15, lw=0)
+def draw_under_way(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str, arm: Arm) -> None:
+    """Draw each unfinished run of a cell as a dotted line that ends in a dot; the legend says what that means."""
+    if column not in curves:
+        return
+    label = "under way" if "under way" not in axes.get_legend_handles_labels()[1] else None
+    for run_id in ids(cell, seeds):
+        rows = curves[(curves["run_id"] == run_id) & curves[column].notna()]
+        if len(rows):
+            epochs, values = (rows[name].to_numpy(dtype=float) for name in ("epoch", column))
+            axes.plot(epochs, values, ls=":", lw=1, color=arm.colour)
+            axes.plot(epochs[-1:], values[-1:], "o", ms=4, color=arm.colour, mfc="none", label=label)
+            label = None
 
 
-def ends_of(last: Mapping[str, Interval]) -> str:
-    """For a title: the lowest and the highest last mean of the lines, and the numbers of seeds."""
-    known = {name: interval for name, interval in last.items() if interval.n}
-    if not known:
-        return ""
-    low, high = (choose(known, key=lambda name: known[name].mean) for choose in (min, max))
-    counts = "-".join(map(str, sorted({interval.n for interval in known.values()})))
-    return f"\nends at {known[low].mean:.3g} ({low})\nto {known[high].mean:.3g} ({high}), n = {counts}"
+def seeds_of(last: Iterable[Interval]) -> str:
+    """For a title: the numbers of seeds of some means."""
+    counts = sorted({interval.n for interval in last if interval.n})
+    return f"\nn = {' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds" if counts else "\nnot run"
 
 
-def gain_of_msam(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, field: str) -> str:
-    """For a title: mSAM over SAM at both ends of the axis; empty if neither was run."""
-    gains = []
-    for end in (min, max):
-        at = end((cell.flat[field] for cell in cells), default=0)
-        pair = [c for method in ("msam", "sam") for c in cells if (c.method, c.flat[field]) == (method, at)]
-        samples = [scores(cell, frame, seeds) for cell in pair]
-        gain = paired_difference(*samples) if len(samples) == 2 else mean_interval([])
-        if gain.n:
-            half = f" ± {gain.half_width:.1f}" if gain.n > 1 else ""
-            gains.append(f"{gain.mean:+.1f}{half} (n = {gain.n}) at {at:g}")
-    return f"\nmSAM over SAM:\n{', '.join(dict.fromkeys(gains))}" if gains else ""
+def over_base(cells: Sequence[Run], varies: Sequence[str] = ()) -> dict[Run, Run]:
+    """The base optimizer's cell that each cell is compared with: its own for a cell of the base optimizer."""
+    bases = {cell: others.get("over_base") for cell, others in references(cells, varies).items()}
+    arms = arms_of(cells, varies)
+    own = {cell: cell for cell in cells if arms[cell].name == "base"}
+    return {cell: base for cell, base in bases.items() if base is not None} | own
 
 
-def highest_mean(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, arms: Mapping[Run, Arm]) -> str:
-    """For a title: the highest mean and its cell."""
-    means = {cell: mean_interval(100 * values(frame, cell, seeds, cell.score)) for cell in cells}
-    means = {cell: interval for cell, interval in means.items() if interval.n}
-    if not means:
-        return ""
-    best = max(means, key=lambda cell: means[cell].mean)
-    rho = f", rho {best.rho:g}" if best.rho else ""
-    half = f" ± {means[best].half_width:.1f}" if means[best].n > 1 else ""
-    return f"\nhighest mean {means[best].mean:.1f}{half} %:\n{arms[best].called(best)}{rho} (n = {means[best].n})"
+def draw_zero(axes: Axes, bases: Iterable[Run], arms: Mapping[Run, Arm]) -> None:
+    """Draw the base optimizer as the line at 0, in its colour."""
+    for base in list(bases)[:1]:
+        axes.axhline(0, ls=arms[base].line, lw=1, color=arms[base].colour, label=arms[base].called(base), zorder=0)
+
+
+def limit_to_most(axes: Axes) -> None:
+    """Let the y axis show most points: those far below the others become arrows at its lower end, with their value.
+
+    Far below is more than three interquartile ranges below the first quartile.
+    """
+    points = [
+        (x, y, half)
+        for container in axes.containers
+        if isinstance(container, ErrorbarContainer)
+        for x, y, half in _points_of(container)
+    ]
+    heights = np.array([y for _, y, _ in points])
+    if len(heights) < 4:
+        return
+    first, third = np.quantile(heights, (0.25, 0.75))
+    far = heights < first - 3 * (third - first)
+    if not far.any():
+        return
+    low = min(y - half for (_, y, half), away in zip(points, far, strict=True) if not away)
+    high = max(y + half for (_, y, half), away in zip(points, far, strict=True) if not away)
+    margin = 0.08 * max(high - low, 1e-9)
+    axes.set_ylim(min(low, 0.0) - 3 * margin, max(high, 0.0) + margin)
+    collapsed: dict[float, list[str]] = {}
+    for (x, y, _), away in zip(points, far, strict=True):
+        if away:
+            collapsed.setdefault(x, []).append(f"{y:.1f}")
+    for x, texts in collapsed.items():
+        style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 7}
+        axes.annotate("\n".join([*texts, "↓"]), (x, min(low, 0.0) - 3 * margin), **style)
+
+
+def _points_of(container: ErrorbarContainer) -> Iterator[tuple[float, float, float]]:
+    """The x, the mean and the half-width of each point."""
+    line, _, (bars,) = container.lines
+    for (x, y), segment in zip(line.get_xydata(), bars.get_segments(), strict=True):
+        yield float(x), float(y), float(segment[1][1] - y)
 
 
 def set_logarithmic(axes: Axes) -> None:

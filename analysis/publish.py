@@ -104,10 +104,10 @@ def redraw(folder: Path, profile: str) -> list[Path]:
 
 
 def documents_of(
-    profile: str, targets: Sequence[Target], results: Results, failures: Mapping[str, str] | None = None
+    profile: str, targets: Sequence[Target], results: Results, states: Mapping[str, str] | None = None
 ) -> list[Document]:
     """The tables, followed by the summary of the claims if they have any evidence."""
-    documents = [exhibit_of(t.name).document(t, results.runs, failures) for t in targets]
+    documents = [exhibit_of(t.name).document(t, results.runs, states) for t in targets]
     claims = document_claims(profile, results, _shown(targets))
     return [*documents, claims] if len(claims.numbers) else documents
 
@@ -119,7 +119,7 @@ def output_files(
     documents = documents_of(profile, targets, results) if documents is None else documents
     pictures = pages(results, _shown(targets))
     shown = results.only({run.run_id for t in targets for run in t.runs})
-    page = report(profile, documents, pictures, [cell for t in targets for cell in t.cells], shown)
+    page = report(profile, documents, pictures, targets, shown)
     image_files = {path: picture for one in pictures for path, picture in one.files.items()}
     return {**table_files(documents), **image_files, "report.html": page}
 
@@ -148,7 +148,7 @@ def mixed(t: Target, results: Results) -> list[str]:
     # The runs of a model are compared, so they must come from the same training code. It is identified by a hash, not
     # by the commit: a study that shares Table 1's baselines is added by a later commit that only changes a list of
     # runs. The tree of a grid may be unclean, because its second stage needs the result of its first in the source.
-    remedy = f"commit your changes and retrain them with `{_command(t)} --redo`"
+    remedy = f"commit your changes and retrain them with `{command(t)} --redo`"
     reasons = []
     # Table 4 also compares times between models.
     one_block = any(cell.kind == "cost" for cell in t.cells)
@@ -160,6 +160,13 @@ def mixed(t: Target, results: Results) -> list[str]:
             if len(versions) > 1:
                 shown = ", ".join(one[:12] for one in versions)
                 reasons.append(f"{t.name} ({model}) has runs from several versions of {word} ({shown}): {remedy}.")
+    for model, block in rows.groupby("model"):
+        sessions = [session for run_id in block["run_id"] for session in results.provenance.get(run_id, [])]
+        if len(sources := {str(session["model_code"]) for session in sessions if "model_code" in session}) > 1:
+            shown = ", ".join(sorted(sources))
+            reasons.append(
+                f"{t.name} ({model}) has runs from several versions of the model's source ({shown}): {remedy}."
+            )
     origins = zip(rows["commit"], rows["code"], strict=True)
     outside = [code for commit, code in origins if UNKNOWN in f"{commit}+{code}".split("+")]
     committed = _committed_code() if outside else None
@@ -188,7 +195,7 @@ def missing(t: Target, results: Results) -> list[Run]:
 def missing_line(t: Target, gaps: Sequence[Run]) -> str:
     """A sentence with the number of missing runs and the command that makes them."""
     count = f"{len(gaps)} of its {len(t.runs)} runs"
-    return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{_command(t)}`."
+    return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{command(t)}`."
 
 
 def _missing(t: Target, results: Results) -> list[str]:
@@ -221,7 +228,8 @@ def _seeds(cell: Run, ids: set[str]) -> int:
     return seeds
 
 
-def _command(t: Target) -> str:
+def command(t: Target) -> str:
+    """The command that makes the runs of a table."""
     profile = t.cells[0].profile
     usual = catalogue.TUNING_SEEDS if t.tuning else catalogue.SEEDS.get(profile)
     seeds = "" if t.seeds == usual else f" --seeds {t.seeds}"

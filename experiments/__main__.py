@@ -1,8 +1,6 @@
-"""python -m experiments list | plan | check | fetch | run | status | show | verify | export | import: the runs."""
+"""python -m experiments COMMAND: train runs and inspect them."""
 
-import contextlib
 import logging
-import math
 import sys
 import time
 from collections import Counter
@@ -15,19 +13,17 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import end_with
-from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, guessed_seconds, load_estimate
+from experiments.harness.runs.estimate import load_estimate
 from experiments.harness.runs.files import printable
-from experiments.harness.runs.grids import with_networks
-from experiments.harness.runs.process import cores
+from experiments.harness.runs.parsing import sentences
+from experiments.harness.runs.plan import print_plan
 from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, record_of, state_of
 from experiments.harness.runs.selection import Runs
-from experiments.harness.runs.spec import PROFILES, Run, SpecError, Timing
+from experiments.harness.runs.spec import PROFILES, Run, SpecError
 from experiments.harness.work.session import Session
 
 if TYPE_CHECKING:
-    from experiments.harness.machine.proof import Report
-
-NIGHT_HOURS = 12
+    pass
 
 OUT_OF_TIME = 75
 """Exit status of a `run --minutes` that has not finished: sysexits' "temporary failure, try again"."""
@@ -55,54 +51,8 @@ def plan(
         jobs: Number of workers (or GPUs) to plan for; default: one per core, or one GPU.
     """
     _check_jobs(jobs)
-    specs, results = runs.specs, runs.root
-    estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
-    for spec in specs:
-        done = record_of(spec, results).done
-        measured = estimate.seconds(spec)
-        seconds = guessed_seconds(spec) if measured is None and spec.device == "cuda" else measured
-        if not done:
-            unknown += seconds is None
-            if isinstance(spec, Timing):  # timing runs go one at a time
-                alone += seconds or 0
-            else:
-                left += seconds or 0
-        about = "guess:" if measured is None else "about"
-        when = "done" if done else "time unknown" if seconds is None else f"{about} {duration(seconds)}"
-        print(f"{spec.run_id}  {when:<14} {spec.title}")
-    waiting = [spec for spec in specs if not record_of(spec, results).done]
-    print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
-    if waiting:
-        jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
-        words = (
-            f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
-        )
-        unmeasured = f"; {unknown} of them have no measured step time yet" if unknown else ""
-        print(f"{words}{unmeasured}.")
-    if any(spec.device == "cuda" for spec in waiting):
-        _print_gpu_plan(runs, waiting, estimate, jobs or 1)
+    print_plan(runs, jobs)
     return 0
-
-
-def _print_gpu_plan(runs: Runs, waiting: list[Run], estimate: Estimate, gpus: int) -> None:
-    """GPU time of each table and in total, nights and disk space."""
-    print("\nGPU time, from measured steps where available, otherwise guessed (facts.py says from what):")
-    tables = list(dict.fromkeys(e.table for e in catalogue.catalogue().values()))
-    tables += [f"{name}-tuning" for name in tables if f"{name}-tuning" in catalogue.targets()]
-    for name in tables if runs.target == "all" else [runs.target]:
-        with contextlib.suppress(SpecError):  # a table without runs in this profile
-            specs = {*with_networks(catalogue.runs(name, runs.profile, runs.seeds, runs.set))}
-            left = {spec for spec in specs if not record_of(spec, runs.root).done}
-            note = " (a grid, not part of the target all)" if left - set(waiting) else ""
-            time_left = duration(3600 * sum(gpu_hours(spec, estimate) for spec in left))
-            print(f"  {name:<21} {len(left):>5} runs {time_left:>8}{note}")
-    hours = sum(gpu_hours(spec, estimate) for spec in waiting)
-    print(f"  {'in total':<21} {len(waiting):>5} runs {duration(3600 * hours):>8}, each shared run counted once")
-    nights = ", ".join(f"{math.ceil(hours / n / NIGHT_HOURS)} on {n}" for n in sorted({1, 4, 8, gpus}))
-    print(f"Nights of {NIGHT_HOURS} hours: {nights} GPUs.")
-    kept = sum(disk_bytes(spec)[0] for spec in waiting)
-    working = sorted((disk_bytes(spec)[1] for spec in waiting), reverse=True)[:gpus]
-    print(f"Disk: {kept / 1e9:.0f} GB for final weights, plus {sum(working) / 1e9:.1f} GB for {gpus} at a time.")
 
 
 def run(
@@ -125,8 +75,7 @@ def run(
     from experiments.harness.runs.provenance import command_line, environment
 
     _check_jobs(jobs)
-    _check_share(minutes, per_gpu)
-    ends = None if minutes is None else time.monotonic() + 60 * minutes
+    started = time.monotonic()
     specs, results = runs.specs, runs.root
     for record in (record_of(spec, results) for spec in specs):
         if record.done:  # raises if the record is damaged, of another run, or of a newer version
@@ -140,7 +89,8 @@ def run(
 
     from experiments.harness.machine import pool
 
-    _check_device(waiting, jobs, per_gpu)
+    _check_device(waiting)
+    limits = pool.limits(waiting[0].device, jobs, per_gpu, minutes, started)
     done = len(specs) - len(waiting)
     waiting = _with_data(waiting, data_root, needed=not done)
     if not waiting:
@@ -152,7 +102,7 @@ def run(
     outcome = pool.run(
         waiting,
         Session(results, data_root, provenance),
-        pool.Limits(jobs or pool.default_jobs(waiting[0].device, per_gpu), per_gpu, ends),
+        limits,
         estimate=load_estimate(results),
         redo=redo,
     )
@@ -209,23 +159,10 @@ def check(
     for number, (cell, report) in enumerate(proof.check_cells(cells, jobs, gpu), start=1):
         spent = time.monotonic() - started
         left = duration(spent * (len(cells) - number) / number)
-        print(f"[{number}/{len(cells)}] {_report_line(cell.spec, report)}; {left} left", flush=True)
+        print(f"[{number}/{len(cells)}] {proof.line(cell.spec, report)}; {left} left", flush=True)
         failed += report.failure is not None
     print(f"{len(cells) - failed} of {len(cells)} passed in {duration(time.monotonic() - started)}.")
     return 1 if failed else 0
-
-
-def _report_line(spec: Run, report: "Report") -> str:
-    cell = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
-    if report.failure:
-        return f"{cell}: FAILED: {report.failure}"
-    shortest, longest = (duration(seconds) for seconds in report.run_seconds)
-    low, high = (bytes_ / 1e9 for bytes_ in report.gpu_memory)
-    return (
-        f"{cell}: {report.parameters / 1e6:.1f} M parameters, passed in {report.seconds:.0f} s with "
-        f"{report.memory / 1e9:.1f} GB here; on the GPU {report.step_flops / 1e12:.3g} TFLOP per step of "
-        f"{spec.batch_size}, {shortest} to {longest} per run, {low:.1f} to {high:.1f} GB"
-    )
 
 
 def status(runs: OmitArgPrefixes[Runs]) -> int:
@@ -290,7 +227,8 @@ def verify(
 
         session = Session(record.root, data_root, environment(command_line()), report)
         differences = verification.verify(record, session, epochs)
-    compared = f"the first {epochs} epochs" if epochs else "every line, the summary and the final weights"
+    weights = " and the final weights" if record.checkpoint.exists() else "; its final weights were removed"
+    compared = f"the first {epochs} epochs" if epochs else f"every line, the summary{weights}"
     if not differences:
         print(f"{record.run_id} matches bit for bit: {compared}, except times.")
         return 0
@@ -325,6 +263,35 @@ def import_(source: Positional[Annotated[Path, arg(metavar="SOURCE")]], results:
     return transfer.report(transfer.take_in(source, results.absolute()), source)
 
 
+def tensorboard(runs: OmitArgPrefixes[Runs], to: Path | None = None) -> int:
+    """Convert the metrics of a target's runs, finished or under way, into TensorBoard's event files.
+
+    Args:
+        to: The folder to write to; default: RESULTS/tensorboard/PROFILE.
+    """
+    from experiments.harness.machine.tensorboard import convert
+
+    folder = (to or runs.root / "tensorboard" / runs.profile).absolute()
+    written = convert([record_of(spec, runs.root) for spec in runs.specs], folder)
+    print(f"{written} of {len(runs.specs)} runs of {runs} written. To see them: tensorboard --logdir {folder}")
+    return 0
+
+
+def clean(results: Path = DEFAULT_ROOT, remove: bool = False) -> int:
+    """List the weights and checkpoints that nothing needs any more, with their sizes; --remove removes them.
+
+    Records are never touched. Without its final weights a run can be verified only by its epochs and scores.
+
+    Args:
+        results: The results root.
+        remove: Remove what is listed.
+    """
+    from experiments.harness.machine import clean as cleaning
+
+    cleaning.report(results.absolute(), removing=remove)
+    return 0
+
+
 def _record(run: str, results: Path) -> Record:
     """The run whose id starts with `run`.
 
@@ -355,14 +322,7 @@ def _check_jobs(jobs: int | None) -> None:
         raise SpecError(f"jobs is {jobs}, but must be 1 or more.")
 
 
-def _check_share(minutes: float | None, per_gpu: int) -> None:
-    if minutes is not None and not minutes > 0:
-        raise SpecError(f"minutes is {minutes:g}, but must be greater than 0.")
-    if per_gpu < 1:
-        raise SpecError(f"per_gpu is {per_gpu}, but must be 1 or more.")
-
-
-def _check_device(specs: list[Run], jobs: int | None = None, per_gpu: int = 1) -> None:
+def _check_device(specs: list[Run]) -> None:
     from experiments.harness.machine.pool import default_jobs
 
     if any(spec.processes > 1 for spec in specs):
@@ -370,16 +330,11 @@ def _check_device(specs: list[Run], jobs: int | None = None, per_gpu: int = 1) -
             "These runs are data-parallel (ranks > 1), but this command starts one process per run: submit them with "
             "python -m slurm submit, or leave ranks out."
         )
-    if not any(spec.device == "cuda" for spec in specs):
-        return
-    most = default_jobs("cuda", per_gpu)
-    if not most:
+    if any(spec.device == "cuda" for spec in specs) and not default_jobs("cuda"):
         raise SpecError(
             "These runs need a GPU, and torch finds none on this machine: use --profile cpu, or run the same command "
             "on a machine with a GPU."
         )
-    if (jobs or 0) > most:
-        raise SpecError(f"jobs is {jobs}, but must be at most {most}, the GPUs times per_gpu.")
 
 
 def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[Run]:
@@ -388,17 +343,21 @@ def _with_data(specs: list[Run], data_root: Path | None, needed: bool) -> list[R
     Raises:
         DataUnavailable: if no spec is left although some are `needed`.
     """
+    from experiments.harness.tasks.data import check_root
     from experiments.harness.tasks.storage import DataUnavailable
     from experiments.harness.work.execute import check
 
+    check_root(dict.fromkeys(spec.dataset for spec in specs), data_root)
     unavailable: dict[str, DataUnavailable] = {}
-    for dataset, model, max_length in dict.fromkeys((s.dataset, s.model, s.flat["max_length"]) for s in specs):
-        first = next(s for s in specs if (s.dataset, s.model, s.flat["max_length"]) == (dataset, model, max_length))
+    firsts: dict[tuple[object, ...], Run] = {}
+    for spec in specs:
+        firsts.setdefault((spec.dataset, spec.model, spec.flat["max_length"], spec.flat["start_weights"]), spec)
+    for spec in firsts.values():
         try:
-            if dataset not in unavailable:
-                check(first, data_root)
+            if spec.dataset not in unavailable:
+                check(spec, data_root)
         except DataUnavailable as error:
-            unavailable[dataset] = error
+            unavailable[spec.dataset] = error
     available = [spec for spec in specs if spec.dataset not in unavailable]
     if needed and not available:
         raise next(iter(unavailable.values()))
@@ -421,9 +380,17 @@ def main() -> None:
         "verify": verify,
         "export": export,
         "import": import_,
+        "tensorboard": tensorboard,
+        "clean": clean,
     }
+    program = "python -m experiments"
+
+    def command() -> int:
+        with sentences(program, commands):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog=program, description=__doc__)
+
     end_with(
-        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m experiments", description=__doc__),
+        command,
         stopped="Stopped. The same command resumes from the last checkpoints.",
     )
 

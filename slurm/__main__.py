@@ -19,6 +19,7 @@ from experiments.harness.runs.command_line import end_with
 from experiments.harness.runs.estimate import Estimate, gpu_hours, load_estimate
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks
+from experiments.harness.runs.parsing import sentences
 from experiments.harness.runs.provenance import checkout
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Run
@@ -202,12 +203,14 @@ def cancel(runs: OmitArgPrefixes[Runs]) -> int:
 
 
 def _check_paths(specs: Sequence[Run]) -> None:
-    """Check that model paths are absolute, since jobs run in another folder; make MSAM_DATA absolute."""
+    """Check that paths in specs are absolute, since jobs run in another folder; make MSAM_DATA absolute."""
     if os.environ.get("MSAM_DATA"):
         os.environ["MSAM_DATA"] = os.path.abspath(os.environ["MSAM_DATA"])
     for spec in specs:
         if "/" in spec.model and not Path(spec.model).expanduser().is_absolute():
             raise SlurmError(f"model is {spec.model!r}, but jobs run in another folder: give its absolute path.")
+        if (start := spec.flat["start_weights"]) and not Path(start).expanduser().is_absolute():
+            raise SlurmError(f"start_weights is {start!r}, but jobs run in another folder: give its absolute path.")
 
 
 def _unfinished(states: Sequence[Standing]) -> list[Run]:
@@ -267,8 +270,13 @@ def main() -> None:
     """Run the command line. A mistake by the user prints one sentence and exits with status 2."""
     commands: dict[str, Callable[..., int]] = {"submit": submit, "status": status, "wait": wait, "cancel": cancel}
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+
+    def command() -> int:
+        with sentences("python -m slurm", commands):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__)
+
     end_with(
-        lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m slurm", description=__doc__),
+        command,
         stopped="Stopped. Queued and running jobs go on: python -m slurm cancel ends them.",
     )
 

@@ -25,6 +25,7 @@ from experiments.harness.runs.record import RunLocked, record_of
 from experiments.harness.runs.spec import Run, from_dict
 from experiments.harness.work.session import Interrupted, Session
 from slurm.resources import SIGNAL_SECONDS
+from slurm.scheduler import state_of_job
 
 PACKAGES = ("msam", "experiments", "slurm")
 """The code that jobs run, which a submission copies."""
@@ -130,7 +131,7 @@ def _leave(requeue: Flag) -> None:
     while time.monotonic() < until:
         if first and requeue.is_set() and not queued:  # rank 0 may get the signal later than another rank
             queued = _slurm_output(["scontrol", "requeue", job]) is not None
-        state = _slurm_output(["squeue", "--noheader", "--jobs", job, "--format=%T"]) if first else None
+        state = state_of_job(job) if first else None
         if state not in (None, "RUNNING"):
             break
         time.sleep(1 if requeue.is_set() and not queued else random.uniform(1, 3))

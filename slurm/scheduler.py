@@ -1,13 +1,28 @@
-"""Queries to Slurm: the queue, the final states of ended jobs, limits. Standard library only."""
+"""Queries to Slurm: the queue, the final states of ended jobs, limits. Standard library only.
 
+Sites print more than what was asked for: banners, or a line for each cluster where SLURM_CLUSTERS names several. So
+every query asks for a marker in each line. Other lines are ignored, and logged unless they only name a cluster.
+"""
+
+import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from experiments.harness.runs.files import printable
 from experiments.harness.runs.spec import SpecError
+
+log = logging.getLogger(__name__)
+
+MARK = "|msam-job|"
+"""What begins a line of squeue, and what separates the fields of sacct."""
+
+JOB_NAME = "msam-"
+"""How the names of this project's jobs begin."""
 
 ENDED = (
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -49,9 +64,27 @@ def queue(users: Iterable[str]) -> dict[str, Job]:
         SlurmError: if squeue is missing or does not answer.
     """
     user = f"--user={','.join(sorted(set(users)))}"
-    output = _call(["squeue", "--noheader", "--array", user, "--states=all", "--format=%i|%T|%j|%r"])
-    jobs = (line.split("|", 3) for line in output.splitlines() if line.strip())
-    return {id_: Job(id_, state, name, reason) for id_, state, name, reason in jobs}
+    output = _call(["squeue", "--noheader", "--array", user, "--states=all", f"--format={MARK}%i|%T|%j|%r"])
+    jobs: dict[str, Job] = {}
+    for line in output.splitlines():
+        parts = line.strip().removeprefix(MARK).split("|", 3)
+        ids = _task_ids(parts[0]) if line.strip().startswith(MARK) and len(parts) == 4 else []
+        if not ids:
+            _show_unread("squeue", line)
+        for id_ in ids:  # clusters number their jobs separately, so another cluster may have a job of this id
+            if not (id_ in jobs and jobs[id_].name.startswith(JOB_NAME)):
+                jobs[id_] = Job(id_, parts[1].split()[0] if parts[1].strip() else "", *parts[2:])
+    return jobs
+
+
+def state_of_job(job: str) -> str | None:
+    """The state of one job in squeue, empty if it is not listed; None if squeue cannot be queried."""
+    try:
+        output = _call(["squeue", "--noheader", "--jobs", job, f"--format={MARK}%T"])
+    except SlurmError:
+        return None
+    states = [line.strip().removeprefix(MARK) for line in output.splitlines() if line.strip().startswith(MARK)]
+    return states[0] if states else ""
 
 
 def final_states(ids: Iterable[str]) -> dict[str, str]:
@@ -60,23 +93,43 @@ def final_states(ids: Iterable[str]) -> dict[str, str]:
     if not arrays or shutil.which("sacct") is None:
         return {}
     try:
-        output = _call(["sacct", "--noheader", "--parsable2", "--format=JobID,State", "--jobs", ",".join(arrays)])
+        what = ("--parsable2", f"--delimiter={MARK}", "--format=JobID,State", "--jobs", ",".join(arrays))
+        output = _call(["sacct", "--noheader", *what])
     except SlurmError:
         return {}
     states = {}
-    for id_, _, state in (line.partition("|") for line in output.splitlines()):
-        if "." in id_ or not state:
+    for line in output.splitlines():
+        id_, mark, state = line.strip().partition(MARK)
+        if mark and "." in id_:
             continue  # a step of a job
-        array, _, tasks = id_.partition("_")
-        for task in _expanded(tasks.strip("[]").partition("%")[0]) if tasks else [""]:
-            states[f"{array}_{task}" if task else array] = state.split()[0]
+        ids = _task_ids(id_) if mark and state.split() else []
+        if not ids:
+            _show_unread("sacct", line)
+        states |= dict.fromkeys(ids, state.split()[0].rstrip("+") if ids else "")
     return states
 
 
-def _expanded(tasks: str) -> list[str]:
-    """Expand "1,3-5" to 1, 3, 4 and 5."""
-    ends = [part.partition("-") for part in tasks.split(",")]
-    return [str(task) for first, dash, last in ends for task in range(int(first), int(last if dash else first) + 1)]
+def _task_ids(listed: str) -> list[str]:
+    """The ids that Slurm lists as one: "12", "12_3", or "12_[1,3-5,10-20:5%2]"; empty for anything else."""
+    match = re.fullmatch(r"(\d+)(?:_(?:(\d+)|\[([\d,:-]+)(?:%\d+)?\]))?", listed.strip())
+    if match is None:
+        return []
+    array, task, tasks = match.groups()
+    if tasks is None:
+        return [array if task is None else f"{array}_{task}"]
+    numbers: list[int] = []
+    for part in tasks.split(","):
+        bounds = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if bounds is None:
+            return []
+        first, last, step = bounds.groups()
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return [f"{array}_{number}" for number in numbers]
+
+
+def _show_unread(command: str, line: str) -> None:
+    if line.strip() and not line.startswith("CLUSTER:"):
+        log.warning("%s printed a line that is no job, which is ignored: %s", command, printable(line.strip()[:200]))
 
 
 def largest_array() -> int:
@@ -91,8 +144,8 @@ def largest_array() -> int:
         config = _call(["scontrol", "show", "config"])
     except SlurmError as error:
         raise SlurmError(f"Slurm does not answer on this machine ({error})") from None
-    sizes = [line.partition("=")[2] for line in config.splitlines() if line.startswith("MaxArraySize")]
-    return max(1, int(sizes[0])) if sizes else 1001
+    sizes = [int(size) for size in re.findall(r"^MaxArraySize\s*=\s*(\d+)\s*$", config, re.MULTILINE)]
+    return max(1, min(sizes, default=1001))
 
 
 def test_only(script: str) -> str:
@@ -129,7 +182,8 @@ def without_job_variables() -> Iterator[None]:
 
 def _call(command: Sequence[str], words: str = "", text: str | None = None) -> str:
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+        environment = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # array tasks are listed without an ellipsis
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, env=environment)
     except OSError as error:
         raise SlurmError(f"{command[0]} cannot be run ({error.strerror}): use a machine of the cluster.") from error
     except subprocess.TimeoutExpired:

@@ -113,4 +113,5 @@ CHECKS = {
     "flock": functools.partial(_program, "flock"),
     "accelerate": functools.partial(_package, "accelerate"),
     "lightning": functools.partial(_package, "lightning"),
+    "tensorboard": functools.partial(_package, "tensorboard"),
 }

@@ -289,6 +289,51 @@ def test_a_moved_checkout_is_set_up_again(copy, tmp_path_factory):
     assert calls(moved).count("venv") == 2
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("shared", ["link to it", "link to a third place"])
+def test_a_venv_that_was_built_for_another_checkout_is_never_emptied(copy, tmp_path_factory, shared, interrupted):
+    first, second = copy, tmp_path_factory.mktemp("second") / "checkout"
+    shutil.copytree(first, second)
+    if shared != "link to it":
+        (first / ".venv").symlink_to(tmp_path_factory.mktemp("disk"))
+    if interrupted:
+        (first / "pip-fails").write_text("The computer was switched off.")
+    make(first, "setup", f"PYTHON={first}/python")
+    (first / ".venv/precious").touch()
+    (second / ".venv").symlink_to(first / ".venv" if shared == "link to it" else (first / ".venv").readlink())
+    before = sorted((first / ".venv").rglob("*"))
+    result = make(second, "setup", f"PYTHON={second}/python")
+    assert_refuses(result, f"{second}/.venv is a link to ", f"built for {first} and stays as it is", "rm .venv")
+    assert sorted((first / ".venv").rglob("*")) == before
+    (second / ".venv").unlink()
+    assert make(second, "setup", f"PYTHON={second}/python").returncode == 0
+    assert (first / ".venv/precious").exists()
+
+
+def test_a_linked_venv_is_built_again_when_the_other_checkout_is_gone(copy, tmp_path_factory):
+    disk, second = tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("second") / "checkout"
+    (copy / ".venv").symlink_to(disk)
+    make(copy, "setup", f"PYTHON={copy}/python")
+    copy.rename(second)
+    assert make(second, "setup", f"PYTHON={second}/python").returncode == 0
+    assert (disk / ".setup-hash").read_text().splitlines()[1] == str(second)
+
+
+@pytest.mark.needs("mount")
+def test_a_venv_mounted_into_two_checkouts_is_never_emptied_for_the_other(copy, tmp_path_factory):
+    second = tmp_path_factory.mktemp("second") / "checkout"
+    shutil.copytree(copy, second)
+    make(copy, "setup", f"PYTHON={copy}/python")
+    (copy / ".venv/precious").touch()
+    (second / ".venv").mkdir()
+    subprocess.run(["mount", "--bind", copy / ".venv", second / ".venv"], check=True)
+    try:
+        assert_refuses(make(second, "setup", f"PYTHON={second}/python"), f"also the .venv of {copy}", "does not share")
+        assert (copy / ".venv/precious").exists()
+    finally:
+        subprocess.run(["umount", second / ".venv"], check=True)
+
+
 @pytest.mark.needs("flock")
 def test_two_terminals_set_up_once(copy):
     terminal = {"cwd": copy, "env": surroundings(PIP_SECONDS="0.5"), "stdout": subprocess.PIPE, "text": True}

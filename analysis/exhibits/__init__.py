@@ -28,6 +28,8 @@ class Page:
     caption: str
     files: dict[str, bytes]
     """PDF and PNG, by path below a results folder."""
+    exhibit: str
+    """The name of its table."""
 
 
 @cache
@@ -74,13 +76,15 @@ def pages(results: Results, shown: Shown) -> list[Page]:
         for picture in exhibit.figures:
             names = picture.tables or (exhibit.name,)
             if any(name in shown for name in names):
-                pictures.append((exhibit.place if picture.place is None else picture.place, picture, names))
+                place = exhibit.place if picture.place is None else picture.place
+                pictures.append((place, picture, names, exhibit.name))
     pages = []
-    for _, picture, names in sorted(pictures, key=lambda entry: entry[0]):
+    for _, picture, names, owner in sorted(pictures, key=lambda entry: entry[0]):
         with mpl.rc_context(plots.STYLE):
             figure = picture.draw(results, *(shown.get(name, Target(name, (), 0)) for name in names))
         files = plots.files(picture.name, figure)
-        pages.append(Page(picture.name, picture.caption, {f"figures/{name}": page for name, page in files.items()}))
+        by_path = {f"figures/{name}": page for name, page in files.items()}
+        pages.append(Page(picture.name, picture.caption, by_path, owner))
     return pages
 
 

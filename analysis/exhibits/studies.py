@@ -12,9 +12,22 @@ from matplotlib.figure import Figure
 from analysis import scores
 from analysis.arms import METHOD_WORDS, METHODS, base_name
 from analysis.cells import TUNED, in_words
+from analysis.cells import scores as scores_of
 from analysis.exhibit import LAST, Exhibit, Picture, Target
 from analysis.frames import Results
-from analysis.plots import Series, add_legend, draw_points, gain_of_msam, panels_of, row_of_panels, set_ticks
+from analysis.plots import (
+    Series,
+    add_legend,
+    draw_points,
+    draw_zero,
+    limit_to_most,
+    over_base,
+    panels_of,
+    row_of_panels,
+    seeds_of,
+    set_ticks,
+)
+from analysis.statistics import mean_interval
 from experiments.harness.runs.spec import Run
 
 Draw = Callable[[Results, Target], Figure]
@@ -46,7 +59,9 @@ def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = 
 
 
 def against(field: str, words: str, logarithmic: bool = False) -> Draw:
-    """A figure of each method's test accuracy against a field of the spec, one panel for each model.
+    """A figure of each method's accuracy over the base optimizer's against a field, one panel for each model.
+
+    Differences are paired by seed, at the same value of the field.
 
     Args:
         field: The field.
@@ -56,14 +71,17 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
 
     def draw(results: Results, target: Target) -> Figure:
         panels, frame = panels_of(target.cells), results.runs.set_index("run_id")
+        bases = over_base(target.cells, target.varies)
         figure, row = row_of_panels(len(panels))
         for axes, (title, rows) in zip(row, panels.items(), strict=True):
+            draw_zero(axes, (cell for cell in rows if target.arms[cell].name == "base"), target.arms)
             for method in METHODS:
-                line = [cell for cell in rows if target.arms[cell].name == method]
+                line = [cell for cell in rows if target.arms[cell].name == method != "base"]
                 label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
-                draw_points(axes, frame, line, target.seeds, Series(field, label), target.arms)
-            gain = gain_of_msam(frame, rows, target.seeds, field)
-            axes.set(title=f"{title}{gain}", xlabel=words, ylabel="test accuracy %")
+                draw_points(axes, frame, line, target.seeds, Series(field, label, over=bases), target.arms)
+            counted = seeds_of(mean_interval(scores_of(cell, frame, target.seeds)) for cell in rows)
+            axes.set(title=f"{title}{counted}", xlabel=words, ylabel=f"accuracy over {base_name(rows[0])}, points")
+            limit_to_most(axes)
             if logarithmic:
                 set_ticks(axes, (cell.flat[field] for cell in rows))
             add_legend(axes)

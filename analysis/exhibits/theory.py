@@ -273,10 +273,14 @@ EXHIBIT = Exhibit(
             "In simulations with unnormalised perturbations mSAM keeps only flatter minima than SAM, and SAM than "
             "descent",
             boundaries(normalised=False),
+            unit="largest stable sharpness, percent",
+            expected=-1,
         ),
         Claim(
             "(ours) The same with normalised perturbations, as both methods are used",
             boundaries(normalised=True),
+            unit="largest stable sharpness, percent",
+            expected=-1,
         ),
     ),
     figures=(

@@ -9,7 +9,7 @@ from analysis.cells import averages, cells_in_order, compared, mean_columns, rou
 from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
-from analysis.plots import add_legend, draw_band, ends_of, panels_of, row_of_panels, set_logarithmic
+from analysis.plots import add_legend, draw_band, panels_of, row_of_panels, seeds_of, set_logarithmic
 from analysis.scores import sentences
 from experiments.harness.runs.spec import Run
 
@@ -62,7 +62,7 @@ def by_epoch(results: Results, target: Target) -> Figure:
         for cell in rows:
             arm = target.arms[cell]
             last[arm.called(cell)] = draw_band(axes, results.curves, cell, target.seeds, "lambda_1", arm)
-        axes.set(title=f"{title}{ends_of(last)}", xlabel="epoch", ylabel="lambda 1")
+        axes.set(title=f"{title}{seeds_of(last.values())}", xlabel="epoch", ylabel="lambda 1")
         set_logarithmic(axes)
         add_legend(axes)
     return figure

@@ -79,9 +79,9 @@ def results_of(cells, seeds, run, *shift):
     return Results.of([run(spec, *shift) for spec in with_seeds(cells, seeds)])
 
 
-def document(name, frame, cells, seeds, failures=None, used=()):
+def document(name, frame, cells, seeds, states=None, used=()):
     """The document of some cells in the exhibit of this name."""
-    return exhibit_of(name).document(Target(name, tuple(cells), seeds, tuple(used)), frame, failures)
+    return exhibit_of(name).document(Target(name, tuple(cells), seeds, tuple(used)), frame, states)
 
 
 def pictures(results, *targets):

@@ -9,6 +9,7 @@ import pytest
 from analysis.__main__ import Arguments, run
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_ranks
+from experiments.harness.runs.record import record_of
 from tests.fixtures.make_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +80,40 @@ def test_publishing_mixed_code_exits_with_2_and_writes_nothing(finished):
     assert "several versions of training code (" in done.stderr
     assert "Traceback" not in done.stderr
     assert written(finished) == set()
+
+
+def test_runs_under_way_are_shown_and_marked_and_count_for_nothing(finished):
+    spec = catalogue.runs("resnet_cifar", PROFILE)[0]
+    record = record_of(spec, finished)
+    record.remove()
+    record.create(spec)
+    for epoch in (1, 2):
+        record.append({"epoch": epoch, "train_loss": 1.5 / epoch, "test_accuracy": 0.25 * epoch, "step": epoch})
+    text = analysis("table1", "--results", finished, "--profile", PROFILE).stdout
+    local = finished / "local" / PROFILE
+    assert f"1 of 2 runs missing (seed 0 under way, epoch 2 of {spec.epochs})" in text
+    assert spec.run_id not in (local / "runs.csv").read_text()
+    assert (local / "curves.csv").read_text().count(spec.run_id) == 2
+    page = (local / "report.html").read_text()
+    assert f"<td>{spec.title}</td><td>2 of {spec.epochs}</td><td>0.750</td><td>50.0</td>" in "".join(page.split("\n"))
+    before = (local / "figures" / "curves.png").read_bytes()
+    record.append({"epoch": 3, "train_loss": 0.1, "test_accuracy": 0.9, "step": 3})
+    analysis("table1", "--results", finished, "--profile", PROFILE)
+    assert (local / "figures" / "curves.png").read_bytes() != before
+    done = analysis("table1", "--results", finished, "--profile", PROFILE, "--publish")
+    assert done.returncode == 2, "a run under way is a missing run"
+
+
+def test_a_folder_without_any_of_the_runs_is_an_error(tmp_path):
+    (tmp_path / "runs").mkdir()
+    done = analysis("table1", "--results", tmp_path, "--profile", PROFILE)
+    assert done.returncode == 2
+    count = len(catalogue.runs("table1", PROFILE))
+    assert done.stderr == (
+        f"{tmp_path}/runs has none of the {count} runs of table1 ({PROFILE}): make them with `python -m experiments "
+        f"run table1 --profile {PROFILE} --results {tmp_path}`, or give the folder that holds runs/ with --results.\n"
+    )
+    assert written(tmp_path) == set()
 
 
 def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):

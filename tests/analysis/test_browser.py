@@ -41,6 +41,12 @@ addEventListener("load", async () => {{
   await new Promise(done => setTimeout(done, 50));
   const run = document.getElementById(link.hash.slice(1));
   seen.opened = [run.tagName, run.open, run.hidden];
+  const several = [...document.querySelectorAll("td details.runs")].filter(d => d.querySelectorAll("a").length > 1);
+  seen.folded = several.map(d => d.open);
+  const lines = [...document.querySelectorAll("#rho tbody tr, .forest tbody tr")];
+  seen.tallest = Math.max(...lines.map(row => row.getBoundingClientRect().height));
+  const within = d => d.offsetLeft >= 0 && d.offsetLeft <= d.parentElement.offsetWidth;
+  seen.dots = [...document.querySelectorAll(".plot .dot")].map(within);
   const checked = await axe.run();
   const bad = checked.violations.filter(v => ["serious", "critical"].includes(v.impact));
   seen.axe = bad.map(v => v.id + ": " + v.nodes[0].html);
@@ -96,7 +102,7 @@ def observe(chromium, axe, page, folder, width):
     return json.loads(html.unescape(match.group(1)))
 
 
-@pytest.mark.parametrize("width", [1280, pytest.param(360, marks=pytest.mark.rare)])
+@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.rare)])
 def test_the_page_sorts_searches_links_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
     observed = observe(chromium, axe, page, tmp_path, width)
     rhos = [float(text or "nan") for text in observed["ascending"]]
@@ -109,5 +115,10 @@ def test_the_page_sorts_searches_links_to_runs_fits_and_is_accessible(chromium, 
     assert all(observed["matches"])
     assert observed["opened"] == ["DETAILS", True, False]
     assert observed["width"][0] <= observed["width"][1] == width, "nothing overflows at the side"
+    assert observed["folded"]
+    assert not any(observed["folded"]), "a row's runs are listed on request"
+    assert observed["tallest"] < 200, "no row is a tall column of links"
+    assert observed["dots"]
+    assert all(observed["dots"]), "every effect is within its axis"
     assert observed["passed"] > 10
     assert observed["axe"] == []

@@ -32,7 +32,7 @@ def test_collect_separates_finished_failed_and_started_runs():
         replace(SAM, seed=2): "Diverged: the loss of step 3 is not finite",
         replace(LINEAR, seed=1): None,
     }
-    assert collected.failures == {replace(SAM, seed=2).run_id: "Diverged: the loss of step 3 is not finite"}
+    assert collected.states == {replace(SAM, seed=2).run_id: "failed: Diverged: the loss of step 3 is not finite"}
 
 
 def test_unreadable_folders_are_reported_and_left_unchanged(tmp_path):

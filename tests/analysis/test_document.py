@@ -33,7 +33,7 @@ def test_hostile_text_of_a_record_is_escaped(tmp_path):
     make_runs.record_of(SGD, tmp_path).fail(HOSTILE + "\n\n# heading")
     write_run(tmp_path, SAM, 0.5, cpu=HOSTILE, commit="a|b")
     collected = collect(tmp_path)
-    shown = document("table1", frame(collected.finished), CELLS, 1, collected.failures)
+    shown = document("table1", frame(collected.finished), CELLS, 1, collected.states)
     markdown, latex = shown.markdown(), shown.latex()
     escaped = r"\| \*a\* \_b\_ \`c\` \<script\>&amp;amp; \[x\](y) \\input\{z\} \$1 \~ # ^ % \{q\}"
     assert markdown.count(escaped) == 2

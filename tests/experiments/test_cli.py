@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,41 @@ def test_rows_whose_data_is_unavailable_stay_not_run_and_the_others_train(tmp_pa
     assert "Not run: 1 runs on rte. GLUE's rte is not available" in done.stderr
     assert "Training 1 runs of bert_glue" in done.stdout
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1
+
+
+def test_each_row_is_printed_as_soon_as_it_has_a_seed_then_with_its_mean(tmp_path):
+    done = call("run", "linear_cifar", "--profile", "smoke", "--jobs", "1", "--results", str(tmp_path))
+    first, second = (line for line in done.stderr.splitlines() if line.startswith("["))
+    values = [100 * json.loads(p.read_text())["test_accuracy"] for p in tmp_path.glob("runs/*/summary.json")]
+    assert re.match(r"\[1/2\] linear cifar10 .* seed 0: test accuracy \d+\.\d % in \d+ s; .* left$", first)
+    assert f"(mean of 2 seeds: {sum(values) / 2:.1f} %)" in second
+
+
+@pytest.mark.needs("tensorboard")
+def test_tensorboard_shows_the_metrics_of_the_records(results, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # the second call replaces the events of the first
+        done = call(
+            "tensorboard", "linear_cifar", "--profile", "smoke", "--results", str(results), "--to", str(tmp_path)
+        )
+    assert f"2 of 2 runs of linear_cifar (smoke) written. To see them: tensorboard --logdir {tmp_path}" in done.stdout
+    for folder in tmp_path.iterdir():
+        events = EventAccumulator(str(folder)).Reload()
+        lines = (results / "runs" / folder.name.rpartition("_")[2] / "metrics.jsonl").read_text().splitlines()
+        losses = [(line["epoch"], pytest.approx(line["train_loss"])) for line in map(json.loads, lines)]
+        assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
+
+
+def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_path):
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('hidden by this test')")
+    command = [sys.executable, "-m", "experiments", "tensorboard", "linear_cifar", "--profile", "smoke"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [*command, "--results", str(results)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "TensorBoard is not installed (hidden by this test): install it with .venv/bin/python -m pip install "
+        "tensorboard, and run again.\n"
+    )

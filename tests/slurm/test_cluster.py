@@ -1,9 +1,11 @@
 """The suite on a real Slurm: slurmctld, two slurmd and munge on this machine, real training of the smoke profile."""
 
+import copy
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +257,36 @@ def test_a_full_or_read_only_results_folder_is_rejected_before_sbatch(slurm, opt
         subprocess.run(["umount", str(slurm.root)], check=True)
     assert words in output
     assert "--results" in output
+
+
+WRAPPED = """#!/bin/sh
+echo "*** Welcome | the scratch disk is 90% full | call 100|RUNNING|1 ***"
+[ ! -e {folder}/down ] || {{ echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1; }}
+echo "CLUSTER: loopback"
+exec {squeue} "$@"
+"""
+
+
+def test_a_squeue_with_a_banner_that_cannot_be_asked_for_a_while(slurm, uninterrupted, tmp_path):
+    """Also in the job, which is asked to end while squeue does not answer; times are in an unusual format."""
+    wrapped = tmp_path / "squeue"
+    wrapped.write_text(WRAPPED.format(folder=tmp_path, squeue=shutil.which("squeue")))
+    wrapped.chmod(0o755)
+    plain, odd = slurm.cluster, copy.copy(slurm.cluster)
+    changes = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_TIME_FORMAT": "%s|%A", "SQUEUE_FORMAT": "%T"}
+    odd.environment = {**plain.environment, **changes}
+    slurm.cluster = odd
+    slurm("submit", *LONG)
+    slurm.until_it_trains()
+    shown = slurm("status", *LONG)
+    assert "1 running." in shown
+    assert "squeue printed a line that is no job, which is ignored: *** Welcome | the scratch disk" in shown
+    (tmp_path / "down").touch()
+    assert "Unable to contact" in slurm("status", *LONG)
+    plain("scancel", "--signal=USR2", slurm.job())
+    slurm.until(lambda: len(slurm.sessions()[0]) == 2)
+    (tmp_path / "down").unlink()
+    slurm.assert_resumed([0, 1], uninterrupted)
 
 
 def _python_of(slurm: Command, rank: str = "0") -> int:

@@ -1,6 +1,7 @@
 """Submissions without Slurm: resources, packing, scripts, the site's file, and errors."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -246,6 +247,87 @@ def test_the_queue_determines_the_states_of_runs(tmp_path, monkeypatch):
     assert runs[3].words == ": ValueError: no such luck"
     assert "NODE_FAIL" in runs[4].words
     assert "its final state is unknown" in runs[5].words
+
+
+ODD_QUEUE = """\
+*** Welcome to the cluster | scratch is purged | on Fridays | 100% full ***
+CLUSTER: north
+|msam-job|7_[0,2-3,8-12:2%4]|PENDING|msam-x-0|Priority
+|msam-job|7_1|RUNNING|msam-x-0|None
+|msam-job|8|RUNNING|msam-x-1|None
+
+CLUSTER: south
+|msam-job|8|PENDING|of another cluster|Resources
+  |msam-job|9|COMPLETED|a|name|of|bars
+|msam-job|9_[1,3,...]|PENDING|msam-x-2|Priority
+|msam-job|no job
+12|RUNNING|msam-x-3|None
+"""
+ODD_STATES = """\
+Last login: Mon 1 | COMPLETED
+7_0|msam-job|CANCELLED by 1000
+7_0.batch|msam-job|CANCELLED
+7_[1-2,4]|msam-job|COMPLETED
+8|msam-job|NODE_FAIL+
+9|msam-job|
+10|FAILED
+"""
+
+
+def stand_in(folder, name, output):
+    (folder / f"{name}.txt").write_text(output)
+    (folder / name).write_text(f'#!/bin/sh\necho "$@" >{folder}/{name}.asked\nexec cat {folder}/{name}.txt\n')
+    (folder / name).chmod(0o755)
+
+
+def test_banners_clusters_and_brackets_are_read_and_the_rest_is_shown(tmp_path, monkeypatch, caplog):
+    stand_in(tmp_path, "squeue", ODD_QUEUE)
+    stand_in(tmp_path, "sacct", ODD_STATES)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    jobs = scheduler.queue(["me"])
+    waiting = {f"7_{i}": ("PENDING", "Priority") for i in (0, 2, 3, 8, 10, 12)}
+    assert {id_: (job.state, job.reason) for id_, job in jobs.items()} == {
+        **waiting,
+        "7_1": ("RUNNING", "None"),
+        "8": ("RUNNING", "None"),
+        "9": ("COMPLETED", "name|of|bars"),
+    }
+    assert scheduler.final_states(["7_0", "8"]) == {
+        "7_0": "CANCELLED",
+        **dict.fromkeys(("7_1", "7_2", "7_4"), "COMPLETED"),
+        "8": "NODE_FAIL",
+    }
+    assert "--format=|msam-job|%i|%T|%j|%r" in (tmp_path / "squeue.asked").read_text()
+    assert "--delimiter=|msam-job|" in (tmp_path / "sacct.asked").read_text()
+    shown = [
+        record.getMessage().partition(" printed a line that is no job, which is ignored: ") for record in caplog.records
+    ]
+    assert [(command, line) for command, _, line in shown] == [
+        ("squeue", "*** Welcome to the cluster | scratch is purged | on Fridays | 100% full ***"),
+        ("squeue", "|msam-job|9_[1,3,...]|PENDING|msam-x-2|Priority"),
+        ("squeue", "|msam-job|no job"),
+        ("squeue", "12|RUNNING|msam-x-3|None"),
+        ("sacct", "Last login: Mon 1 | COMPLETED"),
+        ("sacct", "9|msam-job|"),
+        ("sacct", "10|FAILED"),
+    ]
+
+
+def test_one_job_is_found_below_a_banner_and_no_answer_is_not_the_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stand_in(tmp_path, "squeue", "*** RUNNING ***\nCLUSTER: north\n|msam-job|COMPLETING\n")
+    assert scheduler.state_of_job("7") == "COMPLETING"
+    stand_in(tmp_path, "squeue", "*** RUNNING ***\nCLUSTER: north\n")
+    assert scheduler.state_of_job("7") == ""
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert scheduler.state_of_job("7") is None
+
+
+def test_the_largest_array_is_read_from_whatever_is_around_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stand_in(tmp_path, "sbatch", "")
+    stand_in(tmp_path, "scontrol", "Welcome\nMaxArraySize of all\nMaxArraySize            = 501\nMaxArraySize = 1001\n")
+    assert scheduler.largest_array() == 501
 
 
 def test_submissions_exclude_each_other_and_an_unwritable_folder_is_an_error(tmp_path):

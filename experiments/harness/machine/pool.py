@@ -22,7 +22,7 @@ from experiments.harness.runs.estimate import Estimate
 from experiments.harness.runs.facts import DATASETS, TextSet
 from experiments.harness.runs.process import Flag, cores, library_settings
 from experiments.harness.runs.record import RunLocked, record_of
-from experiments.harness.runs.spec import Run, Timing
+from experiments.harness.runs.spec import Run, SpecError, Timing
 from experiments.harness.work.session import Interrupted, Session
 
 REPORT_SECONDS = 0.5
@@ -63,6 +63,29 @@ class Limits:
     def over(self) -> bool:
         """Whether the time is over."""
         return self.ends is not None and time.monotonic() >= self.ends
+
+
+def limits(device: str, jobs: int | None, per_gpu: int, minutes: float | None, started: float) -> Limits:
+    """The limits that a command line asks for.
+
+    Args:
+        device: The device of the runs.
+        jobs: Number of workers; None: one per core, or `per_gpu` per GPU.
+        per_gpu: Number of workers that share each GPU.
+        minutes: How long the command may take; None: as long as it needs.
+        started: When the command started, as `time.monotonic` counts.
+
+    Raises:
+        SpecError: for values that make no sense, or more workers than the GPUs take.
+    """
+    if minutes is not None and not minutes > 0:
+        raise SpecError(f"minutes is {minutes:g}, but must be greater than 0.")
+    if per_gpu < 1:
+        raise SpecError(f"per_gpu is {per_gpu}, but must be 1 or more.")
+    most = default_jobs(device, per_gpu)
+    if device == "cuda" and (jobs or 0) > most:
+        raise SpecError(f"jobs is {jobs}, but must be at most {most}, the GPUs times per_gpu.")
+    return Limits(jobs or most, per_gpu, None if minutes is None else started + 60 * minutes)
 
 
 @dataclass

@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from tqdm import tqdm
 
@@ -48,8 +50,8 @@ class Display:
         elif record.done:
             summary = record.summary()
             name = spec.score
-            score = f"{100 * summary[name]:.1f} %" if in_percent(name) else f"{summary[name]:.4g}"
-            words = f"{name.replace('_', ' ')} {score} in {summary['wall_seconds']:.0f} s"
+            score = _in_words(name, summary[name])
+            words = f"{name.replace('_', ' ')} {score} in {summary['wall_seconds']:.0f} s{_row(spec, root)}"
         else:
             words = "stopped, checkpoint written"
         line = f"[{self.count}/{len(self.seconds)}] {spec.title}: {words}; {self._left(self.done)} left"
@@ -64,3 +66,14 @@ class Display:
         if done <= 0 or elapsed < 1:
             return "?"
         return duration(elapsed * (sum(self.seconds.values()) - done) / done)
+
+
+def _row(spec: Run, root: Path) -> str:
+    """The mean of the run's row so far, if it has several seeds."""
+    records = [record_of(replace(spec, seed=seed), root) for seed in range(spec.seed + 1)]
+    values = [record.summary()[spec.score] for record in records if record.done]
+    return f" (mean of {len(values)} seeds: {_in_words(spec.score, fmean(values))})" if len(values) > 1 else ""
+
+
+def _in_words(score: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if in_percent(score) else f"{value:.4g}"

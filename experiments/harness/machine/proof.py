@@ -22,7 +22,7 @@ from experiments.harness.runs.facts import MODELS, image_set, is_images, text_se
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import timed_steps
 from experiments.harness.runs.provenance import resources_used
-from experiments.harness.runs.record import record_of
+from experiments.harness.runs.record import duration, record_of
 from experiments.harness.runs.spec import Curvature, Run, SpecError, Timing, Training
 from experiments.harness.tasks.data import ImageData
 from experiments.harness.work.session import Interrupted, Session
@@ -302,3 +302,17 @@ def costs(spec: Training) -> tuple[float, float]:
 def storage_of(tensor: Any) -> int:
     """Identifies a tensor's storage, including on the meta device, where tensors have no address."""
     return tensor.untyped_storage()._cdata
+
+
+def line(spec: Run, report: Report) -> str:
+    """The outcome of a check in one line."""
+    cell = f"{spec.model} {spec.dataset} {spec.method}{' curvature' if spec.network else ''}"
+    if report.failure:
+        return f"{cell}: FAILED: {report.failure}"
+    shortest, longest = (duration(seconds) for seconds in report.run_seconds)
+    low, high = (bytes_ / 1e9 for bytes_ in report.gpu_memory)
+    return (
+        f"{cell}: {report.parameters / 1e6:.1f} M parameters, passed in {report.seconds:.0f} s with "
+        f"{report.memory / 1e9:.1f} GB here; on the GPU {report.step_flops / 1e12:.3g} TFLOP per step of "
+        f"{spec.batch_size}, {shortest} to {longest} per run, {low:.1f} to {high:.1f} GB"
+    )

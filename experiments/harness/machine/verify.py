@@ -18,7 +18,13 @@ from experiments.harness.work.session import Interrupted, Session
 TIMES = ("seconds", "wall_seconds", "step_seconds")
 """Fields that differ every time."""
 
-EXPLAINS = ("code", "lock", "commit", "python", "packages", "cpu", "gpu", "driver", "system", "threads", "torch_flags")
+ADDED = ("test_accuracy", "test_score", "holdout_accuracy", "holdout_score")
+"""Entries of metrics.jsonl that older records lack."""
+
+EXPLAINS = (
+    *("code", "model_code", "start_weights_checksum", "lock", "commit", "python", "packages"),
+    *("cpu", "gpu", "driver", "system", "threads", "torch_flags"),
+)
 """Entries of a session that may explain a difference, most likely first."""
 
 
@@ -106,13 +112,14 @@ def _differences(record: Record, repeat: Record, epochs: int | None) -> list[str
     if len(before) != len(now):
         differences.append(f"metrics.jsonl had {len(before)} lines and now has {len(now)}.")
     for number, (line, other) in enumerate(zip(before, now, strict=False), start=1):
-        if words := _changed(line, other):
+        known = {name: other[name] for name in other if name in line or name not in ADDED}
+        if words := _changed(line, known):
             differences.append(f"metrics.jsonl first differs in line {number}: {words}.")
             break
     if epochs is None:
         if words := _changed(record.summary(), repeat.summary()):
             differences.append(f"summary.json differs: {words}.")
-        if type(record.spec()) is Training:
+        if type(record.spec()) is Training and record.checkpoint.exists():
             differences += _weight_differences(load_weights(record), load_weights(repeat))
     return [printable(words) for words in [*differences, *_explanations(record, repeat)]] if differences else []
 

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import experiments
-from experiments.harness.runs.checks import PROFILES, SpecError
+from experiments.harness.runs.checks import PROFILES, SpecError, unknown
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.run import Run, from_dict, names
 from experiments.harness.runs.spec import SEEDS
@@ -75,9 +75,9 @@ def cells(target: str, profile: str) -> list[Run]:
         SpecError: for an unknown target or profile; the message lists the known ones.
     """
     if profile not in PROFILES:
-        raise SpecError(f"Unknown profile {profile!r}: choose one of {', '.join(PROFILES)}.")
+        raise unknown("profile", profile, PROFILES)
     if target not in targets():
-        raise SpecError(f"Unknown experiment or table {target!r}: choose one of {', '.join(targets())}.")
+        raise unknown("experiment or table", target, targets())
     name, tuning = target.removesuffix("-tuning"), target.endswith("-tuning")
     chosen = [e for e in catalogue().values() if name in (e.name, e.table, "all")]
     lists = [(e.tuning if tuning else e.runs).get(profile, ()) for e in chosen]
@@ -128,7 +128,7 @@ def _change(text: str) -> tuple[str, Any]:
     if not equals:
         raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3, but got {text!r}.")
     if name not in names():
-        raise SpecError(f"Unknown field {name!r}; the fields are: {', '.join(names())}.")
+        raise unknown("field", name, list(names()))
     try:
         return name, json.loads(value)
     except ValueError:

@@ -1,14 +1,16 @@
 """Allowed values of a spec's fields. Standard library only."""
 
 import math
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.facts import DATASETS
 from experiments.harness.runs.methods import BASE_OPTIMIZERS
+from experiments.harness.runs.parsing import not_one_of
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 
@@ -40,6 +42,11 @@ SHARES = ("label_smoothing", "label_noise", "ema")
 
 class SpecError(Mistake, ValueError):
     """A spec that cannot be run. The message says what to change."""
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> SpecError:
+    """The error for a name that is not known, with the closest one that is."""
+    return SpecError(not_one_of(kind, name, known))
 
 
 def reject(name: str, value: Any, allowed: str) -> typing.NoReturn:
@@ -89,3 +96,8 @@ def is_callable(model: str) -> bool:
     """Whether a model is named as `"module:callable"`."""
     module, _, name = model.partition(":")
     return all(part.isidentifier() for part in module.split(".")) and name.isidentifier()
+
+
+def is_start(weights: str) -> bool:
+    """Whether start weights are named as `PATH.safetensors@DIGEST`."""
+    return re.fullmatch(r".+\.safetensors@[0-9a-f]{12,64}", weights) is not None

@@ -24,7 +24,7 @@ TRAINING_CODE = (
     *(
         f"experiments/harness/work/{name}.py"
         for name in (
-            *("train", "average", "checkpoint", "ranks"),
+            *("train", "accuracy", "average", "checkpoint", "ranks"),
             *("hessian", "sharpness", "flatness", "stability", "timing"),
         )
     ),

@@ -371,3 +371,11 @@ def duration(seconds: float) -> str:
     if seconds < 99:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def in_bytes(size: float) -> str:
+    """A size in readable form: 310 kB, 2.1 MB, 90 MB, 1.4 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}" if size < 10 * factor else f"{size / factor:.0f} {unit}"
+    return f"{size:.0f} B"

@@ -6,10 +6,11 @@ planning and analysis never wait for torch.
 """
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 from experiments.harness.runs import methods
-from experiments.harness.runs.checks import PROFILES, SpecError, is_callable, reject
+from experiments.harness.runs.checks import PROFILES, SpecError, is_callable, is_start, reject
 from experiments.harness.runs.facts import DATASETS, ImageSet, SimulatedSet, TextSet, models_of
 from experiments.harness.runs.run import Run, defaults, from_dict, from_text, hints
 
@@ -157,6 +158,9 @@ class Training(Network):
     example 0.999. Gradients are computed at the plain weights."""
     ranks: int = 1
     """Data-parallel processes, each with its share of every mini-batch; `micro_batches` counts over all of them."""
+    start_weights: str | None = None
+    """`PATH.safetensors@DIGEST`: training starts from the weights in this file instead of random or pretrained ones.
+    DIGEST is at least 12 digits of the file's SHA-256, so that other weights make another run."""
     curvature_every: int = 0
     """Epochs between measurements of the largest Hessian eigenvalue during training; the last epoch is measured too.
     0: no measurement."""
@@ -172,6 +176,9 @@ class Training(Network):
             reject("ranks", self.ranks, allowed)
         if self.ranks > 1 and (self.capture or self.passes != "loop"):
             reject("ranks", self.ranks, "1 in a captured run, and in one whose passes are not the loop")
+        if self.start_weights is not None and not is_start(self.start_weights):
+            allowed = "PATH.safetensors@DIGEST, with at least 12 digits of the file's SHA-256 (`sha256sum PATH`)"
+            reject("start_weights", self.start_weights, allowed)
         if self.warmup_epochs >= self.epochs:
             reject("warmup_epochs", self.warmup_epochs, f"below the {self.epochs} epochs of the run")
 
@@ -198,6 +205,7 @@ class Training(Network):
         how = methods.arm_of(self).described(self)
         how += f" wrong labels {self.label_noise:g}" if self.label_noise else ""
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        ranks += f" from {PurePath(self.start_weights.partition('@')[0]).name}" if self.start_weights else ""
         scored = " (held-out)" if self.holdout_examples else ""
         return f"{self.model} {self.dataset} {how} lr={self.learning_rate:g} seed {self.seed}{ranks}{scored}"
 

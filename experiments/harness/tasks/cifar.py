@@ -62,9 +62,9 @@ def load_cifar(name: str, root: Path | None = None) -> ImageData:
 
     Args:
         name: `"cifar10"` or `"cifar100"`.
-        root: A folder with torchvision's files (the folder of batches, or the `.tar.gz`), or with an `.npz` and its
-            `.json` from our cache; the `.npz` may be split into parts, see `storage.opened`. None: the folder in the
-            environment variable `MSAM_DATA`, if it is set. A root without the set is skipped.
+        root: A folder with torchvision's files (the folder of batches, that folder itself, or the `.tar.gz`), or with
+            an `.npz` and its `.json` from our cache; the `.npz` may be split into parts, see `storage.opened`. None:
+            the folder in the environment variable `MSAM_DATA`, if it is set. A root without the set is skipped.
 
     Raises:
         DataError: if a file does not match its checksum, the cache cannot be used, or no source could be reached.
@@ -80,6 +80,7 @@ def load_cifar(name: str, root: Path | None = None) -> ImageData:
         if data:
             return data
         tried.append(f"{folder} does not have it")
+        log.warning("%s does not have %s: trying the cache, then the network.", folder, SETS[name].title)
 
     cache = cache_folder()
     with storage_errors(cache, _CACHE_UNUSABLE):
@@ -90,6 +91,12 @@ def load_cifar(name: str, root: Path | None = None) -> ImageData:
         with locked(name):
             # Another process may have filled the cache while this one waited.
             return _load_npz(name, cache) or _fill(name, cache, tried)
+
+
+def looked_for(name: str) -> tuple[str, ...]:
+    """The paths below a data folder, of which one shows that it has the set."""
+    known = SETS[name]
+    return f"{known.folder}/", known.archive, next(iter(known.train_md5)), f"{name}.npz"
 
 
 def _verified(name: str, arrays: Arrays, where: Path, source: str, sums: dict[str, str] | None, mend: str) -> ImageData:
@@ -123,16 +130,14 @@ def _sha256(arrays: Arrays) -> tuple[dict[str, str], str]:
 def _read_folder(name: str, root: Path) -> ImageData | None:
     """The set from a folder; None if it is not there."""
     known = SETS[name]
-    if not root.is_dir():
-        log.warning("The data root %s is not a folder: searching other sources for %s.", root, known.title)
-        return None
     data = _load_npz(name, root)
     if data:
         return data
-    batches, archive = root / known.folder, root / known.archive
-    if any((batches / file).exists() for file in (*known.train_md5, *known.test_md5)):
+    archive, files = root / known.archive, (*known.train_md5, *known.test_md5)
+    batches = next((b for b in (root / known.folder, root) if any((b / file).is_file() for file in files)), None)
+    if batches is not None:
         where = batches
-        arrays = decode_batches(name, where, lambda file: (batches / file).read_bytes(), _DELETE)
+        arrays = decode_batches(name, where, lambda file: (where / file).read_bytes(), _DELETE)
     elif archive.exists():
         where = archive
         arrays = decode_archive(name, where, _DELETE)

@@ -87,6 +87,7 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
             if place.is_dir():
                 return _checked(name, _parquet(name, place), f"GLUE {name}, read from {place}")
         tried.append(f"{folder} has neither {name}/ nor glue/{name}/")
+        log.warning("%s does not have GLUE's %s: trying the hub.", folder, name)
     splits, origin = _from_hub(name)
     if splits is None:
         raise DataUnavailable(
@@ -94,6 +95,11 @@ def load_texts(name: str, root: Path | None = None) -> TextData:
             f"folder with {name}/train-00000-of-00001.parquet and its validation split, or run once with a network."
         )
     return _checked(name, splits, f"GLUE {name}, {origin}")
+
+
+def looked_for(name: str) -> tuple[str, ...]:
+    """The paths below a data folder, of which one shows that it has the task; none for the snippets."""
+    return () if name == "snippets" else (f"{name}/", f"glue/{name}/")
 
 
 def _parquet(name: str, folder: Path) -> dict[str, Mapping[str, Sequence[Any]]]:

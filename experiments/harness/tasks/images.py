@@ -15,6 +15,7 @@ from experiments.harness.runs.spec import Network
 from experiments.harness.tasks.augment import Batches, augmented, has_policy, loaded
 from experiments.harness.tasks.data import ImageData, load
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
+from experiments.harness.tasks.own_models import load_start, source_hash
 from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
 EVALUATION_BATCH = 250
@@ -45,8 +46,8 @@ def check(spec: Network, data_root: Path | None = None) -> None:
         DataError: if something is unavailable or does not match the spec.
     """
     load(spec.dataset, data_root)
-    if spec.model not in MODELS:
-        build(spec.model, image_set(spec.dataset).classes, spec.image_size)
+    if spec.model not in MODELS or spec.flat["start_weights"]:
+        load_start(spec, build(spec.model, image_set(spec.dataset).classes, spec.image_size))
 
 
 def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
@@ -61,8 +62,9 @@ def task_of(spec: Network, data: ImageData, loaders: int | None = None) -> Task:
         batches=images.batches,
         steps_per_epoch=images.steps_per_epoch,
         evaluate=images.evaluate,
+        score=images.score,
         sample=images.sample,
-        data={"data_checksum": data.checksum, "data_source": data.source},
+        data={"data_checksum": data.checksum, "data_source": data.source, **images.origin},
     )
 
 
@@ -90,6 +92,7 @@ class _Images:
         self.parts = {self.scored: self._on_device(images, labels), "train": (self.images, self.labels)}
 
         model = build(spec.model, facts.classes, spec.image_size)
+        self.origin = {**source_hash(spec.model, model), **load_start(spec, model)}
         layout = torch.channels_last if spec.channels_last else torch.contiguous_format
         mean, std = pixel_statistics(model, facts)
         self.model = model.to(self.device, memory_format=layout)  # type: ignore[call-overload]
@@ -131,6 +134,12 @@ class _Images:
             accuracy, loss = _score(lambda images: self.forward(self.model, self.normalise(images)), x, y)
             scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
         return scores
+
+    def score(self, model: nn.Module, count: int) -> dict[str, float]:
+        """Accuracy of a model on the first `count` test or held-out images."""
+        x, y = self.parts[self.scored]
+        accuracy, _ = _score(lambda images: self.forward(model, self.normalise(images)), x[:count], y[:count])
+        return {f"{self.scored}_accuracy": accuracy}
 
     def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` examples of a part, without augmentation."""

@@ -28,6 +28,9 @@ class Task:
     steps_per_epoch: int
     evaluate: Callable[[], dict[str, float]]
     """Scores of the current model by name, for example `test_accuracy`; leaves the model in eval mode."""
+    score: Callable[[nn.Module, int], dict[str, float]]
+    """`score(model, count)`: the main score of a model on the first `count` test or held-out examples, in the model's
+    present mode."""
     sample: Callable[[str, int], Any]
     """`sample(part, count)`: the first `count` examples of `train` or of the scored part, as one batch, without
     augmentation."""

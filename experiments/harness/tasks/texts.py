@@ -23,6 +23,7 @@ from experiments.harness.runs.spec import Network
 from experiments.harness.tasks import glue_files
 from experiments.harness.tasks.data import load
 from experiments.harness.tasks.glue_files import Texts
+from experiments.harness.tasks.own_models import load_start
 from experiments.harness.tasks.storage import DataError
 from experiments.harness.tasks.task import Task, generator, subsets, to_device
 
@@ -40,6 +41,7 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
     task = text_set(spec.dataset)
     data = load(spec.dataset, data_root)
     tokenizer, model, origin = encoder(spec, task)
+    started = load_start(spec, model)
     weights = checksum(model)
 
     train, holdout = subsets(spec, len(data.train.labels))
@@ -57,6 +59,7 @@ def text_task(spec: Network, data_root: Path | None = None) -> Task:
         "texts_checksum": data.checksum,
         "weights_checksum": weights,
         "weights_source": origin,
+        **started,
     }
     return task_of(spec, model, trained, scored, provenance)
 
@@ -85,19 +88,28 @@ def task_of(
             yield trained.batch(order[index * spec.batch_size : (index + 1) * spec.batch_size], device)
 
     @torch.no_grad()
+    def outputs_of(model: nn.Module, examples: "_Examples", count: int) -> Tensor:
+        outputs = torch.empty(count, task.outputs)
+        for chosen in torch.tensor([i for i in examples.by_length() if i < count]).split(EVALUATION_BATCH):
+            outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+        return outputs
+
     def evaluate() -> dict[str, float]:
         model.eval()
         summary: dict[str, float] = {}
         for part, examples in scored.items():
-            outputs = torch.empty(len(examples), task.outputs)
-            for chosen in torch.tensor(examples.by_length()).split(EVALUATION_BATCH):
-                outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+            outputs = outputs_of(model, examples, len(examples))
             values = scores(task, outputs.numpy(), examples.labels)
             summary |= {f"{part}_{name}": value for name, value in values.items()}
             summary[f"{part}_score"] = values[task.metrics[0]]
             summary[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
             summary[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
         return summary
+
+    def score(model: nn.Module, count: int) -> dict[str, float]:
+        part, examples = next(iter(scored.items()))
+        outputs = outputs_of(model, examples, min(count, len(examples)))
+        return {f"{part}_score": scores(task, outputs.numpy(), examples.labels[:count])[task.metrics[0]]}
 
     def sample(part: str, count: int) -> dict[str, Tensor]:
         return ({**scored, "train": trained})[part].batch(range(count), device)
@@ -109,6 +121,7 @@ def task_of(
         batches=batches,
         steps_per_epoch=steps_per_epoch,
         evaluate=evaluate,
+        score=score,
         sample=sample,
         data=data,
     )
@@ -169,7 +182,8 @@ def check(spec: Network, data_root: Path | None = None) -> None:
         DataError: if they do not match; `DataUnavailable` if no source has the data.
     """
     load(spec.dataset, data_root)
-    encoder(spec, text_set(spec.dataset))
+    _, model, _ = encoder(spec, text_set(spec.dataset))
+    load_start(spec, model)
 
 
 def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -20,6 +20,7 @@ from experiments.harness.runs.spec import Network, Training
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.process import set_torch, torch_environment
 from experiments.harness.tasks.task import Task
+from experiments.harness.work.accuracy import score_if_due
 from experiments.harness.work.average import MovingAverage
 from experiments.harness.work.checkpoint import Progress, State, load_checkpoint, save_checkpoint, save_weights
 from experiments.harness.work.ranks import Ranks
@@ -110,7 +111,9 @@ def _train(
             epoch = progress.step // task.steps_per_epoch
             line = _epoch_line(epoch, progress, float(state.scheduler.get_last_lr()[0]))
             if ranks.first:
-                record.append(line | _curvature(spec, task, epoch))
+                scored = task.model if state.average is None else state.average.module
+                record.append(line | score_if_due(spec, task, scored, epoch) | _curvature(spec, task, epoch))
+            recorder.tick(0)
         session.report(progress.step, steps)
 
     recorder.checkpoint_if_due("Stopped before the scores.")

@@ -72,13 +72,28 @@ def test_the_figure_of_rho_has_means_intervals_and_ticks():
     figure = against_rho(results_of(cells, 2, study_run), Target("", tuple(cells), 2))
     (axes,) = figure.axes
     drawn = {container.get_label(): container for container in axes.containers}
-    assert drawn["mSAM, m=4"].lines[0].get_xydata().tolist() == pytest.approx(np.array([[0.1, 55.5], [0.4, 58.5]]))
+    assert drawn["mSAM, m=4"].lines[0].get_xydata().tolist() == pytest.approx(np.array([[0.1, 5.0], [0.4, 8.0]]))
     (bars,) = drawn["SAM"].lines[2]
-    assert np.array(bars.get_segments()[0])[:, 1] == pytest.approx([53.5 - 12.706205 / 2, 53.5 + 12.706205 / 2])
-    assert axes.lines[0].get_ydata() == pytest.approx([50.5, 50.5])
+    assert np.array(bars.get_segments()[0])[:, 1] == pytest.approx([3.0, 3.0]), "paired by seed: no spread"
+    assert (axes.lines[0].get_label(), list(axes.lines[0].get_ydata())) == ("SGD", [0, 0])
+    assert axes.get_ylabel() == "accuracy over SGD, points"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.1", "0.4"]
     assert axes.get_xticklabels(minor=True) == []
-    assert axes.get_title().endswith("highest mean 58.5 ± 6.4 %:\nmSAM, m=4, rho 0.4 (n = 2)")
+    assert axes.get_title() == "resnet8, cifar10\nn = 2 seeds"
+
+
+def test_a_collapse_at_one_rho_is_named_and_does_not_flatten_the_others():
+    rhos = (0.1, 0.2, 0.3, 0.4, 0.8)
+    cells = [replace(c, rho=rho) for c in catalogue.cells("rho", "smoke") for rho in (rhos if c.rho else (0.0,))]
+    collapsed = {cell for cell in cells if cell.rho == 0.8}
+    runs = [study_run(spec, -0.5 if replace(spec, seed=0) in collapsed else 0.0) for spec in with_seeds(cells, 2)]
+    (axes,) = against_rho(Results.of(runs), Target("", tuple(cells), 2)).axes
+    low, high = axes.get_ylim()
+    assert -5 < low < 0
+    assert 8 < high < 10
+    assert [text.get_text() for text in axes.texts] == ["-40.0\n-38.0\n↓"]
+    (axes,) = against_rho(results_of(cells, 2, study_run), Target("", tuple(cells), 2)).axes
+    assert not axes.texts
 
 
 def test_the_figure_of_m_has_its_numbers_and_open_marks_at_another_rho():
@@ -86,37 +101,36 @@ def test_the_figure_of_m_has_its_numbers_and_open_marks_at_another_rho():
     cells = [*M, *(c for c in other_rho if c.model == "resnet8")]
     figure = against_m(results_of(cells, 2, study_run), Target("", tuple(cells), 2))
     score, reestimated, flat = figure.axes[:3]
-    assert score.get_title().startswith("resnet8, cifar10\nhighest mean 57.5 ± 6.4 %:\nmSAM, m=4, rho 0.3")
+    assert score.get_title() == "resnet8, cifar10\nn = 2 seeds"
     lines = {c.get_label(): c.lines[0] for c in score.containers}
-    assert lines["mSAM, rho 0.1"].get_xydata() == pytest.approx(np.array([[1, 53.5], [2, 55.5], [4, 55.5]]))
+    assert lines["mSAM, rho 0.1"].get_xydata() == pytest.approx(np.array([[1, 3.0], [2, 5.0], [4, 5.0]]))
     control = lines["SGD over m micro-batches"]
-    assert control.get_ydata() == pytest.approx([50.5, 51.5, 51.5])
+    assert control.get_ydata() == pytest.approx([0, 1, 1])
     open_marks = lines["mSAM, rho chosen for this m"]
-    assert open_marks.get_ydata() == pytest.approx([57.5])
+    assert open_marks.get_ydata() == pytest.approx([7.0])
     left, right = control.get_xdata()[-1], open_marks.get_xdata()[0]
     assert 3.5 < left < 3.9 < 4.1 < right < 4.5, "no point hides the interval of another"
     own_marks = {line.get_label(): line for line in score.lines if line.get_label() in ("SGD", "SAM")}
-    assert own_marks["SAM"].get_xydata() == pytest.approx(np.array([[1, 53.5]]))
-    assert own_marks["SGD"].get_ydata() == pytest.approx([50.5])
+    assert own_marks["SAM"].get_xydata() == pytest.approx(np.array([[1, 3.0]]))
+    assert own_marks["SGD"].get_ydata() == pytest.approx([0])
     (legend,) = figure.legends
     assert sorted(text.get_text() for text in legend.get_texts()) == sorted({*lines, *own_marks})
     assert (open_marks.get_linestyle(), open_marks.get_markerfacecolor()) == ("None", "none")
-    for axes, expected in ((reestimated, [61, 61, 61]), (flat, [90.5, 80.5, 60.5])):
+    for axes, expected in ((reestimated, [0, 0, 0]), (flat, [0, -10, -30])):
         drawn = {c.get_label(): c.lines[0] for c in axes.containers}
         assert drawn["mSAM, rho 0.1"].get_ydata() == pytest.approx(expected)
     assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "2", "4"]
 
 
-def test_the_figure_of_wrong_labels_has_a_line_for_each_method_and_the_gains_at_both_ends():
+def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():
     cells = catalogue.cells("label_noise", "smoke")
     runs = [study_run(spec, -spec.label_noise / 2 if spec.method != "msam" else 0) for spec in with_seeds(cells, 2)]
     figure = against("label_noise", "share of wrong training labels")(Results.of(runs), Target("", tuple(cells), 2))
     (axes,) = figure.axes
     drawn = {c.get_label(): c.lines[0] for c in axes.containers}
-    assert drawn["SAM"].get_xydata() == pytest.approx(np.array([[0, 53.5], [0.4, 33.5]]))
-    assert drawn["mSAM"].get_ydata() == pytest.approx([55.5, 55.5])
-    title = "resnet8, cifar10\nmSAM over SAM:\n+2.0 ± 0.0 (n = 2) at 0, +22.0 ± 0.0 (n = 2) at 0.4"
-    assert axes.get_title() == title
+    assert drawn["SAM"].get_xydata() == pytest.approx(np.array([[0, 3.0], [0.4, 3.0]]))
+    assert drawn["mSAM"].get_ydata() == pytest.approx([5.0, 25.0])
+    assert axes.get_title() == "resnet8, cifar10\nn = 2 seeds"
 
 
 @pytest.mark.parametrize(("shift", "retrained"), [(0.0, False), (0.01, True)])
@@ -151,7 +165,8 @@ def test_no_committed_figure_is_cut_off(picture):
 @pytest.mark.parametrize("name", STUDIES)
 def test_each_study_has_a_table_and_a_figure_that_follow_its_runs(name):
     t = target(name, "smoke")
-    drawn = [pictures(results(name, shift), t) for shift in (0.0, 0.0, 0.1)]
+    moved = Results.of([study_run(s, 0.1 * (s.rho > 0)) for s in catalogue.runs(name, "smoke", 2)])
+    drawn = [pictures(chosen, t) for chosen in (results(name), results(name), moved)]
     assert list(drawn[0]) == [f"figures/{name}.pdf", f"figures/{name}.png"]
     assert drawn[0] == drawn[1]
     if name != "trajectories":  # its figure has no accuracy
@@ -180,7 +195,7 @@ def test_a_study_without_a_file_is_printed_drawn_and_published(tmp_path, monkeyp
     (axes,) = exhibit_of("decay").figures[0].draw(results, target("decay", "smoke")).axes
     assert axes.get_xlabel() == "weight decay"
     drawn = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axes.containers}
-    assert drawn["mSAM"] == drawn["SGD"] == [0.0, 0.01]
+    assert drawn["mSAM"] == drawn["SAM"] == [0.0, 0.01]
 
 
 def test_a_table_with_a_run_of_another_kind_is_rejected(monkeypatch):

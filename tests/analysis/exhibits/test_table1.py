@@ -22,7 +22,7 @@ def collected():
 
 @pytest.fixture(scope="module")
 def shown(collected):
-    return document("table1", frame(collected.finished), CELLS, 3, collected.failures)
+    return document("table1", frame(collected.finished), CELLS, 3, collected.states)
 
 
 # t(0.975) is 4.3027 at two degrees of freedom and 12.7062 at one. For three values a, a+1, a+2 the

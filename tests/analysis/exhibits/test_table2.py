@@ -9,11 +9,12 @@ from analysis.collect import collect
 from analysis.columns import csv_text, parse
 from analysis.exhibits.table2 import WideDocument, wide
 from analysis.frames import Results
+from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training
 from tests.analysis.invented import document
-from tests.fixtures.make_runs import SESSION
+from tests.fixtures.make_runs import SESSION, write_run
 
 SST2 = Training(
     profile="smoke",
@@ -118,6 +119,7 @@ def test_the_csv_reproduces_the_table(shown, tmp_path):
 
 def test_tables_with_runs_are_shown_without_being_named(root):
     """Table 1 is always shown; Table 2 is not, because the runs are not cells of the project's Table 2."""
+    write_run(root, catalogue.runs("table1", "smoke")[0], 0.5)
     shown = run(Arguments(profile="smoke", results=root))
     assert "Table 1" in shown
     assert "Table 2: GLUE" not in shown

@@ -147,7 +147,7 @@ def test_a_table_of_the_gpu_profile_without_weights_is_a_small_archive(tmp_path)
         record = record_of(spec, tmp_path)
         record.create(spec)
         for _ in range(4):
-            record.add_environment(provenance.environment("python -m experiments run table1 --profile gpu"))
+            record.add_environment({"commit": None, "changes": None, **provenance.machine()})
         for epoch in range(spec.epochs):
             record.append({"epoch": epoch, **{name: draws.random() for name in ("a", "b", "c", "d", "e")}})
         record.write_checkpoint(bytes(1_000_000))

@@ -189,10 +189,11 @@ def test_root_with_our_npz_in_parts_is_used(cache: Path, scratch: Path, harm: st
     root = scratch / "root"
     root.mkdir()
     shutil.copy(REAL_NPZ.with_suffix(".json"), root)
-    subprocess.run(["split", "-b", "57m", REAL_NPZ, root / "cifar10.npz.part-"], check=True)
-    parts = sorted(root.glob("cifar10.npz.part-*"))
-    assert len(parts) > 2
-    assert all(part.stat().st_size < 60e6 for part in parts)
+    whole, size = REAL_NPZ.read_bytes(), 57 * 2**20
+    parts = [root / f"cifar10.npz.part-a{letter}" for letter in "abcd"]
+    for number, part in enumerate(parts):
+        part.write_bytes(whole[number * size : (number + 1) * size])
+    assert len(whole) > 3 * size
     if harm == "missing":
         parts[1].unlink()
     elif harm == "altered":
@@ -204,14 +205,26 @@ def test_root_with_our_npz_in_parts_is_used(cache: Path, scratch: Path, harm: st
         assert load_cifar("cifar10", root).checksum == load_cifar("cifar10", REAL_NPZ.parent).checksum
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_root_without_the_set_is_skipped(
-    real: ImageData, scratch: Path, exists: bool, caplog: pytest.LogCaptureFixture
+def test_root_without_the_set_is_skipped_with_one_line(
+    real: ImageData, scratch: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = scratch if exists else scratch / "absent"
     with caplog.at_level(logging.WARNING, logger=cifar.__name__):
-        assert load_cifar("cifar10", root).checksum == real.checksum
-    assert [str(root) in record.getMessage() for record in caplog.records] == ([] if exists else [True])
+        assert load_cifar("cifar10", scratch).checksum == real.checksum
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{scratch} does not have CIFAR-10: trying the cache, then the network."
+    ]
+
+
+def test_the_folder_of_batches_itself_may_be_the_root(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(cifar, "decode_batches", lambda name, where, read_file, mend: read.append(where) or {})
+    monkeypatch.setattr(cifar, "_verified", lambda *_: "data")
+    for name, known in cifar_files.SETS.items():
+        folder = scratch / known.folder
+        folder.mkdir()
+        (folder / next(iter(known.train_md5))).touch()
+        assert load_cifar(name, scratch) == load_cifar(name, folder) == "data"
+    assert read == [scratch / known.folder for known in cifar_files.SETS.values() for _ in range(2)]
 
 
 # ---------------------------------------------------------------------------------- torchvision's layout

@@ -283,6 +283,9 @@ def test_matched_and_mismatched_are_scored_on_their_splits(bert, data):
         rows = columns_of("mnli", split)
         expected = own_accuracy(task, bert, rows["premise"], rows["hypothesis"], rows["label"])
         assert scores[f"{part}_accuracy"] == pytest.approx(expected)
+    first = {name: values[:3] for name, values in columns_of("mnli", "validation_matched").items()}
+    expected = own_accuracy(task, bert, first["premise"], first["hypothesis"], first["label"])
+    assert task.score(task.model, 3) == {"test_score": pytest.approx(expected)}
 
 
 def test_the_encoder_comes_from_the_checkpoint_and_the_head_from_the_seed(bert, data, tmp_path):
