@@ -88,7 +88,9 @@ def batches_of(accumulate: int, labels: str) -> list[dict[str, Tensor]]:
     return [padded(data[start : start + EXAMPLES]) for start in range(0, len(data), EXAMPLES)]
 
 
-def expected(make, labels: str, accumulate: int, rho: float, clip: float | None = None, smoothing: float = 0.0) -> Tensor:
+def expected(
+    make, labels: str, accumulate: int, rho: float, clip: float | None = None, smoothing: float = 0.0
+) -> Tensor:
     """Each batch counts by its labels."""
     batches = batches_of(accumulate, labels)
     if labels == "words":
@@ -121,7 +123,7 @@ def trainer(make, labels: str, accumulate: int, rho: float | None, **more: Any) 
     return fitted(make, labels, accumulate, rho, **more).optimizer_used.gradients
 
 
-def fitted(make, labels: str, accumulate: int, rho: float | None, optimizer=Recorder, **more: Any):
+def fitted(make, labels: str, accumulate: int, rho: float | None, optimizer=Recorder, world: int = 1, **more: Any):
     from transformers import Trainer, TrainingArguments
 
     kind = recipe("Hugging Face Trainer", rho)["MSAMTrainer"] if rho is not None else Trainer
@@ -131,7 +133,7 @@ def fitted(make, labels: str, accumulate: int, rho: float | None, optimizer=Reco
         made = kind(
             model,
             TrainingArguments(**arguments(folder, accumulate, **more)),
-            train_dataset=2 * rows(EXAMPLES * accumulate, labels),
+            train_dataset=2 * rows(EXAMPLES * accumulate * world, labels),
             data_collator=padded,
             optimizers=(used, torch.optim.lr_scheduler.ConstantLR(used, 1.0)),
         )
@@ -221,7 +223,7 @@ def peft_loop(accumulate: int, rho: float | None) -> list[Tensor]:
 def cases() -> Iterator[Case]:
     """Every recipe with 1 and with 4 accumulated batches."""
     part = functools.partial
-    name, needs = "Hugging Face Trainer", ("accelerate", "transformers")
+    name, needs = "Hugging Face Trainer", ("accelerate",)
     for n in (1, 4):
         times = "accumulation 4" if n == 4 else "plain"
         for make, labels, what in ((classifier, "classes", "classification"), (causal_model, "words", "padded LM")):
@@ -235,7 +237,11 @@ def cases() -> Iterator[Case]:
             part(expected, *words, smoothing=SMOOTHING),
         )
         yield Case(
-            name, f"clipping, {times}", needs, part(trainer, *words, max_grad_norm=0.1), part(expected, *words, clip=0.1)
+            name,
+            f"clipping, {times}",
+            needs,
+            part(trainer, *words, max_grad_norm=0.1),
+            part(expected, *words, clip=0.1),
         )
         yield Case(name, f"optimizer.train(), {times}", needs, part(schedule_free, *words), part(expected, *words))
         yield Case("trl SFTTrainer", f"padded LM, {times}", (*needs, "trl"), part(sft, n), part(expected, *words))

@@ -9,10 +9,22 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.integrations.problems import Case, Recorder, clipped, in_bf16, mean_and_count, recipe, reference, tagger, token_batches
+from tests.integrations.problems import (
+    Case,
+    Recorder,
+    clipped,
+    in_bf16,
+    mean_and_count,
+    recipe,
+    reference,
+    tagger,
+    token_batches,
+)
 
 
-def lightning(accumulate: int, clip: float | None, rho: float | None, manual: bool = False, **more: Any) -> list[Tensor]:
+def lightning(
+    accumulate: int, clip: float | None, rho: float | None, manual: bool = False, **more: Any
+) -> list[Tensor]:
     """Two optimizer steps over the same batches, or the batches of this rank."""
     model = module(rho, manual)
     fit(model, 2 * token_batches(accumulate), accumulate_grad_batches=accumulate, gradient_clip_val=clip, **more)
@@ -55,7 +67,12 @@ def fit(model: Any, batches: list[Any], **options: Any) -> None:
     import lightning as package
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     usual = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "use_distributed_sampler": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +92,9 @@ def cases() -> Iterator[Case]:
     for n in (1, 4):
         times = "accumulation 4" if n == 4 else "plain"
         for clip, what in ((None, ""), (0.01, ", clipping")):
-            yield Case("Lightning", f"automatic, {times}{what}", needs, part(lightning, n, clip), part(expected, n, clip))
+            yield Case(
+                "Lightning", f"automatic, {times}{what}", needs, part(lightning, n, clip), part(expected, n, clip)
+            )
         double = part(lightning, n, None, precision="64-true")
         yield Case("Lightning", f"automatic, {times}, 64-true", needs, double, part(expected, n, None))
     manual = part(lightning, 1, None, manual=True)

@@ -21,7 +21,9 @@ import msam
 from tests.msam.plain import plain_step
 
 PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
-RECIPES = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.+?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL))
+RECIPES = dict(
+    re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.+?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+)
 
 IGNORED = -100
 M, RHO = 4, 0.05
@@ -138,7 +140,11 @@ def mean_and_count(model: nn.Module, part: Any) -> tuple[Tensor, Tensor]:
 
 
 def reference(
-    model: nn.Module, loss_of: Callable[[nn.Module, Any], Any], batches: Sequence[Any], shares: Sequence[float], rho: float
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Any], Any],
+    batches: Sequence[Any],
+    shares: Sequence[float],
+    rho: float,
 ) -> Tensor:
     """The sum over batches of share * mSAM gradient, in float64 and flat.
 
