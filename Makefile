@@ -21,7 +21,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare bench soak fuzz lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare test-integrations bench soak fuzz lint format lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -90,6 +90,9 @@ test-fast: setup ## Run the tests except those marked slow
 
 test-rare: setup ## Run the tests that make test leaves out: whole commands, ranks, kills, models of other libraries
 	$(pytest) -m rare
+
+test-integrations: setup ## Print how right the recipes for other libraries' loops are (installs these once; needs a network)
+	@.ci/integrations
 
 bench: setup ## Time msam.backward against other implementations and the bare passes (half an hour); DEVICE=cuda: on a GPU
 	$(if $(DEVICE),$(python) -m benchmarks.gpu --device "$(DEVICE)",$(python) -m benchmarks.backward)

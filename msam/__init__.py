@@ -5,10 +5,11 @@ the same as a loss, for loops that others own.
 """
 
 from msam.as_loss import Loss, loss
+from msam.diagnosis import Diagnosis, diagnose
 from msam.gradient import Step, backward
 from msam.graph import capture
 from msam.mean import Output
 from msam.microbatch import split
 
 __version__ = "0.1.0"
-__all__ = ["Loss", "Output", "Step", "backward", "capture", "loss", "split"]
+__all__ = ["Diagnosis", "Loss", "Output", "Step", "backward", "capture", "diagnose", "loss", "split"]

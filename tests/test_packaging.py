@@ -23,7 +23,9 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LOCKED_GROUPS = [PYPROJECT["dependency-groups"]["integrations"]]
 PINS = [
     Requirement(line.split("  #")[0])
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -164,7 +166,7 @@ def test_lock_meets_pyproject():
     pinned = {pin.name: pin for pin in PINS}
     wanted = [
         *PROJECT["dependencies"],
-        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+        *(r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra),
     ]
     for requirement in map(Requirement, wanted):
         if requirement.name != PROJECT["name"]:
@@ -202,7 +204,7 @@ def test_environment_yml_pins_what_the_lock_pins():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (lines,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     listed = {r.name: str(r.specifier) for r in map(Requirement, (n for n in lines if not n.startswith("-")))}
-    extras = (r for extra in PROJECT["optional-dependencies"].values() for r in extra)
+    extras = (r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra)
     direct = {Requirement(r).name for r in [*PROJECT["dependencies"], *extras]} - {PROJECT["name"]}
     assert listed == {pin.name: str(pin.specifier) for pin in PINS if pin.name in direct}
     assert "python=3.11" in dependencies
