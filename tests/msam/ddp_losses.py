@@ -76,6 +76,14 @@ def loss_inside_find_unused(rank):
     return loss_inside(rank, find_unused_parameters=True)
 
 
+def loss_compiled(rank):
+    """torch.compile around the wrapper, as accelerate does it."""
+    model = torch.compile(DDP(mlp()), backend="eager")
+    batch = shard(data(16, 5), [8, 8], rank)
+    msam.loss(loss_of(model), batch, model, rho=RHO, micro_batches=2).backward()
+    return {"grad": {name.removeprefix("_orig_mod.module."): g for name, g in gradients(model).items()}}
+
+
 def loss_uneven(rank):
     """6 examples on rank 0 and 3 on rank 1: a mean over ranks, as in plain training."""
     ddp = DDP(mlp())
@@ -131,6 +139,7 @@ SCENARIOS = [
     loss_find_unused,
     loss_inside,
     loss_inside_find_unused,
+    loss_compiled,
     loss_uneven,
     loss_accumulated,
     loss_spare,

@@ -193,6 +193,10 @@ def test_a_loss_is_reduced_once_and_in_its_backward(ranks, scenario):
         assert sum(seen[scenario]["sent"]) == parameters
 
 
+def test_a_loss_of_a_compiled_wrapper(ranks):
+    check(ranks, "loss_compiled", of_one_process(msam.split(data(16, 5), 4)))
+
+
 def test_a_loss_is_averaged_over_ranks_as_in_plain_training(ranks):
     x, y = data(9, 5)
     parts = [list(zip(x[a:b].split(size), y[a:b].split(size), strict=True)) for a, b, size in ((0, 6, 3), (6, 9, 2))]
