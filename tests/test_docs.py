@@ -20,7 +20,7 @@ PAGES = {"msam_in_your_own_loop.md": 10, "migration.md": 2}
 
 def examples(page):
     """The scripts of a page: its section, what a comment before it says, and the code."""
-    found = r"^## (.+?)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```"
+    found = r"^## ([^\n]+)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```"
     return re.findall(found, (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
 
 

@@ -112,6 +112,14 @@ def test_fp16_in_the_trainer():
     assert (found.cpu() - expected).norm() / expected.norm() < 0.01
 
 
+@pytest.mark.needs("gpu", "lightning")
+def test_fp16_in_lightning():
+    """The same through Lightning's precision plugin."""
+    (found, *_) = lightnings.lightning(1, None, RHO, precision="16-mixed", accelerator="gpu")
+    expected = lightnings.expected(1, None, RHO)
+    assert (found.cpu() - expected).norm() / expected.norm() < 0.01
+
+
 def test_rho_is_replaced_in_a_recipe():
     """What the tests themselves rest on."""
     defined = recipe("ignite", 0.25)["msam_trainer"]

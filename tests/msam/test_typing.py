@@ -1,9 +1,14 @@
-"""mypy accepts a user's script, and rejects each line of it that is wrong."""
+"""mypy and pyright accept a user's script, and reject each line of it that is wrong."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import msam
+from tests import needs
 
 SCRIPT = """
 import torch
@@ -41,20 +46,29 @@ number: int = loss.step.loss  # wrong: a tensor
 """
 
 
+WRONG = {number for number, line in enumerate(SCRIPT.splitlines(), start=1) if "# wrong" in line}
+
+
 @pytest.mark.rare
 def test_mypy_rejects_the_wrong_lines_and_no_others(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--allow-untyped-calls",
-        "--no-error-summary",
-        "--config-file=",
-        "train.py",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    rejected = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    flags = ["--strict", "--allow-untyped-calls", "--no-error-summary", "--config-file="]  # torch's backward is untyped
+    done = checked([sys.executable, "-m", "mypy", *flags, "train.py"], tmp_path)
     assert not done.stderr
-    assert rejected == {number for number, line in enumerate(SCRIPT.splitlines(), start=1) if "# wrong" in line}
+    assert {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line} == WRONG
+
+
+@pytest.mark.rare
+@pytest.mark.needs("npm")
+def test_pyright_rejects_the_wrong_lines_and_no_others(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(Path(msam.__file__).parents[1])]}))
+    done = checked(["npx", "--yes", "pyright", "--pythonpath", sys.executable, "--outputjson"], tmp_path)
+    if not done.stdout:
+        needs.unavailable("npm", f"npm could not install pyright: {done.stderr[-200:]}")
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert {one["range"]["start"]["line"] + 1 for one in found if one["severity"] == "error"} == WRONG
+
+
+def checked(command, folder):
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
