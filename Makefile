@@ -30,7 +30,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare bench soak fuzz lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare test-integrations bench soak fuzz lint format lock clean
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -100,6 +100,9 @@ test-fast: setup ## Run the tests except those marked slow
 test-rare: setup ## Run the tests that make test leaves out: whole commands, ranks, kills, models of other libraries
 	$(pytest) -m rare
 
+test-integrations: setup ## Print how right the recipes for other libraries' loops are (installs these once; needs a network)
+	@.ci/integrations
+
 bench: setup ## Time msam.backward against other implementations and the bare passes (half an hour); DEVICE=cuda: on a GPU
 	$(if $(DEVICE),$(python) -m benchmarks.gpu --device "$(DEVICE)",$(python) -m benchmarks.backward)
 	$(if $(DEVICE),,$(python) -m benchmarks.loop)
@@ -125,7 +128,7 @@ format: setup ## Fix style and format
 lock: ## Pin the dependencies in pyproject.toml again (needs uv; LOCK=--upgrade takes the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: install it with pip install uv." >&2; exit 1; }
 	@sed -n '/^#/!q; p' requirements.lock >requirements.lock.new
-	uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --annotation-style line \
+	uv pip compile pyproject.toml --all-extras --group integrations --universal --fork-strategy fewest --annotation-style line \
 	  --no-header --quiet $(LOCK) --output-file requirements.lock
 	@cat requirements.lock >>requirements.lock.new
 	@mv requirements.lock.new requirements.lock

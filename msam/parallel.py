@@ -95,6 +95,20 @@ class Replicas:
         self._forwards += 1
 
 
+def expect_backward(ddp: DistributedDataParallel, params: Sequence[Tensor]) -> None:
+    """Let the reducer reduce in the backward pass that delivers gradients now, although no forward pass announced it.
+
+    Args:
+        ddp: The wrapper.
+        params: The parameters that get a gradient, for find_unused_parameters.
+    """
+    ddp.require_forward_param_sync = True  # the next step begins with rank 0's buffers
+    with torch.enable_grad():
+        used = [p.view_as(p) for p in params] if ddp.find_unused_parameters else []
+    ddp.reducer._rebuild_buckets()
+    ddp.reducer.prepare_for_backward(used)
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The network inside torch.compile's and DistributedDataParallel's wrappers, and the latter.
 
@@ -130,7 +144,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | No
                 f"nn.{type(module).__name__}(max_norm=...) writes to its weights in the forward pass: leave max_norm "
                 "out, and normalise after the optimizer's step."
             )
-        if ddp is not None and isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.SyncBatchNorm) and (ddp is not None or _several_processes()):
             raise NotImplementedError(
                 "SyncBatchNorm averages over ranks, but each rank perturbs its own micro-batches: use BatchNorm, whose "
                 "statistics are then those of a micro-batch, or GroupNorm."
@@ -169,6 +183,10 @@ def _refuse_own_graphs(module: nn.Module) -> None:
             'torch.compile(mode="reduce-overhead") writes the results of each pass over those of the one before, and '
             "msam.backward needs both: compile in the default mode, and capture the whole step with msam.capture."
         )
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _refuse(what: str) -> None:

@@ -3,7 +3,8 @@
 A test that needs such a thing carries `@pytest.mark.needs("npm")`, or uses a fixture of `BY_FIXTURE`, which marks it.
 `tests/conftest.py` skips a marked test with the sentence of `reason`. Code that starts the thing itself calls
 `require`, so that a test without the mark fails on every machine, not only on those that lack the thing.
-`MSAM_SLURM_TESTS=required` and `MSAM_BROWSER_TESTS=required` make a failure of what would be a skip.
+`MSAM_SLURM_TESTS=required`, `MSAM_BROWSER_TESTS=required` and `MSAM_INTEGRATION_TESTS=required` (of accelerate and
+lightning) make a failure of what would be a skip.
 """
 
 import functools
@@ -19,7 +20,14 @@ import pytest
 
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "sinfo")
 BY_FIXTURE = {"cluster": "slurm", "loopback": "slurm", "chromium": "browser", "axe": "browser"}
+PACKAGES = (
+    *("accelerate", "fastai", "ignite", "lightning", "peft", "schedulefree", "skorch", "tensordict"),
+    *("torch_geometric", "trl"),
+)
+"""Packages that a test may need, by the names they are imported by."""
+
 REQUIRED_BY = {"slurm": "MSAM_SLURM_TESTS", "browser": "MSAM_BROWSER_TESTS"}
+REQUIRED_BY |= dict.fromkeys(("accelerate", "lightning"), "MSAM_INTEGRATION_TESTS")
 
 current: frozenset[str] = frozenset()
 """The needs of the test that runs now."""
@@ -111,7 +119,5 @@ CHECKS = {
     "gpu": _gpu,
     "npm": functools.partial(_program, "npm"),
     "flock": functools.partial(_program, "flock"),
-    "accelerate": functools.partial(_package, "accelerate"),
-    "lightning": functools.partial(_package, "lightning"),
-    "tensorboard": functools.partial(_package, "tensorboard"),
+    **{name: functools.partial(_package, name) for name in (*PACKAGES, "tensorboard")},
 }

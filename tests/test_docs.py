@@ -14,14 +14,32 @@ README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 COMMITTED = ROOT / "results" / "cpu"
 
-PAGE = ROOT / "docs" / "msam_in_your_own_loop.md"
-EXAMPLES = re.findall(
-    r"^## (.+?)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL
-)
+PAGES = {"msam_in_your_own_loop.md": 10, "migration.md": 2}
+"""Pages of examples that are whole scripts, and how many each has."""
 
 
-def test_the_page_has_its_examples():
-    assert len(EXAMPLES) == PAGE.read_text().count("```python") == 10
+def examples(page):
+    """The scripts of a page: its section, what a comment before it says, and the code."""
+    found = r"^## ([^\n]+)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```"
+    return re.findall(found, (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = [example for page in PAGES for example in examples(page)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_has_its_examples(page):
+    assert len(examples(page)) == (ROOT / "docs" / page).read_text().count("```python") == PAGES[page]
+
+
+def test_recipes_are_python_that_uses_msam():
+    """Their numbers are measured in tests/integrations."""
+    page = "integrations.md"
+    assert len(examples(page)) == (ROOT / "docs" / page).read_text().count("```python") == 11
+    for title, _, code in examples(page):
+        compile(code, title, "exec")
+        assert "import msam\n" in code
+        assert code.count("rho=0.05") == code.count("msam.loss(") == 1
 
 
 def needs(how):

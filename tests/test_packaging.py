@@ -23,7 +23,9 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LOCKED_GROUPS = [PYPROJECT["dependency-groups"]["integrations"]]
 PINS = [
     Requirement(line.split("  #")[0])
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -164,7 +166,7 @@ def test_lock_meets_pyproject():
     pinned = {pin.name: pin for pin in PINS}
     wanted = [
         *PROJECT["dependencies"],
-        *(r for extra in PROJECT["optional-dependencies"].values() for r in extra),
+        *(r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra),
     ]
     for requirement in map(Requirement, wanted):
         if requirement.name != PROJECT["name"]:
@@ -202,7 +204,7 @@ def test_environment_yml_pins_what_the_lock_pins():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (lines,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     listed = {r.name: str(r.specifier) for r in map(Requirement, (n for n in lines if not n.startswith("-")))}
-    extras = (r for extra in PROJECT["optional-dependencies"].values() for r in extra)
+    extras = (r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra)
     direct = {Requirement(r).name for r in [*PROJECT["dependencies"], *extras]} - {PROJECT["name"]}
     assert listed == {pin.name: str(pin.specifier) for pin in PINS if pin.name in direct}
     assert "python=3.11" in dependencies
@@ -403,3 +405,51 @@ def test_setup_says_when_there_is_no_network(copy):
     result = make(copy, "setup", f"PYTHON={sys.executable}", **offline)
     assert_refuses(result, "connect to the network", "make again", ".venv/setup.log")
     assert not (copy / ".venv/.setup-hash").exists()
+
+
+# The libraries of the recipes
+
+LAYERED = """#!/bin/sh
+case "$*" in
+*"-m venv "*) mkdir -p .venv/integrations/bin && cp "$0" .venv/integrations/bin/python ;;
+*"-m pip "*) echo "$@" >>calls; [ ! -e pip-fails ] || { cat pip-fails; exit 1; } ;;
+"-c "*) echo . ;;
+*) echo "$@" >>calls ;;
+esac
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    """A folder with what `make test-integrations` reads once .venv is there, and a stand-in for Python."""
+    for name in ("pyproject.toml", "requirements.lock", ".ci/integrations"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    executable(tmp_path / ".venv/bin/python", LAYERED)
+    return tmp_path
+
+
+def integrations(folder):
+    return subprocess.run([".ci/integrations"], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_the_recipes_libraries_are_installed_once(recipes):
+    assert integrations(recipes).returncode == 0
+    pip, table, tests = calls(recipes)
+    assert "--constraint requirements.lock" in pip
+    assert table == "-m tests.integrations"
+    assert tests.startswith("-m pytest")
+    assert integrations(recipes).returncode == 0
+    assert calls(recipes)[3:] == [table, tests]
+
+
+def test_the_recipes_are_skipped_with_the_reason_without_a_network(recipes):
+    (recipes / "pip-fails").write_text("ERROR: Could not find a version (from versions: none)")
+    result = integrations(recipes)
+    assert result.returncode == 0
+    assert "Skipped: " in result.stdout
+    assert "network" in result.stdout
+    assert len(calls(recipes)) == 1
+    (recipes / "pip-fails").write_text("ERROR: something else")
+    assert integrations(recipes).returncode == 1

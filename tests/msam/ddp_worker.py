@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import msam
+from tests.msam import ddp_losses
 from tests.msam.small import convnet, data, gradients, loss_of, mlp
 
 IGNORED = -100
@@ -278,6 +279,12 @@ def sync_batchnorm(rank):
     return refusal(NotImplementedError, lambda: msam.backward(loss_of(ddp), data(4, 3, 8, 8), ddp, rho=RHO))
 
 
+def sync_batchnorm_inside(rank):
+    """Without the wrapper, as in Lightning's training step."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(convnet())
+    return refusal(NotImplementedError, lambda: msam.loss(loss_of(model), data(4, 3, 8, 8), model, rho=RHO))
+
+
 def fsdp2(rank):
     """Parameters sharded over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -320,6 +327,8 @@ SCENARIOS = [
     static_graph,
     bare_module,
     sync_batchnorm,
+    sync_batchnorm_inside,
+    *ddp_losses.SCENARIOS,
     fsdp2,
 ]
 

@@ -130,6 +130,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_seen_by_all(ranks):
     [
         ("bare_module", "call the wrapped model in loss_fn"),
         ("sync_batchnorm", "use BatchNorm"),
+        ("sync_batchnorm_inside", "use BatchNorm"),
         ("static_graph", "leave static_graph out"),
         ("joined", "leave join() out"),
         ("fsdp2", "use DistributedDataParallel"),
@@ -175,3 +176,46 @@ def test_refuses_engines_by_name():
     model = DeepSpeedEngine()
     with pytest.raises(NotImplementedError, match="DeepSpeedEngine"):
         msam.backward(lambda part: F.cross_entropy(model.module(part[0]), part[1]), data(4, 5), model, rho=0.1)
+
+
+# msam.loss
+
+REDUCED_ONCE = ["loss_equal", "loss_bucket_views", "loss_find_unused", "loss_inside", "loss_inside_find_unused"]
+
+
+@pytest.mark.parametrize("scenario", REDUCED_ONCE)
+def test_a_loss_is_reduced_once_and_in_its_backward(ranks, scenario):
+    """By the user's wrapper, or from within its forward pass as in Lightning."""
+    check(ranks, scenario, of_one_process(msam.split(data(16, 5), 4)))
+    parameters = sum(p.numel() for p in mlp().parameters())
+    for seen in ranks:
+        assert seen[scenario]["before_backward"] == []
+        assert sum(seen[scenario]["sent"]) == parameters
+
+
+def test_a_loss_of_a_compiled_wrapper(ranks):
+    check(ranks, "loss_compiled", of_one_process(msam.split(data(16, 5), 4)))
+
+
+def test_a_loss_is_averaged_over_ranks_as_in_plain_training(ranks):
+    x, y = data(9, 5)
+    parts = [list(zip(x[a:b].split(size), y[a:b].split(size), strict=True)) for a, b, size in ((0, 6, 3), (6, 9, 2))]
+    first, second = (of_one_process(part) for part in parts)
+    check(ranks, "loss_uneven", {name: first[name] + second[name] for name in first})  # times 2
+
+
+def test_losses_accumulate_under_no_sync(ranks):
+    each = [of_one_process(msam.split(data(8, 5, seed=seed), 4)) for seed in (1, 2, 3)]
+    check(ranks, "loss_accumulated", {name: sum(g[name] for g in each) / 3 for name in each[0]})
+    a, b = (seen["loss_accumulated"]["alone"] for seen in ranks)
+    assert not torch.equal(a["0.weight"], b["0.weight"]), "under no_sync nothing was reduced"
+
+
+def test_a_loss_that_leaves_a_layer_out(ranks):
+    check(ranks, "loss_spare", of_one_process(msam.split(data(16, 5), 4)))
+
+
+def test_replicas_that_use_losses_stay_equal_to_the_bit(ranks):
+    first, second = (seen["loss_drift"]["state"] for seen in ranks)
+    running = ("running_mean", "running_var")
+    assert all(torch.equal(first[name], second[name]) for name in first if not name.endswith(running))

@@ -26,3 +26,21 @@ def test_twenty_steps_of_sgd_with_momentum(adaptive):
         peer.second_step(zero_grad=True)
     found, expected = dict(ours.named_parameters()), dict(theirs.named_parameters())
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)  # whose norm is taken in float32
+
+
+def test_a_closure_without_the_backward_pass_before_it_is_plain_training():
+    """What docs/migration.md says of that style; `msam.backward` has no such pass to forget."""
+    plain, theirs, batch = mlp(), mlp(), data(8, 5)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    peer = SAM(theirs.parameters(), torch.optim.SGD, rho=0.2, lr=0.1)
+
+    def closure():
+        peer.zero_grad()
+        loss = loss_of(theirs)(batch)
+        loss.backward()
+        return loss
+
+    peer.step(closure)
+    loss_of(plain)(batch).backward()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), theirs.parameters(), strict=True))
