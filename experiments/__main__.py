@@ -80,6 +80,7 @@ def run(
     provenance = environment(command_line())
 
     from experiments.harness.machine import pool
+    from experiments.harness.machine.forecast import Forecast
 
     _check_device(waiting)
     done = len(specs) - len(waiting)
@@ -89,14 +90,15 @@ def run(
         return 0
     for spec in waiting:
         record_of(spec, results).create(spec)
-    print(f"Training {len(waiting)} runs of {runs}; {done} are done.", flush=True)
-    outcome = pool.run(
-        waiting,
-        Session(results, data_root, provenance),
-        jobs=min(jobs or pool.default_jobs(waiting[0].device), len(waiting)),
-        estimate=load_estimate(results),
-        redo=redo,
+    jobs, estimate = min(jobs or pool.default_jobs(waiting[0].device), len(waiting)), load_estimate(results)
+    expected = duration(Forecast(waiting, estimate, jobs).left())
+    print(
+        f"Training {len(waiting)} runs of {runs}; {done} are done. About {expected} with {jobs} workers; corrected "
+        "after the first steps.",
+        flush=True,
     )
+    session = Session(results, data_root, provenance)
+    outcome = pool.run(waiting, session, jobs=jobs, estimate=estimate, redo=redo)
     for spec, failure in outcome.failed.items():
         print(f"\nFAILED {spec.run_id} {spec.title}\n{failure.rstrip()}", file=sys.stderr)
     if outcome.failed:

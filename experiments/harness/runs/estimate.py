@@ -4,7 +4,7 @@ import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.harness.runs.facts import MODELS, Model, TextSet
@@ -22,15 +22,24 @@ class Estimate:
     """For runs with the same model, batch size, micro-batches and number of passes."""
     by_model: dict[tuple, float]
     """For the model on the device, over all methods."""
+    by_step: dict[tuple, float] = field(default_factory=dict)
+    """For runs whose steps are alike, but whose lengths may differ."""
+    overhead: float = 3.0
+    """Seconds that a run takes besides: its process, its data, its first step and its scores."""
+    here: bool = False
+    """Whether some of it was measured in this results root."""
 
     def seconds(self, spec: Run) -> float | None:
-        """Expected seconds of the run on one worker; None if nothing comparable was measured."""
-        per_example = self.exact.get(_exact_key(spec)) or self.by_model.get(_model_key(spec))
+        """Expected seconds of the run's steps on one worker; None if nothing comparable was measured."""
+        per_example = (
+            self.exact.get(_exact_key(spec)) or self.by_step.get(_step_key(spec)) or self.by_model.get(_model_key(spec))
+        )
         return None if per_example is None else per_example * work(spec)
 
     def weight(self, spec: Run) -> float:
-        """`seconds`, or a guess that is good enough for a progress bar."""
-        return self.seconds(spec) or work(spec) * (0.00001 if spec.model == "linear" else 0.0007)
+        """All seconds that a run takes: from `seconds`, or a guess that is good enough for a progress bar."""
+        steps = self.seconds(spec) or work(spec) * (0.00001 if spec.model == "linear" else 0.0007)
+        return self.overhead + steps
 
 
 PASSES = 1500
@@ -69,27 +78,42 @@ def work(spec: Run) -> int:
 
 def load_estimate(root: Path) -> Estimate:
     """The estimate from the finished runs below a results root; where it has none, from the committed runs."""
-    local, committed = _medians(_finished(root)), _medians(_committed(root))
-    return Estimate(committed.exact | local.exact, committed.by_model | local.by_model)
-
-
-def _medians(times: Iterable[tuple[Run, float]]) -> Estimate:
-    exact, by_model = defaultdict(list), defaultdict(list)
-    for spec, seconds in times:
-        exact[_exact_key(spec)].append(seconds / work(spec))
-        by_model[_model_key(spec)].append(seconds / work(spec))
+    finished = list(_finished(root))
+    local = _medians((spec, seconds) for spec, seconds, _ in finished)
+    committed = _medians(_committed(root))
+    besides = [other for _, _, other in finished if other is not None]
     return Estimate(
-        {key: statistics.median(values) for key, values in exact.items()},
-        {key: statistics.median(values) for key, values in by_model.items()},
+        committed.exact | local.exact,
+        committed.by_model | local.by_model,
+        committed.by_step | local.by_step,
+        OF_A_PROCESS + statistics.median(besides) if besides else Estimate.overhead,
+        bool(finished),
     )
 
 
-def _finished(root: Path) -> Iterator[tuple[Run, float]]:
-    """Finished runs and their seconds; unreadable records are skipped."""
+OF_A_PROCESS = 1.0
+"""Seconds to start a worker and to end it."""
+
+
+def _medians(times: Iterable[tuple[Run, float]]) -> Estimate:
+    exact, by_model, by_step = defaultdict(list), defaultdict(list), defaultdict(list)
+    for spec, seconds in times:
+        exact[_exact_key(spec)].append(seconds / work(spec))
+        by_model[_model_key(spec)].append(seconds / work(spec))
+        by_step[_step_key(spec)].append(seconds / work(spec))
+    medians = [{key: statistics.median(values) for key, values in one.items()} for one in (exact, by_model, by_step)]
+    return Estimate(*medians)
+
+
+def _finished(root: Path) -> Iterator[tuple[Run, float, float | None]]:
+    """Finished runs, their seconds, and what their sessions took besides; unreadable records are skipped."""
     for record in _records(root):
         try:
             if record.done:
-                yield record.spec(), float(record.summary()["wall_seconds"])
+                seconds = float(record.summary()["wall_seconds"])
+                spent = [session.get("wall_seconds") for session in record.environments()]
+                known = all(isinstance(one, int | float) for one in spent)
+                yield record.spec(), seconds, max(0.0, sum(spent) - seconds) if spent and known else None
         except (OSError, OverflowError, RecordError, KeyError, TypeError, ValueError):
             continue
 
@@ -117,6 +141,10 @@ def _model_key(spec: Run) -> tuple:
 
 
 def _exact_key(spec: Run) -> tuple:
-    step = ("batch_size", "micro_batches", "ranks", "augmentation", "max_length")
     size = ("epochs", "train_examples", "holdout_examples", "test_examples")
-    return *_model_key(spec), spec.rho > 0, *(spec.flat[name] for name in (*step, *size))
+    return *_step_key(spec), *(spec.flat[name] for name in size)
+
+
+def _step_key(spec: Run) -> tuple:
+    step = ("batch_size", "micro_batches", "ranks", "augmentation", "max_length")
+    return *_model_key(spec), spec.rho > 0, *(spec.flat[name] for name in step)

@@ -22,25 +22,25 @@ def print_plan(runs: Runs, jobs: int | None) -> None:
         jobs: Number of workers (or GPUs) to plan for; None: one per core, or one GPU.
     """
     specs, results = runs.specs, runs.root
-    estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
+    estimate, left, longest, alone, unknown = load_estimate(results), 0.0, 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
-        seconds = estimate.seconds(spec)
+        seconds = None if estimate.seconds(spec) is None else estimate.weight(spec)
         if not done:
             unknown += seconds is None
             if isinstance(spec, Timing):  # timing runs go one at a time
                 alone += seconds or 0
             else:
-                left += seconds or 0
+                left, longest = left + (seconds or 0), max(longest, seconds or 0)
         when = "done" if done else "time unknown" if seconds is None else f"about {duration(seconds)}"
         print(f"{spec.run_id}  {when:<14} {spec.title}")
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
         jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
-        words = (
-            f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
-        )
+        where = "runs in this results folder" if estimate.here else "the committed runs, on other machines"
+        words = f"About {duration(max(left / jobs, longest) + alone)} with {jobs} workers, from {where}"
+        words = words if unknown < len(waiting) else "Time unknown"
         unmeasured = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{unmeasured}.")
     if any(spec.device == "cuda" for spec in waiting):
