@@ -24,7 +24,7 @@ class Estimate:
     """For the model on the device, over all methods."""
     by_step: dict[tuple, float] = field(default_factory=dict)
     """For runs whose steps are alike, but whose lengths may differ."""
-    overhead: float = 3.0
+    overhead: float = 4.0
     """Seconds that a run takes besides: its process, its data, its first step and its scores."""
     here: bool = False
     """Whether some of it was measured in this results root."""
@@ -96,13 +96,18 @@ OF_A_PROCESS = 1.0
 
 
 def _medians(times: Iterable[tuple[Run, float]]) -> Estimate:
-    exact, by_model, by_step = defaultdict(list), defaultdict(list), defaultdict(list)
+    exact: dict[tuple, list[float]] = defaultdict(list)
+    by_model: dict[tuple, list[float]] = defaultdict(list)
+    by_step: dict[tuple, list[float]] = defaultdict(list)
     for spec, seconds in times:
         exact[_exact_key(spec)].append(seconds / work(spec))
         by_model[_model_key(spec)].append(seconds / work(spec))
         by_step[_step_key(spec)].append(seconds / work(spec))
-    medians = [{key: statistics.median(values) for key, values in one.items()} for one in (exact, by_model, by_step)]
-    return Estimate(*medians)
+
+    def medians(times: dict[tuple, list[float]]) -> dict[tuple, float]:
+        return {key: statistics.median(values) for key, values in times.items()}
+
+    return Estimate(medians(exact), medians(by_model), medians(by_step))
 
 
 def _finished(root: Path) -> Iterator[tuple[Run, float, float | None]]:
@@ -111,11 +116,17 @@ def _finished(root: Path) -> Iterator[tuple[Run, float, float | None]]:
         try:
             if record.done:
                 seconds = float(record.summary()["wall_seconds"])
-                spent = [session.get("wall_seconds") for session in record.environments()]
-                known = all(isinstance(one, int | float) for one in spent)
-                yield record.spec(), seconds, max(0.0, sum(spent) - seconds) if spent and known else None
+                yield record.spec(), seconds, _besides(record, seconds)
         except (OSError, OverflowError, RecordError, KeyError, TypeError, ValueError):
             continue
+
+
+def _besides(record: Record, seconds: float) -> float | None:
+    """What a run's sessions took besides its steps; None if that is not known."""
+    try:
+        return max(0.0, sum(float(session["wall_seconds"]) for session in record.environments()) - seconds)
+    except (RecordError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _committed(root: Path) -> Iterator[tuple[Run, float]]:
