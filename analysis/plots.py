@@ -65,12 +65,12 @@ def draw_points(
     def of(cell: Run) -> pd.Series:
         return series.factor * values(frame, cell, seeds, series.column or cell.score)
 
-    def interval(cell: Run) -> Interval:
+    def interval_of(cell: Run) -> Interval:
         if series.over is None:
             return mean_interval(of(cell))
         return paired_difference(of(cell), of(series.over[cell])) if cell in series.over else mean_interval([])
 
-    points = [(cell.flat[field], interval(cell)) for cell in sorted(cells, key=lambda cell: cell.flat[field])]
+    points = [(cell.flat[field], interval_of(cell)) for cell in sorted(cells, key=lambda cell: cell.flat[field])]
     points = [(x, interval) for x, interval in points if interval.n]
     if not points:
         return
@@ -188,8 +188,9 @@ def limit_to_most(axes: Axes) -> None:
 def _points_of(container: ErrorbarContainer) -> Iterator[tuple[float, float, float]]:
     """The x, the mean and the half-width of each point."""
     line, _, (bars,) = container.lines
-    for (x, y), segment in zip(line.get_xydata(), bars.get_segments(), strict=True):
-        yield float(x), float(y), float(segment[1][1] - y)
+    xy = np.asarray(line.get_xydata(), dtype=float)
+    ends = np.array([segment[1][1] for segment in bars.get_segments()])
+    yield from zip(xy[:, 0], xy[:, 1], ends - xy[:, 1], strict=True)
 
 
 def set_logarithmic(axes: Axes) -> None:

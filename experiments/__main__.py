@@ -88,6 +88,7 @@ def run(
     provenance = environment(command_line())
 
     from experiments.harness.machine import pool
+    from experiments.harness.machine.forecast import Forecast
 
     _check_device(waiting)
     limits = pool.limits(waiting[0].device, jobs, per_gpu, minutes, started)
@@ -98,14 +99,15 @@ def run(
         return 0
     for spec in waiting:
         record_of(spec, results).create(spec)
-    print(f"Training {len(waiting)} runs of {runs}; {done} are done.", flush=True)
-    outcome = pool.run(
-        waiting,
-        Session(results, data_root, provenance),
-        limits,
-        estimate=load_estimate(results),
-        redo=redo,
+    estimate = load_estimate(results)
+    expected = duration(Forecast(waiting, estimate, min(limits.jobs, len(waiting))).left())
+    print(
+        f"Training {len(waiting)} runs of {runs}; {done} are done. About {expected} with {limits.jobs} workers; corrected "
+        "after the first steps.",
+        flush=True,
     )
+    session = Session(results, data_root, provenance)
+    outcome = pool.run(waiting, session, limits, estimate=estimate, redo=redo)
     for spec, failure in outcome.failed.items():
         print(f"\nFAILED {spec.run_id} {spec.title}\n{failure.rstrip()}", file=sys.stderr)
     if outcome.failed:

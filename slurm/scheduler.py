@@ -97,7 +97,7 @@ def final_states(ids: Iterable[str]) -> dict[str, str]:
         output = _call(["sacct", "--noheader", *what])
     except SlurmError:
         return {}
-    states = {}
+    states: dict[str, str] = {}
     for line in output.splitlines():
         id_, mark, state = line.strip().partition(MARK)
         if mark and "." in id_:

@@ -128,7 +128,7 @@ def run(
     context.set_forkserver_preload(["experiments.harness.machine.worker", *domains])
     workers: list[_Worker] = []
     waiting, outcome = list(specs), Outcome()
-    display = Display(specs, estimate)
+    display = Display(specs, estimate, limits.jobs)
     with _stop_on_signals() as stopping, _worker_environment(specs), _killed_at_the_end(workers):
         while workers or (waiting and not stopping.is_set()):
             if limits.over and not stopping.is_set():

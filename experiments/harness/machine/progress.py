@@ -9,6 +9,7 @@ from statistics import fmean
 
 from tqdm import tqdm
 
+from experiments.harness.machine.forecast import Forecast
 from experiments.harness.runs.estimate import Estimate
 from experiments.harness.runs.record import duration, record_of
 from experiments.harness.runs.spec import Run, in_percent
@@ -20,12 +21,13 @@ class Display:
     Args:
         specs: All runs.
         estimate: Expected time of each run, for the bar.
+        jobs: Number of runs at a time.
     """
 
-    def __init__(self, specs: Sequence[Run], estimate: Estimate) -> None:
-        self.seconds = {spec: estimate.weight(spec) for spec in specs}
-        self.done, self.started = 0.0, time.monotonic()
-        self.count = 0
+    def __init__(self, specs: Sequence[Run], estimate: Estimate, jobs: int) -> None:
+        self.forecast = Forecast(specs, estimate, jobs)
+        self.seconds = self.forecast.expected
+        self.done, self.count, self.announced = 0.0, 0, False
         self.bar = tqdm(
             total=sum(self.seconds.values()),
             disable=not sys.stderr.isatty(),
@@ -35,15 +37,18 @@ class Display:
 
     def update(self, fractions: Mapping[Run, float]) -> None:
         """Show the progress of each active run, from 0 to 1."""
+        self.forecast.observe(fractions, time.monotonic())
+        self._announce()
         done = self.done + sum(self.seconds[spec] * fraction for spec, fraction in fractions.items())
         self.bar.n = min(done, self.bar.total)
         names = "; ".join(f"{spec.title} {fraction:.0%}" for spec, fraction in fractions.items())
-        self.bar.set_description_str(f"{self.count}/{len(self.seconds)} runs, {self._left(done)} left: {names}")
+        self.bar.set_description_str(f"{self.count}/{len(self.seconds)} runs, {self._left()} left: {names}")
 
     def finished(self, spec: Run, failure: str | None, root: Path) -> None:
         """Print a run's score, or the last line of its failure."""
         self.done += self.seconds[spec]
         self.count += 1
+        self.forecast.finished(spec, time.monotonic())
         record = record_of(spec, root)
         if failure is not None:
             words = f"FAILED: {failure.strip().splitlines()[-1]}"
@@ -54,18 +59,21 @@ class Display:
             words = f"{name.replace('_', ' ')} {score} in {summary['wall_seconds']:.0f} s{_row(spec, root)}"
         else:
             words = "stopped, checkpoint written"
-        line = f"[{self.count}/{len(self.seconds)}] {spec.title}: {words}; {self._left(self.done)} left"
+        line = f"[{self.count}/{len(self.seconds)}] {spec.title}: {words}; {self._left()} left"
         tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Remove the bar."""
         self.bar.close()
 
-    def _left(self, done: float) -> str:
-        elapsed = time.monotonic() - self.started
-        if done <= 0 or elapsed < 1:
-            return "?"
-        return duration(elapsed * (sum(self.seconds.values()) - done) / done)
+    def _left(self) -> str:
+        return duration(self.forecast.left())
+
+    def _announce(self) -> None:
+        """Say once how long everything takes, as soon as it is known from steps on this machine."""
+        if not self.announced and self.forecast.calibrated:
+            self.announced = True
+            tqdm.write(f"From the first steps on this machine: about {self._left()} left.", file=sys.stderr)
 
 
 def _row(spec: Run, root: Path) -> str:

@@ -4,7 +4,7 @@ import csv
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from experiments.harness.runs.facts import MODELS, Model, TextSet
@@ -22,16 +22,28 @@ class Estimate:
     """For runs with the same model, batch size, micro-batches and number of passes."""
     by_model: dict[tuple, float]
     """For the model on the device, over all methods."""
+    by_step: dict[tuple, float] = field(default_factory=dict)
+    """For runs whose steps are alike, but whose lengths may differ."""
+    overhead: float = 4.0
+    """Seconds that a run takes besides: its process, its data, its first step and its scores."""
+    here: bool = False
+    """Whether some of it was measured in this results root."""
 
     def seconds(self, spec: Run) -> float | None:
-        """Expected seconds of the run on one worker; None if nothing comparable was measured."""
-        per_example = self.exact.get(_exact_key(spec)) or self.by_model.get(_model_key(spec))
+        """Expected seconds of the run's steps on one worker; None if nothing comparable was measured."""
+        per_example = (
+            self.exact.get(_exact_key(spec)) or self.by_step.get(_step_key(spec)) or self.by_model.get(_model_key(spec))
+        )
         return None if per_example is None else per_example * work(spec)
 
     def weight(self, spec: Run) -> float:
-        """`seconds`, or a guess that is good enough for a progress bar."""
-        return self.seconds(spec) or work(spec) * (0.00001 if spec.model == "linear" else 0.0007)
+        """All seconds that a run takes: from `seconds`, or a guess that is good enough for a progress bar."""
+        guess = guessed_seconds(spec) if spec.device == "cuda" else work(spec) * _SLOWNESS.get(spec.model, 0.0007)
+        return self.overhead + (self.seconds(spec) or guess)
 
+
+_SLOWNESS = {"linear": 0.00001}
+"""Seconds of one example's pass on a CPU where nothing is measured, of models unlike the others."""
 
 PASSES = 1500
 """The cost of a curvature run, in forward and backward passes over its examples. A guess: some hundred Hessian-vector
@@ -72,29 +84,55 @@ def work(spec: Run) -> int:
 
 def load_estimate(root: Path) -> Estimate:
     """The estimate from the finished runs below a results root; where it has none, from the committed runs."""
-    local, committed = _medians(_finished(root)), _medians(_committed(root))
-    return Estimate(committed.exact | local.exact, committed.by_model | local.by_model)
-
-
-def _medians(times: Iterable[tuple[Run, float]]) -> Estimate:
-    exact, by_model = defaultdict(list), defaultdict(list)
-    for spec, seconds in times:
-        exact[_exact_key(spec)].append(seconds / work(spec))
-        by_model[_model_key(spec)].append(seconds / work(spec))
+    finished = list(_finished(root))
+    local = _medians((spec, seconds) for spec, seconds, _ in finished)
+    committed = _medians(_committed(root))
+    besides = [other for _, _, other in finished if other is not None]
     return Estimate(
-        {key: statistics.median(values) for key, values in exact.items()},
-        {key: statistics.median(values) for key, values in by_model.items()},
+        committed.exact | local.exact,
+        committed.by_model | local.by_model,
+        committed.by_step | local.by_step,
+        OF_A_PROCESS + statistics.median(besides) if besides else Estimate.overhead,
+        bool(finished),
     )
 
 
-def _finished(root: Path) -> Iterator[tuple[Run, float]]:
-    """Finished runs and their seconds; unreadable records are skipped."""
+OF_A_PROCESS = 1.0
+"""Seconds to start a worker and to end it."""
+
+
+def _medians(times: Iterable[tuple[Run, float]]) -> Estimate:
+    exact: dict[tuple, list[float]] = defaultdict(list)
+    by_model: dict[tuple, list[float]] = defaultdict(list)
+    by_step: dict[tuple, list[float]] = defaultdict(list)
+    for spec, seconds in times:
+        exact[_exact_key(spec)].append(seconds / work(spec))
+        by_model[_model_key(spec)].append(seconds / work(spec))
+        by_step[_step_key(spec)].append(seconds / work(spec))
+
+    def medians(times: dict[tuple, list[float]]) -> dict[tuple, float]:
+        return {key: statistics.median(values) for key, values in times.items()}
+
+    return Estimate(medians(exact), medians(by_model), medians(by_step))
+
+
+def _finished(root: Path) -> Iterator[tuple[Run, float, float | None]]:
+    """Finished runs, their seconds, and what their sessions took besides; unreadable records are skipped."""
     for record in _records(root):
         try:
             if record.done:
-                yield record.spec(), float(record.summary()["wall_seconds"])
+                seconds = float(record.summary()["wall_seconds"])
+                yield record.spec(), seconds, _besides(record, seconds)
         except (OSError, OverflowError, RecordError, KeyError, TypeError, ValueError):
             continue
+
+
+def _besides(record: Record, seconds: float) -> float | None:
+    """What a run's sessions took besides its steps; None if that is not known."""
+    try:
+        return max(0.0, sum(float(session["wall_seconds"]) for session in record.environments()) - seconds)
+    except (RecordError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _committed(root: Path) -> Iterator[tuple[Run, float]]:
@@ -120,6 +158,10 @@ def _model_key(spec: Run) -> tuple:
 
 
 def _exact_key(spec: Run) -> tuple:
-    step = ("batch_size", "micro_batches", "ranks", "augmentation", "max_length")
     size = ("epochs", "train_examples", "holdout_examples", "test_examples")
-    return *_model_key(spec), spec.rho > 0, *(spec.flat[name] for name in (*step, *size))
+    return *_step_key(spec), *(spec.flat[name] for name in size)
+
+
+def _step_key(spec: Run) -> tuple:
+    step = ("batch_size", "micro_batches", "ranks", "augmentation", "max_length")
+    return *_model_key(spec), spec.rho > 0, *(spec.flat[name] for name in step)

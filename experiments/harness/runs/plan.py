@@ -4,7 +4,7 @@ import contextlib
 import math
 
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, guessed_seconds, load_estimate
+from experiments.harness.runs.estimate import Estimate, disk_bytes, gpu_hours, load_estimate
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.process import cores
 from experiments.harness.runs.record import duration, record_of
@@ -22,27 +22,27 @@ def print_plan(runs: Runs, jobs: int | None) -> None:
         jobs: Number of workers (or GPUs) to plan for; None: one per core, or one GPU.
     """
     specs, results = runs.specs, runs.root
-    estimate, left, alone, unknown = load_estimate(results), 0.0, 0.0, 0
+    estimate, left, longest, alone, unknown = load_estimate(results), 0.0, 0.0, 0.0, 0
     for spec in specs:
         done = record_of(spec, results).done
-        measured = estimate.seconds(spec)
-        seconds = guessed_seconds(spec) if measured is None and spec.device == "cuda" else measured
+        measured = estimate.seconds(spec) is not None
+        seconds = estimate.weight(spec) if measured or spec.device == "cuda" else None
         if not done:
             unknown += seconds is None
             if isinstance(spec, Timing):  # timing runs go one at a time
                 alone += seconds or 0
             else:
-                left += seconds or 0
-        about = "guess:" if measured is None else "about"
+                left, longest = left + (seconds or 0), max(longest, seconds or 0)
+        about = "about" if measured else "guess:"
         when = "done" if done else "time unknown" if seconds is None else f"{about} {duration(seconds)}"
         print(f"{spec.run_id}  {when:<14} {spec.title}")
     waiting = [spec for spec in specs if not record_of(spec, results).done]
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
         jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
-        words = (
-            f"About {duration(left / jobs + alone)} with {jobs} workers" if unknown < len(waiting) else "Time unknown"
-        )
+        where = "runs in this results folder" if estimate.here else "the committed runs, on other machines"
+        words = f"About {duration(max(left / jobs, longest) + alone)} with {jobs} workers, from {where}"
+        words = words if unknown < len(waiting) else "Time unknown"
         unmeasured = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{unmeasured}.")
     if any(spec.device == "cuda" for spec in waiting):
