@@ -121,23 +121,23 @@ def draw_band(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: s
 
 
 def draw_under_way(axes: Axes, curves: pd.DataFrame, cell: Run, seeds: int, column: str, arm: Arm) -> None:
-    """Draw each unfinished run of a cell as a dotted line that ends in a dot; the legend says what that means."""
+    """Draw each unfinished run of a cell as a dotted line that ends in an open dot."""
     if column not in curves:
         return
-    label = "under way" if "under way" not in axes.get_legend_handles_labels()[1] else None
+    label: str | None = f"{arm.called(cell)}, under way"
     for run_id in ids(cell, seeds):
         rows = curves[(curves["run_id"] == run_id) & curves[column].notna()]
         if len(rows):
             epochs, values = (rows[name].to_numpy(dtype=float) for name in ("epoch", column))
-            axes.plot(epochs, values, ls=":", lw=1, color=arm.colour)
-            axes.plot(epochs[-1:], values[-1:], "o", ms=4, color=arm.colour, mfc="none", label=label)
+            style: dict[str, Any] = {"ls": ":", "lw": 1, "color": arm.colour, "mfc": "none", "ms": 4}
+            axes.plot(epochs, values, marker="o", markevery=[len(rows) - 1], label=label, **style)
             label = None
 
 
 def seeds_of(last: Iterable[Interval]) -> str:
     """For a title: the numbers of seeds of some means."""
     counts = sorted({interval.n for interval in last if interval.n})
-    return f"\nn = {' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds" if counts else "\nnot run"
+    return f"\nn = {' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds" if counts else "\nno run has finished"
 
 
 def over_base(cells: Sequence[Run], varies: Sequence[str] = ()) -> dict[Run, Run]:

@@ -11,11 +11,13 @@ from scipy import stats
 from analysis.claims import claims, comparisons, document_claims
 from analysis.collect import Finished
 from analysis.exhibit import Target
+from analysis.forest import panels
 from analysis.frames import Results
 from analysis.publish import documents_of, output_files, target
 from analysis.statistics import bootstrap_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.record import DEFAULT_ROOT
 from tests.analysis.invented import SESSION, any_run, cost_run, curvature_run, results_of
 
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
@@ -199,3 +201,28 @@ def test_text_of_records_is_escaped():
     text, _ = page(run)
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_forest_has_each_comparison_in_its_place_with_effect_n_and_scale():
+    _, runs = page()
+    t = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=2)
+    numbers = document_claims("smoke", runs, {"table1": t}).numbers
+    drawn = panels(numbers, runs.runs)
+    assert [panel.claim for panel in drawn] == list(dict.fromkeys(numbers["claim"]))
+    rows = [row for panel in drawn for row in panel.rows]
+    for row, number in zip(rows, numbers.itertuples(), strict=True):
+        assert (row.where, row.what, row.n, row.verdict) == (number.where, number.what, number.n, number.verdict)
+        cell = CELLS[0]
+        assert row.scale == f"{cell.examples} images, {cell.examples // cell.batch_size * cell.epochs} steps"
+        assert row.effect.startswith(f"{number.difference:+.2f}"[:3])
+    for panel in drawn:
+        of = numbers[numbers["claim"] == panel.claim]
+        for row, number in zip(panel.rows, of.itertuples(), strict=True):
+            assert row.low <= row.middle <= row.high
+            assert (row.middle > panel.line) == (number.difference > 0)
+            assert (row.low > panel.line) == (number.difference - number.half_width > 0)
+        assert "right of the line at 0 supports" in panel.axis
+
+
+def test_the_committed_report_is_below_three_megabytes():
+    assert (DEFAULT_ROOT / "cpu" / "report.html").stat().st_size < 3e6

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from experiments.harness.runs.facts import MODELS, Model, TextSet
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.record import Record
+from experiments.harness.runs.record import DEFAULT_ROOT, Record
 from experiments.harness.runs.run import Run, from_text
 from experiments.harness.runs.spec import Curvature, Timing, Training
 
@@ -83,10 +83,13 @@ def work(spec: Run) -> int:
 
 
 def load_estimate(root: Path) -> Estimate:
-    """The estimate from the finished runs below a results root; where it has none, from the committed runs."""
+    """The estimate from the finished runs below a results root; where it has none, from the committed runs.
+
+    These are the root's or, if it has none, those of this checkout.
+    """
     finished = list(_finished(root))
     local = _medians((spec, seconds) for spec, seconds, _ in finished)
-    committed = _medians(_committed(root))
+    committed = _medians(_committed(root) if any(root.glob("*/runs.csv")) else _committed(DEFAULT_ROOT))
     besides = [other for _, _, other in finished if other is not None]
     return Estimate(
         committed.exact | local.exact,

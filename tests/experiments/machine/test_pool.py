@@ -145,7 +145,8 @@ def test_two_commands_at_once_train_each_run_once(tmp_path):
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_estimates_come_from_measured_runs(tmp_path):
+def test_estimates_come_from_measured_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.harness.runs.estimate.DEFAULT_ROOT", tmp_path)
     assert load_estimate(tmp_path).seconds(SMALL) is None
     run(FOUR[:1], tmp_path)
     seconds = record_of(SMALL, tmp_path).summary()["wall_seconds"]

@@ -82,6 +82,7 @@ def test_every_field_changes_the_run_id():
         "train_examples": 64,
         "test_examples": 64,
         "clip_norm": 1.0,
+        "start_weights": "start.safetensors@0123456789ab",
         "warmup_epochs": 0.5,
         "schedule": "linear",
         "decay": "matrices",
