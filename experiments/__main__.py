@@ -99,13 +99,10 @@ def run(
         return 0
     for spec in waiting:
         record_of(spec, results).create(spec)
-    estimate = load_estimate(results)
-    expected = duration(Forecast(waiting, estimate, min(limits.jobs, len(waiting))).left())
-    print(
-        f"Training {len(waiting)} runs of {runs}; {done} are done. About {expected} with {limits.jobs} workers; corrected "
-        "after the first steps.",
-        flush=True,
-    )
+    estimate, workers = load_estimate(results), min(limits.jobs, len(waiting))
+    time_left = f"About {duration(Forecast(waiting, estimate, workers).left())} with {workers} workers"
+    print(f"Training {len(waiting)} runs of {runs}; {done} are done. {time_left}; corrected after the first steps.")
+    sys.stdout.flush()
     session = Session(results, data_root, provenance)
     outcome = pool.run(waiting, session, limits, estimate=estimate, redo=redo)
     for spec, failure in outcome.failed.items():
