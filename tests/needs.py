@@ -113,4 +113,9 @@ CHECKS = {
     "flock": functools.partial(_program, "flock"),
     "accelerate": functools.partial(_package, "accelerate"),
     "lightning": functools.partial(_package, "lightning"),
+    "pandas": functools.partial(_package, "pandas"),
+    "pytorch_optimizer": functools.partial(_package, "pytorch_optimizer"),
+    "timm": functools.partial(_package, "timm"),
+    "torchvision": functools.partial(_package, "torchvision"),
+    "transformers": functools.partial(_package, "transformers"),
 }
