@@ -116,7 +116,7 @@ format: setup ## Fix style and format
 lock: ## Pin the dependencies in pyproject.toml again (needs uv; LOCK=--upgrade takes the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: install it with pip install uv." >&2; exit 1; }
 	@sed -n '/^#/!q; p' requirements.lock >requirements.lock.new
-	uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --annotation-style line \
+	uv pip compile pyproject.toml --group dev --universal --fork-strategy fewest --annotation-style line \
 	  --no-header --quiet $(LOCK) --output-file requirements.lock
 	@cat requirements.lock >>requirements.lock.new
 	@mv requirements.lock.new requirements.lock
