@@ -1,7 +1,6 @@
 """The site: `make docs` builds it from docs/, the committed results and the docstrings of msam, without a network."""
 
 import re
-from pathlib import Path
 
 from sphinx.application import Sphinx
 
@@ -11,13 +10,13 @@ project = "msam"
 author = copyright = "the msam-reproduction authors"
 version = release = msam.__version__
 
-# The source folder is the repository, so that links between pages, results and code are the same here and in a checkout.
+# The source folder is the repository, so that links between pages, results and code are those of a checkout.
 root_doc = "docs/index"
 include_patterns = ["docs/**", "msam/CHANGELOG.md", "results/cpu/tables/*.md", "benchmarks/results/*.md"]
 exclude_patterns = ["docs/conf.py"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"(torch|collections|msam\.graph|msam\.ways)\..+")]  # of annotations, not on the site
+nitpick_ignore_regex = [("py:class", r"(torch|collections|msam\.graph|msam\.ways)\..+")]  # in annotations
 suppress_warnings = ["toc.empty_glob", "myst.header"]  # tables begin with a heading of the third level
 
 html_theme = "furo"

@@ -1,4 +1,4 @@
-"""README and docs/: every block of code is tested, every number stands in the committed results, every link leads on."""
+"""README and docs/: every block of code is tested, every number is that of the results, every link leads on."""
 
 import csv
 import functools
@@ -35,7 +35,7 @@ class Block(NamedTuple):
 def blocks(page):
     """The fenced blocks of a page, each with the heading above it."""
     title = ""
-    parts = r"^#+ (.+)$|^(?:<!-- (.+?) -->\n)?```(\S*)\n(.*?)^```$"
+    parts = r"^#+ ([^\n]+)$|^(?:<!-- (.+?) -->\n)?```(\S*)\n(.*?)^```$"
     for found in re.finditer(parts, page.read_text(), re.MULTILINE | re.DOTALL):
         if found[1]:
             title = found[1]

@@ -175,6 +175,7 @@ def test_reentrant_checkpointing_is_refused(path):
         assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # torch's warning of a defect in Python 3.13.0
 def test_a_compiled_model():
     model, batch = convnet(), data(8, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager")
