@@ -17,12 +17,13 @@ exclude_patterns = ["docs/conf.py"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nitpicky = True
 nitpick_ignore_regex = [("py:class", r"(torch|collections|msam\.graph|msam\.ways)\..+")]  # in annotations
-suppress_warnings = ["toc.empty_glob", "myst.header"]  # tables begin with a heading of the third level
+smartquotes = False
+suppress_warnings = ["myst.header"]  # tables begin with a heading of the third level
 
 html_theme = "furo"
 html_title = f"msam {version}"
 html_additional_pages = {"index": "to_first_page.html"}
-templates_path = ["templates"]
+templates_path, html_static_path, html_css_files = ["templates"], ["static"], ["wide.css"]
 html_extra_path = ["../build/site-extra"]  # the wheel, put there by make docs
 html_copy_source = html_show_sourcelink = False
 
@@ -31,6 +32,7 @@ nb_execution_mode = "off"  # make notebook runs it; the page shows the outputs t
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+python_maximum_signature_line_length = 100
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 
@@ -57,7 +59,7 @@ def markdown_docstring(app: Sphinx, what: str, name: str, obj: object, options: 
         in_text = in_text and not SECTION.fullmatch(line)
         if in_text and not block and not before and line.startswith("    "):
             block = True
-            shown += ["::", ""]
+            shown += [".. code-block:: text", ""]
         elif block and line and not line.startswith("    "):
             block = False
         shown.append(line if block else escaped(line))

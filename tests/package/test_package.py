@@ -59,7 +59,7 @@ def environment(folder, *requirements):
 
 
 def run(*command, cwd):
-    """A command outside this checkout, with nothing of the environment that could lead back to it. One core is enough."""
+    """A command outside this checkout, on one core, with nothing of the environment that could lead back to it."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     kept["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=kept, capture_output=True, text=True, timeout=900)
