@@ -98,7 +98,7 @@ package: setup ## Build the source distribution and the wheel of msam in dist/, 
 	$(python) -m twine check --strict dist/*
 
 test-package: package ## Test what is shipped: the tests inside the source distribution, the first page, types (3 minutes)
-	$(pytest) tests/package
+	$(python) -m pytest tests/package
 
 docs: package ## Build the site in build/site/ without a network, and check every link (a minute)
 	rm -rf build/site build/site-extra

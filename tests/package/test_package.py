@@ -1,7 +1,8 @@
 """What `make package` has built, used as a stranger uses it: without this checkout, and without the suite's packages.
 
-A virtual environment of these tests is new and holds links to packages of .venv: torch and what it needs, so that they
-are not downloaded again, and a named group of pyproject.toml. The wheel is then installed with pip.
+A virtual environment of these tests is new. It finds some packages of .venv in a folder of links: torch and what it
+needs, so that they are not downloaded again, and what else a test names. The folder is not inside the environment, so
+pip never removes what it holds; and pip gets no index and no settings, so it installs nothing but the wheel.
 """
 
 import os
@@ -35,33 +36,39 @@ SDIST, WHEEL = DIST / f"{NAME}.tar.gz", DIST / f"{NAME}-py3-none-any.whl"
 def needed(requirements):
     """The installed distributions that meet some requirements, with all that these require in turn."""
     found, queue = {}, [Requirement(text) for text in requirements]
+    seen = set()
     while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
-        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
-            continue
-        found[name] = metadata.distribution(name)
-        queue += map(Requirement, found[name].requires or ())
+        extras = {"", *requirement.extras}
+        if (name, frozenset(extras)) not in seen:
+            seen.add((name, frozenset(extras)))
+            found[name] = metadata.distribution(name)
+            more = map(Requirement, found[name].requires or ())
+            queue += [r for r in more if not r.marker or any(r.marker.evaluate({"extra": extra}) for extra in extras)]
     return found.values()
 
 
 def environment(folder, *requirements):
-    """A virtual environment with pip, links to installed packages, and the wheel. Returns its interpreter."""
+    """A virtual environment that finds torch and what meets the requirements, and holds the wheel. Its interpreter."""
     venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    links = folder.with_name("links")
+    links.mkdir()
     for distribution in needed(["torch", *requirements]):
         for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
-            if not (site / top).exists():
-                (site / top).symlink_to(distribution.locate_file(top))
-    run(python, "-m", "pip", "install", "--no-index", "--quiet", WHEEL, cwd=folder)
-    return python
+            if not (links / top).exists():
+                (links / top).symlink_to(distribution.locate_file(top))
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (site / "links.pth").write_text(f"{links}\n")
+    run(folder / "bin" / "python", "-m", "pip", "install", "--no-index", "--quiet", WHEEL, cwd=folder)
+    return folder / "bin" / "python"
 
 
 def run(*command, cwd):
     """A command outside this checkout, on one core, with nothing of the environment that could lead back to it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    kept["OMP_NUM_THREADS"] = "1"
+    ours = ("PIP_", "PYTHON", "VIRTUAL_ENV")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    kept |= {"OMP_NUM_THREADS": "1", "PIP_CONFIG_FILE": os.devnull}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=kept, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
@@ -128,7 +135,7 @@ def test_first_steps(home):
     assert create == "python3 -m venv venv"
     assert install.split() == ["venv/bin/pip", "install", f"./{WHEEL.name}", "scikit-learn"]
     (home / WHEEL.name).symlink_to(WHEEL)
-    run(*install.split(), "--no-index", cwd=home)
+    run(*install.split(), "--no-index", cwd=home)  # again, and scikit-learn, which is there
     (home / "first.py").write_text(script)
     printed = run(*start.split(), cwd=home)
     shares = re.findall(r"^(SGD|SAM|mSAM): ([0-9.]+)% of the test digits are right$", printed, re.MULTILINE)
