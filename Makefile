@@ -30,7 +30,7 @@ exit $$status
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare test-integrations bench soak fuzz lint format lock clean
+.PHONY: help setup reproduce-table1 tune-table1 reproduce-table2 tune-table2 reproduce-table3 reproduce-table4 reproduce-all theory tables figures report check plan submit status test test-fast test-rare package test-package docs notebook bench soak fuzz lint format lock clean test-integrations
 
 help: ## List these commands
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -92,16 +92,34 @@ setup: ## Build .venv from requirements.lock, once; other targets do this when n
 	@PYTHON="$(PYTHON)" sh .ci/setup
 
 test: setup ## Run the tests, four at a time with a core each (some wait for others); warnings are errors
-	$(pytest) -m "not rare"
+	$(pytest) -m "not rare and not own_target"
 
 test-fast: setup ## Run the tests except those marked slow
-	$(pytest) -m "not slow and not rare"
+	$(pytest) -m "not slow and not rare and not own_target"
 
 test-rare: setup ## Run the tests that make test leaves out: whole commands, ranks, kills, models of other libraries
 	$(pytest) -m rare
 
 test-integrations: setup ## Print how right the recipes for other libraries' loops are (installs these once; needs a network)
 	@.ci/integrations
+package: setup ## Build the source distribution and the wheel of msam in dist/, and check them
+	rm -rf dist
+	$(python) -m build --no-isolation --outdir dist . >build.log 2>&1 || { cat build.log; exit 1; }
+	@rm build.log
+	$(python) -m twine check --strict dist/*
+
+test-package: package ## Test what is shipped: the tests inside the source distribution, the first page, types (3 minutes)
+	$(python) -m pytest tests/package
+
+docs: package ## Build the site in build/site/ without a network, and check every link (a minute)
+	rm -rf build/site build/site-extra
+	mkdir -p build/site-extra/downloads
+	cp dist/*.whl build/site-extra/downloads
+	$(python) -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/site
+	$(pytest) tests/site/test_site.py
+
+notebook: setup ## Run the notebook of docs/, and check that it still shows what is committed (two minutes)
+	$(pytest) tests/site/test_notebook.py
 
 bench: setup ## Time msam.backward against other implementations and the bare passes (half an hour); DEVICE=cuda: on a GPU
 	$(if $(DEVICE),$(python) -m benchmarks.gpu --device "$(DEVICE)",$(python) -m benchmarks.backward)
@@ -128,13 +146,13 @@ format: setup ## Fix style and format
 lock: ## Pin the dependencies in pyproject.toml again (needs uv; LOCK=--upgrade takes the newest versions)
 	@command -v uv >/dev/null || { echo "make lock needs uv: install it with pip install uv." >&2; exit 1; }
 	@sed -n '/^#/!q; p' requirements.lock >requirements.lock.new
-	uv pip compile pyproject.toml --all-extras --group integrations --universal --fork-strategy fewest --annotation-style line \
+	uv pip compile pyproject.toml --group dev --universal --fork-strategy fewest --annotation-style line \
 	  --no-header --quiet $(LOCK) --output-file requirements.lock
 	@cat requirements.lock >>requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 
 clean: ## Remove caches and build products, but not results or .venv
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ##@ Variables

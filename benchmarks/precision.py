@@ -55,7 +55,7 @@ def main() -> None:
         "rise / that of float32",
     )
     table = tabulate(rows, headers=head, tablefmt="github", floatfmt=("", "g", "", ".2f", ".2f", ".2f", ".2f"))
-    text = f"<!-- python -m benchmarks.precision --save -->\n{table}\n"
+    text = f"# `python -m benchmarks.precision --save`\n\n{table}\n"
     print(text)
     if arguments.save:
         (Path(__file__).parent / "results" / "precision.md").write_text(text)

@@ -55,7 +55,7 @@ class Step:
 
     @property
     def sharpness(self) -> Tensor:
-        """How much the loss rose under the perturbations: `perturbed_loss - loss`. Shape ()."""
+        """How much the loss rose under the perturbations, `perturbed_loss - loss`. Shape ()."""
         return self.perturbed_loss - self.loss
 
 

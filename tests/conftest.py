@@ -1,10 +1,7 @@
 """For all tests: what a machine lacks is a skip with a sentence as its reason, see `tests/needs.py`."""
 
-from dataclasses import replace
-
 import pytest
 
-from experiments.harness.runs.methods import ARMS
 from tests import needs
 
 
@@ -22,18 +19,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     needs.current = frozenset(need for mark in item.iter_markers("needs") for need in mark.args)
     for need in sorted(needs.current):
         needs.require(need)
-
-
-@pytest.fixture
-def twice(monkeypatch):
-    """An arm that only its block's base defines."""
-    arm = replace(
-        ARMS["base"],
-        name="twice",
-        words="{base}, twice the epochs",
-        change=lambda base: {"epochs": 2 * base["epochs"]},
-        against=("base",),
-        claimed=("base",),
-    )
-    monkeypatch.setitem(ARMS, "twice", arm)
-    return arm

@@ -23,6 +23,7 @@ BY_FIXTURE = {"cluster": "slurm", "loopback": "slurm", "chromium": "browser", "a
 PACKAGES = (
     *("accelerate", "fastai", "ignite", "lightning", "peft", "schedulefree", "skorch", "tensordict"),
     *("torch_geometric", "trl"),
+    *("pandas", "pytorch_optimizer", "tensorboard", "timm", "torchvision", "transformers"),
 )
 """Packages that a test may need, by the names they are imported by."""
 
@@ -119,5 +120,5 @@ CHECKS = {
     "gpu": _gpu,
     "npm": functools.partial(_program, "npm"),
     "flock": functools.partial(_program, "flock"),
-    **{name: functools.partial(_package, name) for name in (*PACKAGES, "tensorboard")},
+    **{name: functools.partial(_package, name) for name in PACKAGES},
 }

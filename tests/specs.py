@@ -1,5 +1,10 @@
-"""The spec that tests start from: change what a test is about with `replace`."""
+"""The spec that tests start from, to be changed with `replace`, and an arm of their own."""
 
+from dataclasses import replace
+
+import pytest
+
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Training
 
 BASE = Training(
@@ -11,3 +16,18 @@ BASE = Training(
     epochs=2,
     batch_size=32,
 )
+
+
+@pytest.fixture
+def twice(monkeypatch):
+    """An arm that only its block's base defines."""
+    arm = replace(
+        ARMS["base"],
+        name="twice",
+        words="{base}, twice the epochs",
+        change=lambda base: {"epochs": 2 * base["epochs"]},
+        against=("base",),
+        claimed=("base",),
+    )
+    monkeypatch.setitem(ARMS, "twice", arm)
+    return arm

@@ -1,45 +1,50 @@
-"""README and docs/: every example is a whole script and runs, every number stands in the committed results."""
+"""README and docs/: every block of code is tested, every number is that of the results, every link leads on."""
 
 import csv
+import functools
+import importlib.util
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+OF_LIBRARY = ROOT / "msam" / "README.md"
+CHANGELOGS = [ROOT / "CHANGELOG.md", ROOT / "msam" / "CHANGELOG.md"]
 COMMITTED = ROOT / "results" / "cpu"
 
-PAGES = {"msam_in_your_own_loop.md": 10, "migration.md": 2}
-"""Pages of examples that are whole scripts, and how many each has."""
+# Code
 
 
-def examples(page):
-    """The scripts of a page: its section, what a comment before it says, and the code."""
-    found = r"^## ([^\n]+)\n(?:(?!^## ).)*?(?:<!-- (.+?) -->\n)?```python\n(.+?)```"
-    return re.findall(found, (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+class Block(NamedTuple):
+    page: Path
+    title: str
+    how: str
+    """What the comment before it says: "needs PACKAGE", "torchrun", "tested by FILE", or nothing."""
+    language: str
+    code: str
 
 
-EXAMPLES = [example for page in PAGES for example in examples(page)]
+def blocks(page):
+    """The fenced blocks of a page, each with the heading above it."""
+    title = ""
+    parts = r"^#+ ([^\n]+)$|^(?:<!-- (.+?) -->\n)?```(\S*)\n(.*?)^```$"
+    for found in re.finditer(parts, page.read_text(), re.MULTILINE | re.DOTALL):
+        if found[1]:
+            title = found[1]
+        else:
+            yield Block(page, title, found[2] or "", found[3], found[4])
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_page_has_its_examples(page):
-    assert len(examples(page)) == (ROOT / "docs" / page).read_text().count("```python") == PAGES[page]
-
-
-def test_recipes_are_python_that_uses_msam():
-    """Their numbers are measured in tests/integrations."""
-    page = "integrations.md"
-    assert len(examples(page)) == (ROOT / "docs" / page).read_text().count("```python") == 11
-    for title, _, code in examples(page):
-        compile(code, title, "exec")
-        assert "import msam\n" in code
-        assert code.count("rho=0.05") == code.count("msam.loss(") == 1
+BLOCKS = [block for page in (README, OF_LIBRARY, *DOCS) for block in blocks(page)]
+EXAMPLES = [block for block in BLOCKS if block.language == "python" and not block.how.startswith("tested by ")]
 
 
 def needs(how):
@@ -47,21 +52,74 @@ def needs(how):
     return [pytest.mark.needs(how.removeprefix("needs "))] if how.startswith("needs ") else []
 
 
+def test_no_block_is_overlooked():
+    assert sum(page.read_text().count("```") for page in (README, OF_LIBRARY, *DOCS)) == 2 * len(BLOCKS)
+    assert {block.language for block in BLOCKS} <= {"python", "diff", "sh", "text", "{toctree}", "{eval-rst}"}
+    assert {block.page.name for block in BLOCKS if block.language == "diff"} == {"extending.md"}  # test_extending.py
+    assert len(EXAMPLES) >= 12
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.how.startswith("tested by ")], ids=lambda b: b.page.name)
+def test_what_tests_a_block_reads_its_page(block):
+    assert block.page.name in (ROOT / block.how.removeprefix("tested by ")).read_text()
+
+
 @pytest.mark.parametrize(
-    ("how", "code"), [pytest.param(how, code, id=title, marks=needs(how)) for title, how, code in EXAMPLES]
+    "block",
+    [pytest.param(b, id=f"{b.page.relative_to(ROOT)}: {b.title}", marks=needs(b.how)) for b in EXAMPLES],
 )
-def test_example_runs(how, code, tmp_path):
+def test_example_runs(block, tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(code)
+    script.write_text(block.code)
     command = [sys.executable, str(script)]
-    if how == "torchrun":
+    if block.how == "torchrun":
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    if how == "torchrun":
+    if block.how == "torchrun":
         weights = re.findall(r"weights (-?[0-9.]+)", done.stdout)
         assert len(weights) == 2
         assert weights[0] == weights[1], "the replicas agree"
+
+
+def test_recipes_are_python_that_uses_msam():
+    """Their numbers are measured in tests/integrations."""
+    recipes = list(blocks(ROOT / "docs/integrations.md"))
+    assert len(recipes) == 11
+    for recipe in recipes:
+        compile(recipe.code, recipe.title, "exec")
+        assert "import msam\n" in recipe.code
+        assert recipe.code.count("rho=0.05") == recipe.code.count("msam.loss(") == 1
+
+
+def test_the_loop_in_readme_lowers_the_loss():
+    """README.md leaves out what every loop has: a model, an optimizer, a loader."""
+    (code,) = [block.code for block in blocks(README)]
+    torch.manual_seed(0)
+    model = torch.nn.Linear(20, 3)
+    names = {
+        "F": torch.nn.functional,
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.5),
+        "loader": [(torch.randn(32, 20), torch.randint(0, 3, (32,)))] * 10,
+    }
+    losses = [(exec(code, names), names["step"].loss)[1] for _ in range(2)]
+    assert losses[1] < losses[0]
+
+
+@functools.cache
+def targets():
+    return re.findall(r"^([a-z][a-z0-9-]*)(%?):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [README, OF_LIBRARY, *CHANGELOGS, *DOCS], ids=lambda page: page.relative_to(ROOT))
+def test_commands_exist(page):
+    """Every `make TARGET` and `python -m MODULE`, in code and in the text."""
+    text = page.read_text()
+    for target in re.findall(r"(?:^|`| {4})make ([a-z][a-z0-9-]*)", text, re.MULTILINE):
+        assert any(target == name or (many and target.startswith(name)) for name, many in targets()), target
+    for module in re.findall(r"python3? -m ([\w.]+)", text):
+        assert (ROOT / module.replace(".", "/")).exists() or importlib.util.find_spec(module), module
 
 
 # Numbers
@@ -168,11 +226,19 @@ def test_readme_is_short():
     assert len(README.read_text().split()) <= 1100
 
 
-@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *CHANGELOGS, *DOCS], ids=lambda page: page.relative_to(ROOT))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_index_page_of_the_library_stands_alone():
+    """It is shown where no file of this repository is: no relative link, no picture."""
+    targets = re.findall(r"\]\(([^)]+)\)", OF_LIBRARY.read_text())
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
+    assert "![" not in OF_LIBRARY.read_text()
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)

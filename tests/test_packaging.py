@@ -19,13 +19,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.dependency_groups import resolve_dependency_groups
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROJECT = PYPROJECT["project"]
-LOCKED_GROUPS = [PYPROJECT["dependency-groups"]["integrations"]]
+PROJECT, GROUPS = PYPROJECT["project"], PYPROJECT["dependency-groups"]
+LOCKED = [name for name in GROUPS if name != "recipes"]  # which have an environment of their own
+DIRECT = [Requirement(text) for text in (*PROJECT["dependencies"], *resolve_dependency_groups(GROUPS, *LOCKED))]
+"""What the library and the folders of this checkout ask for."""
+
 PINS = [
     Requirement(line.split("  #")[0])
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -101,7 +105,7 @@ def wheel(tmp_path_factory):
     for name in ("msam", "experiments", "analysis", "slurm", "tests/msam"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     command = [
         sys.executable,
@@ -130,7 +134,7 @@ def test_wheel_requires_torch_alone(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
     required = [Requirement(r) for r in Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist")]
-    assert [r.name for r in required if "extra" not in str(r.marker)] == ["torch"]
+    assert [r.name for r in required] == ["torch"]
 
 
 def test_only_msam_is_installed(tmp_path):
@@ -164,14 +168,14 @@ def test_lock_pins_everything_once():
 
 def test_lock_meets_pyproject():
     pinned = {pin.name: pin for pin in PINS}
-    wanted = [
-        *PROJECT["dependencies"],
-        *(r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra),
-    ]
-    for requirement in map(Requirement, wanted):
-        if requirement.name != PROJECT["name"]:
-            (version,) = pinned[requirement.name].specifier
-            assert version.version in requirement.specifier, requirement
+    for requirement in DIRECT:
+        (version,) = pinned[requirement.name].specifier
+        assert version.version in requirement.specifier, requirement
+
+
+def test_lock_is_made_from_every_group():
+    assert "uv pip compile pyproject.toml --group dev " in (ROOT / "Makefile").read_text()
+    assert set(resolve_dependency_groups(GROUPS, "dev")) == set(resolve_dependency_groups(GROUPS, *LOCKED))
 
 
 @pytest.mark.parametrize(
@@ -204,8 +208,7 @@ def test_environment_yml_pins_what_the_lock_pins():
     dependencies = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (lines,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     listed = {r.name: str(r.specifier) for r in map(Requirement, (n for n in lines if not n.startswith("-")))}
-    extras = (r for extra in [*PROJECT["optional-dependencies"].values(), *LOCKED_GROUPS] for r in extra)
-    direct = {Requirement(r).name for r in [*PROJECT["dependencies"], *extras]} - {PROJECT["name"]}
+    direct = {requirement.name for requirement in DIRECT}
     assert listed == {pin.name: str(pin.specifier) for pin in PINS if pin.name in direct}
     assert "python=3.11" in dependencies
 

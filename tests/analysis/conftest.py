@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.harness.runs import record
+from tests.specs import twice  # noqa: F401, a fixture
 
 
 @pytest.fixture(autouse=True)

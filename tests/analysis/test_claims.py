@@ -22,7 +22,9 @@ from tests.analysis.invented import SESSION, any_run, cost_run, curvature_run, r
 
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
 OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = (
-    claim for claim in claims() if not claim.startswith(("(ours) Test accuracy", "(ours) ... and than that of SAM", "(ours) ... with"))
+    claim
+    for claim in claims()
+    if not claim.startswith(("(ours) Test accuracy", "(ours) ... and than that of SAM", "(ours) ... with"))
 )
 FLATTER, FLATTER_THAN_BASE, SAM_FLATTER, FLATTER_CONTROL = CURVATURE
 

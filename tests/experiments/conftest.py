@@ -1,10 +1,11 @@
-"""A fixture for the tests of text data."""
+"""Fixtures of the tests of the experiments."""
 
 from dataclasses import replace
 
 import pytest
 
 from experiments.harness.tasks import glue_files
+from tests.specs import twice  # noqa: F401, a fixture
 
 
 @pytest.fixture

@@ -3,8 +3,13 @@
 import pytest
 
 from msam import perturbation
+from tests import needs
 
 IN_BOTH_WAYS = ("test_gradient", "test_properties", "test_precision", "test_composition")
+
+
+collect_ignore_glob = ["zoo*.py"] if any(map(needs.reason, ("timm", "torchvision", "transformers"))) else []
+"""Not imported for their doctests where they cannot be; the tests of `test_zoo.py` then skip."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 import msam
 from tests.msam.small import convnet, data, gradients, loss_of, mlp, reference
@@ -67,6 +66,12 @@ def test_weights_of_any_kind_go_through_output():
     torch.testing.assert_close(step.loss, 0.75 * losses[0] + 0.25 * losses[1])
 
 
+def output_of_transformers(**fields):
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    return SequenceClassifierOutput(**fields)
+
+
 LOSS = torch.zeros((), dtype=torch.float64)
 NOT_A_COUNT = {
     "accuracy": lambda logits, y: (logits.argmax(1) == y).double().mean(),
@@ -75,14 +80,20 @@ NOT_A_COUNT = {
     "a tensor of flags": lambda logits, y: (y == 0).any(),
     "logits": lambda logits, y: logits,
     "a dict": lambda logits, y: {"accuracy": 1.0},
-    "an output": lambda logits, y: SequenceClassifierOutput(logits=logits),
+    "an output": lambda logits, y: output_of_transformers(logits=logits),
     "a string": lambda logits, y: "train",
     "nothing": lambda logits, y: None,
     "counts": lambda logits, y: y,
 }
 
 
-@pytest.mark.parametrize("second", NOT_A_COUNT)
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param(name, marks=pytest.mark.needs("transformers")) if name == "an output" else name
+        for name in NOT_A_COUNT
+    ],
+)
 def test_a_tuples_second_is_a_count_or_refused_with_the_mend(second):
     model, batch = convnet(), data(8, 3, 8, 8)
     before = [b.clone() for b in model.buffers()]
@@ -102,7 +113,9 @@ def test_a_tuples_second_is_a_count_or_refused_with_the_mend(second):
     [
         lambda out: {"loss": out.mean()},
         lambda out: [out.mean(), 3],
-        lambda out: SequenceClassifierOutput(loss=out.mean()),
+        pytest.param(
+            lambda out: output_of_transformers(loss=out.mean()), marks=pytest.mark.needs("transformers"), id="an output"
+        ),
     ],
 )
 def test_what_holds_a_loss_is_not_a_loss(returned):

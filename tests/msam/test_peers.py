@@ -6,11 +6,12 @@ import torch
 import msam
 from tests.msam.small import data, loss_of, mlp
 
-SAM = pytest.importorskip("pytorch_optimizer", reason="pytorch_optimizer is not installed").SAM
 
-
+@pytest.mark.needs("pytorch_optimizer")
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_twenty_steps_of_sgd_with_momentum(adaptive):
+    from pytorch_optimizer import SAM
+
     ours, theirs = mlp(), mlp()
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     optimizer = torch.optim.SGD(ours.parameters(), **settings)

@@ -4,10 +4,8 @@ import copy
 import weakref
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -678,11 +676,13 @@ def test_batch_norm_over_columns(examples):
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("words", [pytest.param("images", marks=pytest.mark.rare), "tokens"])
+@pytest.mark.parametrize(
+    "words", [pytest.param("images", marks=[pytest.mark.rare, pytest.mark.needs("timm")]), "tokens"]
+)
 def test_under_autocast(words):
     """Rounding to bfloat16 moves the gradient no more than it moves the loop's."""
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=3) if words == "images" else Attention(True, False)
+    model = timm_model("resnet10t") if words == "images" else Attention(True, False)
     batch = (torch.randn(8, 3, 32, 32), torch.arange(8) % 3) if words == "images" else data(8, 18)
     batch = batch[0].float(), batch[1]
     nets = [model, copy.deepcopy(model), copy.deepcopy(model).double()]
@@ -763,44 +763,46 @@ def test_asks_for_the_mini_batch_itself_and_for_a_loss_of_the_model():
 
 
 def timm_model(name, **options):
-    return lambda: timm.create_model(name, num_classes=3, **options)
+    import timm
 
-
-def language_model(name, kind, **options):
-    config = getattr(transformers, f"{name}Config")(vocab_size=50, pad_token_id=0, **options)
-    return lambda: getattr(transformers, kind)(config)
+    return timm.create_model(name, num_classes=3, **options)
 
 
 def text_model(kind, **options):
+    import transformers
+
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24} | options
     config = getattr(transformers, f"{kind}Config")(vocab_size=50, num_labels=3, pad_token_id=0, **small)
-    return lambda: getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
 
 
 LIBRARIES = {
-    "ResNet": timm_model("resnet18"),
-    "SE-ResNet": timm_model("seresnet18"),
-    "MobileNet": timm_model("mobilenetv3_small_050"),
-    "ViT": timm_model("vit_tiny_patch16_224", img_size=32, patch_size=8),
-    "DeiT III with LayerScale": timm_model("deit3_small_patch16_224", img_size=32, patch_size=8),
-    "BERT": text_model("Bert"),
-    "RoBERTa": text_model("Roberta"),
-    "Llama": text_model("Llama", num_key_value_heads=2),
+    "ResNet": ("timm", "resnet18", {}),
+    "SE-ResNet": ("timm", "seresnet18", {}),
+    "MobileNet": ("timm", "mobilenetv3_small_050", {}),
+    "ViT": ("timm", "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8}),
+    "DeiT III with LayerScale": ("timm", "deit3_small_patch16_224", {"img_size": 32, "patch_size": 8}),
+    "BERT": ("transformers", "Bert", {}),
+    "RoBERTa": ("transformers", "Roberta", {}),
+    "Llama": ("transformers", "Llama", {"num_key_value_heads": 2}),
 }
 
 
 @pytest.mark.rare
 @pytest.mark.parametrize("examples", [8, 6])  # 6 is the text's length, too
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.needs(library)) for name, (library, *_) in LIBRARIES.items()]
+)
 def test_models_of_other_libraries(name, examples):
     torch.manual_seed(0)
-    model = LIBRARIES[name]().double()
+    library, kind, options = LIBRARIES[name]
+    model = (timm_model if library == "timm" else text_model)(kind, **options).double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     twin = copy.deepcopy(model.train())
     y = torch.arange(examples) % 3
-    if name in ("BERT", "RoBERTa", "Llama"):
+    if library == "transformers":
         ids = torch.randint(1, 50, (examples, 6))
         ids[::2, 4:] = 0
         batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": y}

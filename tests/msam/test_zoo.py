@@ -2,8 +2,13 @@
 
 import pytest
 
-from tests.msam.zoo import check
-from tests.msam.zoo_models import ZOO
+try:
+    from tests.msam.zoo import check
+    from tests.msam.zoo_models import ZOO
+except ModuleNotFoundError:  # the tests skip and name the library
+    ZOO = {}
+
+pytestmark = pytest.mark.needs("timm", "torchvision", "transformers")
 
 
 @pytest.mark.rare
