@@ -29,8 +29,11 @@ def test_twenty_steps_of_sgd_with_momentum(adaptive):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)  # whose norm is taken in float32
 
 
+@pytest.mark.needs("pytorch_optimizer")
 def test_a_closure_without_the_backward_pass_before_it_is_plain_training():
     """What docs/migration.md says of that style; `msam.backward` has no such pass to forget."""
+    from pytorch_optimizer import SAM
+
     plain, theirs, batch = mlp(), mlp(), data(8, 5)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     peer = SAM(theirs.parameters(), torch.optim.SGD, rho=0.2, lr=0.1)
