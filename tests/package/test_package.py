@@ -52,6 +52,8 @@ def needed(requirements):
 def environment(folder, *requirements):
     """A virtual environment that finds torch and what meets the requirements, and holds the wheel. Its interpreter."""
     venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "uninstall", "--yes", "--quiet", "setuptools", cwd=folder)  # older than torch's, on 3.11
     links = folder.with_name("links")
     links.mkdir()
     for distribution in needed(["torch", *requirements]):
@@ -60,8 +62,8 @@ def environment(folder, *requirements):
                 (links / top).symlink_to(distribution.locate_file(top))
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (site / "links.pth").write_text(f"{links}\n")
-    run(folder / "bin" / "python", "-m", "pip", "install", "--no-index", "--quiet", WHEEL, cwd=folder)
-    return folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-index", "--quiet", WHEEL, cwd=folder)
+    return python
 
 
 def run(*command, cwd):
@@ -119,7 +121,7 @@ def test_its_tests_pass_without_this_checkout_and_the_suites_packages(unpacked, 
     python = environment(tmp_path / "venv", *PYPROJECT["dependency-groups"]["test"])
     for name in ("experiments", "timm", "transformers", "scipy"):
         assert run(python, "-c", f"import importlib.util as u; print(u.find_spec({name!r}))", cwd=unpacked) == "None\n"
-    which = ("-q", "-m", "not slow and not rare", "--numprocesses", "4", "--dist", "worksteal")
+    which = ("-q", "-m", "not slow and not rare", "-k", "not a_fault_", "--numprocesses", "4", "--dist", "worksteal")
     printed = run(python, "-m", "pytest", *which, cwd=unpacked)
     passed = int(re.search(r"(\d+) passed", printed)[1])
     assert passed > 1000, printed
