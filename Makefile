@@ -104,7 +104,7 @@ test-integrations: setup ## Print how right the recipes for other libraries' loo
 	@.ci/integrations
 package: setup ## Build the source distribution and the wheel of msam in dist/, and check them
 	rm -rf dist
-	$(python) -m build --no-isolation --outdir dist . >build.log 2>&1 || { cat build.log; exit 1; }
+	$(python) -m build --no-isolation --outdir dist . >build.log 2>&1 || { cat build.log; rm build.log; exit 1; }
 	@rm build.log
 	$(python) -m twine check --strict dist/*
 

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,11 +114,11 @@ def _under_way(targets: Sequence[Target], curves: pd.DataFrame) -> Section:
     rows = []
     for run_id, lines in curves.groupby("run_id", sort=False):
         if run := runs.get(str(run_id)):
-            scores = list(lines[run.score].dropna()) if run.score in lines else []
-            score = f"{100 * scores[-1]:.1f}" if scores and in_percent(run.score) else ""
-            last = lines.iloc[-1]
-            reached = f"{last['epoch']} of {run.flat['epochs']}"
-            rows.append(tuple(map(Cell, (run.title, reached, f"{last.get('train_loss', math.nan):.3f}", score))))
+            last = {str(name): value for name, value in lines.ffill().iloc[-1].items() if not pd.isna(value)}
+            reached = f"{last['epoch']} of {run.flat['epochs']}" if "epoch" in last else f"{len(lines)} measurements"
+            loss = f"{last['train_loss']:.3f}" if isinstance(last.get("train_loss"), float) else ""
+            score = f"{100 * last[run.score]:.1f}" if run.score in last and in_percent(run.score) else ""
+            rows.append(tuple(map(Cell, (run.title, reached, loss, score))))
     origin = "These runs count in no table yet. Accuracy is on the first 1,000 examples, at the last epoch scored."
     columns = ("run", "epoch", "training loss", "accuracy %")
     return Section("under-way", "Runs under way", origin, columns, tuple(rows), (), ())

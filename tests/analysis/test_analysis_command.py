@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import Arguments, run
+from analysis.publish import Refused
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_ranks
 from experiments.harness.runs.record import record_of
@@ -89,7 +90,7 @@ def test_runs_under_way_are_shown_and_marked_and_count_for_nothing(finished):
     record.create(spec)
     for epoch in (1, 2):
         record.append({"epoch": epoch, "train_loss": 1.5 / epoch, "test_accuracy": 0.25 * epoch, "step": epoch})
-    text = analysis("table1", "--results", finished, "--profile", PROFILE).stdout
+    text = run(Arguments(("table1",), profile=PROFILE, results=finished))
     local = finished / "local" / PROFILE
     assert f"1 of 2 runs missing (seed 0 under way, epoch 2 of {spec.epochs})" in text
     assert spec.run_id not in (local / "runs.csv").read_text()
@@ -98,10 +99,20 @@ def test_runs_under_way_are_shown_and_marked_and_count_for_nothing(finished):
     assert f"<td>{spec.title}</td><td>2 of {spec.epochs}</td><td>0.750</td><td>50.0</td>" in "".join(page.split("\n"))
     before = (local / "figures" / "curves.png").read_bytes()
     record.append({"epoch": 3, "train_loss": 0.1, "test_accuracy": 0.9, "step": 3})
-    analysis("table1", "--results", finished, "--profile", PROFILE)
+    run(Arguments(("table1",), profile=PROFILE, results=finished))
     assert (local / "figures" / "curves.png").read_bytes() != before
-    done = analysis("table1", "--results", finished, "--profile", PROFILE, "--publish")
-    assert done.returncode == 2, "a run under way is a missing run"
+    with pytest.raises(Refused, match="table1 lacks 1 of its"):
+        run(Arguments(("table1",), profile=PROFILE, results=finished, publish=True))
+
+
+def test_a_measurement_under_way_has_no_epochs_and_is_shown_too(finished):
+    spec = next(run for run in catalogue.runs("table3", PROFILE) if run.kind == "curvature")
+    record = record_of(spec, finished)
+    record.create(spec)
+    record.append({"step": 1, "steps": 9, "seconds": 1.0, "part": "train", "measure": "density"})
+    run(Arguments(("table1", "table3"), profile=PROFILE, results=finished))
+    page = "".join((finished / "local" / PROFILE / "report.html").read_text().split("\n"))
+    assert f"<td>{spec.title}</td><td>1 measurements</td><td></td><td></td>" in page
 
 
 def test_a_folder_without_any_of_the_runs_is_an_error(tmp_path):

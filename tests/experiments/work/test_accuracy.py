@@ -1,5 +1,6 @@
 """The score during training: it is that of the network, costs little, and changes no bit of the weights."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.harness.machine.verify import verify
 from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
 from experiments.harness.tasks.build import build_task
@@ -65,6 +67,14 @@ def test_the_score_after_the_last_epoch_is_that_of_the_summary(tmp_path):
         train(spec, Session(tmp_path))
         record = record_of(spec, tmp_path)
         assert record.metrics()[-1]["test_accuracy"] == record.summary()["test_accuracy"]
+
+
+def test_a_record_from_before_there_were_such_scores_is_verified_without_them(tmp_path):
+    train(SPEC, Session(tmp_path))
+    record = record_of(SPEC, tmp_path)
+    lines = [{name: value for name, value in line.items() if name != "test_accuracy"} for line in record.metrics()]
+    (record.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert verify(record, Session(tmp_path)) == []
 
 
 def test_the_score_is_on_the_first_thousand_examples():
