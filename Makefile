@@ -8,7 +8,7 @@ PYTHON ?=
 DEVICE ?=
 
 # Checked when make starts, before any set-up.
-profiles := smoke cpu paper
+profiles := smoke cpu gpu paper
 ifeq ($(filter $(PROFILE),$(profiles)),)
 $(error PROFILE is '$(PROFILE)', but must be one of: $(profiles))
 endif

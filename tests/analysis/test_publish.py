@@ -335,7 +335,7 @@ def test_command_line_reports_seeds_left_out_and_problems(tmp_path, monkeypatch,
 
 
 def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
-    fill(tmp_path, [SGD, SAM, MSAM])
+    write_run(tmp_path, SGD, 0.5)
     (tmp_path / "smoke/tables").mkdir(parents=True)
     (tmp_path / "smoke/tables/table1.csv").write_text("a,b\n1,2\n")
     status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
@@ -364,7 +364,7 @@ def test_mistakes_exit_with_status_2(tmp_path, monkeypatch, capsys, arguments, w
 
 
 def test_unwritable_results_are_reported(tmp_path, monkeypatch, capsys):
-    fill(tmp_path, [SGD, SAM, MSAM])
+    write_run(tmp_path, SGD, 0.5)
     (tmp_path / "local").write_text("a file where a folder should be")
     status, _, error = command(monkeypatch, capsys, "--results", tmp_path, "--profile", "smoke")
     assert status == 2

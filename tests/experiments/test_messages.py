@@ -12,7 +12,7 @@ from experiments.harness.runs.checks import PROFILES
 from experiments.harness.runs.run import names
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = "list, plan, fetch, run, status, check, show, verify, tensorboard, clean"
+COMMANDS = "list, plan, fetch, run, status, check, show, verify, export, import, tensorboard, clean"
 
 
 def call(*command, **environment):
