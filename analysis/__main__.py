@@ -37,7 +37,7 @@ class Arguments:
     """Tables, experiments or their grids (table1-tuning), optionally with a number of seeds (table1:8). all: every
     table. Default: table1, and every other table or grid with a finished run that no earlier one shares."""
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
-    """Size of the runs: smoke, cpu or paper."""
+    """Size of the runs: smoke, cpu, gpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
     """Use the seeds 0, ..., N - 1 of each cell. Default: the profile's number of seeds."""
     results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT

@@ -17,7 +17,7 @@ class Runs:
     """The runs that a command works on."""
 
     target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table; see `list`.")]]
-    profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu or paper.")] = "cpu"
+    profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu, gpu or paper.")] = "cpu"
     seeds: Annotated[int | None, arg(help="Number of paired seeds, 0, 1, ...; default: the profile's.")] = None
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
