@@ -192,9 +192,9 @@ def test_run_minutes_exits_with_75_until_nothing_is_left(tmp_path):
     stopped = command("--minutes", "0.02")
     assert stopped.returncode == 75, stopped.stderr
     assert "4 runs are left. The same command resumes." in stopped.stderr
-    assert command("--minutes", "9").returncode == 0
     assert command("--minutes", "0").returncode == 2
     assert command("--per-gpu", "0").returncode == 2
+    assert command("--minutes", "9").returncode == 0
 
 
 def test_runs_that_share_gpus_are_spread_over_them():

@@ -49,7 +49,7 @@ def test_cells_are_distinct_if_a_check_can_see_the_difference():
 
 def test_the_tables_of_the_paper_profile_have_cells_of_every_model_and_method():
     cells = [cell.spec for t in ("table1", "table2") for cell in proof.distinct(catalogue.runs(t, "paper", 1))]
-    published = {name for name, model in MODELS.items() if model.parameters}
+    published = {name for name, model in MODELS.items() if model.parameters} - {"resnet18"}  # of the gpu profile
     four = ("base", "control", "sam", "msam")
     assert {(s.model, s.method) for s in cells} == {(m, k) for m in published for k in four}
 
