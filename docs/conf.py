@@ -16,7 +16,7 @@ include_patterns = ["docs/**", "msam/CHANGELOG.md", "results/cpu/tables/*.md", "
 exclude_patterns = ["docs/conf.py"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 nitpicky = True
-nitpick_ignore_regex = [("py:class", r"(torch|collections|msam\.graph|msam\.ways)\..+")]  # in annotations
+nitpick_ignore_regex = [("py:class", r"(torch|collections|msam\.graph|msam\.ways|msam\.as_loss)\..+")]  # in annotations
 smartquotes = False
 suppress_warnings = ["myst.header"]  # tables begin with a heading of the third level
 

@@ -66,7 +66,7 @@ def diagnose(loss_fn: Callable[[Any], Returned], batch: Any, model: nn.Module, *
         **options: Those of `msam.backward`, but for `passes` and `vectorized`: micro-batches run one after the other.
 
     Returns:
-        What was measured: print it, or use `.on` in an assertion.
+        The measured distances; print them, or use `.on` in an assertion.
 
     Raises:
         ValueError: for `passes` or `vectorized`, which give the same gradient without moving the weights; and as
