@@ -120,6 +120,7 @@ def test_fp16_in_lightning():
     assert (found.cpu() - expected).norm() / expected.norm() < 0.01
 
 
+@pytest.mark.needs("ignite")
 def test_rho_is_replaced_in_a_recipe():
     """What the tests themselves rest on."""
     defined = recipe("ignite", 0.25)["msam_trainer"]
