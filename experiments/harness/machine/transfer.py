@@ -120,18 +120,18 @@ def _copied(folder: Path, root: Path) -> bool:
                     "take the new one."
                 )
             return False
+        names = [name for name in (*TEXTS[:-1], WEIGHTS, TEXTS[-1]) if (folder / name).exists()]
+        contents = {name: _bytes(folder / name) for name in names}  # all of it, before anything here is removed
         mine.remove()
-        for name in (*TEXTS[:-1], WEIGHTS, TEXTS[-1]):
-            most = LARGEST_CHECKPOINT if name == WEIGHTS else LARGEST_TEXT
-            if (folder / name).exists():
-                with write_errors(mine.folder / name), replacing(mine.folder / name) as temporary:
-                    temporary.write_bytes(_bytes(folder / name, most))
+        for name, content in contents.items():
+            with write_errors(mine.folder / name), replacing(mine.folder / name) as temporary:
+                temporary.write_bytes(content)
     return True
 
 
-def _bytes(path: Path, most: int) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
-        return read_bytes(path, most)
+        return read_bytes(path, LARGEST_CHECKPOINT if path.name == WEIGHTS else LARGEST_TEXT)
     except OSError as error:
         raise RecordError(f"{path} cannot be read ({error.strerror}): copy it again.") from error
 

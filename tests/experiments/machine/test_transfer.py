@@ -105,6 +105,17 @@ def test_a_finished_run_is_never_replaced_and_one_that_was_begun_is(archive, tmp
     assert mine.summary() == summary
 
 
+def test_a_record_that_cannot_be_read_leaves_what_was_begun_here(archive, tmp_path):
+    mine = Record(tmp_path / "results", DONE[0])
+    mine.create(Record(FIXTURES, DONE[0]).spec())
+    mine.append({"epoch": 1, "step": 1})
+    take_in(archive, tmp_path / "given")
+    weights = tmp_path / "given/runs" / DONE[0] / "checkpoint.pt"
+    weights.symlink_to("/etc/passwd")
+    assert "cannot be read" in take_in(weights.parent, mine.root).rejected[0]
+    assert mine.metrics() == [{"epoch": 1, "step": 1}]
+
+
 def test_no_file_leaves_the_results(archive, tmp_path):
     """Names with .., absolute names, and links, in an archive and in a folder."""
     outside = tmp_path / "outside"
