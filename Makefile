@@ -102,6 +102,7 @@ test-rare: setup ## Run the tests that make test leaves out: whole commands, ran
 
 test-integrations: setup ## Print how right the recipes for other libraries' loops are (installs these once; needs a network)
 	@.ci/integrations
+
 package: setup ## Build the source distribution and the wheel of msam in dist/, and check them
 	rm -rf dist
 	$(python) -m build --no-isolation --outdir dist . >build.log 2>&1 || { cat build.log; rm build.log; exit 1; }

@@ -93,6 +93,7 @@ def test_plan_counts_finished_and_missing_runs_and_the_time_left(results):
     whole = call("plan", "table1", "--profile", "paper", "--results", str(results))
     assert whole.returncode == 0
     assert "guess: " in whole.stdout
+    assert "workers, a guess." in whole.stdout
 
 
 def test_a_second_call_trains_nothing(results):

@@ -40,8 +40,10 @@ def print_plan(runs: Runs, jobs: int | None) -> None:
     print(f"\n{len(specs)} runs, {len(specs) - len(waiting)} done, {len(waiting)} to do.")
     if waiting:
         jobs = jobs or (cores() if waiting[0].device == "cpu" else 1)  # counting GPUs would load torch
+        guessed = all(estimate.seconds(spec) is None for spec in waiting)
         where = "runs in this results folder" if estimate.here else "the committed runs, on other machines"
-        words = f"About {duration(max(left / jobs, longest) + alone)} with {jobs} workers, from {where}"
+        source = "a guess" if guessed else f"from {where}"
+        words = f"About {duration(max(left / jobs, longest) + alone)} with {jobs} workers, {source}"
         words = words if unknown < len(waiting) else "Time unknown"
         unmeasured = f"; {unknown} of them have no measured step time yet" if unknown else ""
         print(f"{words}{unmeasured}.")
