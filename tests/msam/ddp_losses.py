@@ -31,8 +31,8 @@ class Redirected(nn.Module):
         return msam.loss(loss_of(self.network), batch, self, rho=RHO, micro_batches=2)
 
 
-def steps(rank, ddp, call):
-    """Two steps, since DDP cuts its buckets after the first; what is sent in the second, and when."""
+def reductions(ddp):
+    """A list that gets the size of each bucket that is reduced from now on."""
     sent = []
 
     def hook(_, bucket):
@@ -44,6 +44,12 @@ def steps(rank, ddp, call):
         )
 
     ddp.register_comm_hook(None, hook)
+    return sent
+
+
+def steps(rank, ddp, call):
+    """Two steps, since DDP cuts its buckets after the first; what is sent in the second, and when."""
+    sent = reductions(ddp)
     for _ in range(2):
         ddp.zero_grad()
         sent.clear()

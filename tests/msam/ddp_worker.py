@@ -18,15 +18,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import msam
 from tests.msam import ddp_losses
+from tests.msam.ddp_losses import RHO, shard
 from tests.msam.small import convnet, data, gradients, loss_of, mlp
 
 IGNORED = -100
-RHO = 0.3
-
-
-def shard(batch, sizes, rank):
-    """This rank's examples of a batch whose ranks hold `sizes`."""
-    return tuple(t.split(sizes)[rank] for t in batch)
 
 
 def tensors(ddp):
@@ -36,17 +31,7 @@ def tensors(ddp):
 def equal(rank, vectorized=False, **options):
     """2 ranks x 2 micro-batches; what is sent, and when, by the second step: DDP cuts its buckets after the first."""
     ddp = DDP(mlp(), bucket_cap_mb=1e-4, **options)
-    sent, before_pass = [], []
-
-    def hook(_, bucket):
-        sent.append(bucket.buffer().numel())
-        return (
-            dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
-            .get_future()
-            .then(lambda future: future.value()[0])
-        )
-
-    ddp.register_comm_hook(None, hook)
+    sent, before_pass = ddp_losses.reductions(ddp), []
 
     def loss_fn(part):
         before_pass.append(len(sent))

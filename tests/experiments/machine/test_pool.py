@@ -175,8 +175,13 @@ def test_estimates_use_committed_times_if_there_are_no_local_ones(tmp_path):
 
 def test_runs_stop_with_a_checkpoint_when_the_time_is_over_and_none_begins(tmp_path):
     second = replace(LONG, seed=1)
-    limits = pool.Limits(1, ends=time.monotonic() + 12)
-    outcome = pool.run([LONG, second], Session(tmp_path), limits, estimate=load_estimate(tmp_path))
+
+    class UntilItTrains(pool.Limits):
+        @property
+        def over(self):
+            return bool(record_of(LONG, tmp_path).metrics())
+
+    outcome = pool.run([LONG, second], Session(tmp_path), UntilItTrains(1), estimate=load_estimate(tmp_path))
     assert (outcome.out_of_time, outcome.interrupted, outcome.failed, outcome.trained) == (True, False, {}, [])
     assert record_of(LONG, tmp_path).checkpoint.exists()
     assert not record_of(second, tmp_path).folder.exists()
@@ -195,6 +200,14 @@ def test_run_minutes_exits_with_75_until_nothing_is_left(tmp_path):
     assert command("--minutes", "0").returncode == 2
     assert command("--per-gpu", "0").returncode == 2
     assert command("--minutes", "9").returncode == 0
+
+
+def test_the_time_is_over_after_the_minutes_that_were_given(monkeypatch):
+    limits = pool.limits("cpu", 2, 1, minutes=9, started=1000.0)
+    for now, over in ((1000.0, False), (1539.9, False), (1540.0, True)):
+        monkeypatch.setattr(pool.time, "monotonic", lambda now=now: now)
+        assert limits.over is over
+    assert not pool.limits("cpu", 2, 1, minutes=None, started=0.0).over
 
 
 def test_runs_that_share_gpus_are_spread_over_them():
