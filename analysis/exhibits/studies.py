@@ -74,20 +74,28 @@ def against(field: str, words: str, logarithmic: bool = False) -> Draw:
         bases = over_base(target.cells, target.varies)
         figure, row = row_of_panels(len(panels))
         for axes, (title, rows) in zip(row, panels.items(), strict=True):
+            shown = [cell for cell in rows if cell.flat[field] or not logarithmic]  # such an axis has no place for 0
             draw_zero(axes, (cell for cell in rows if target.arms[cell].name == "base"), target.arms)
             for method in METHODS:
-                line = [cell for cell in rows if target.arms[cell].name == method != "base"]
-                label = METHOD_WORDS[method].format(base=base_name(line[0])) if line else ""
+                line = [cell for cell in shown if target.arms[cell].name == method != "base"]
+                label = _label(line, target) if line else ""
                 draw_points(axes, frame, line, target.seeds, Series(field, label, over=bases), target.arms)
             counted = seeds_of(mean_interval(scores_of(cell, frame, target.seeds)) for cell in rows)
             axes.set(title=f"{title}{counted}", xlabel=words, ylabel=f"accuracy over {base_name(rows[0])}, points")
             limit_to_most(axes)
             if logarithmic:
-                set_ticks(axes, (cell.flat[field] for cell in rows))
+                set_ticks(axes, (cell.flat[field] for cell in shown))
             add_legend(axes)
         return figure
 
     return draw
+
+
+def _label(line: Sequence[Run], target: Target) -> str:
+    """The method of these cells, with its m if they have one."""
+    if len({cell.micro_batches for cell in line}) == 1:
+        return target.arms[line[0]].called(line[0])
+    return METHOD_WORDS[target.arms[line[0]].name].format(base=base_name(line[0]))
 
 
 def against_varied(results: Results, target: Target) -> Figure:
