@@ -2,4 +2,6 @@
 
 from analysis.exhibits.studies import against, study
 
-EXHIBIT = study("rho", "Accuracy against rho", draw=against("rho", "rho", logarithmic=True), place=70)
+against_rho = against("rho", "rho", logarithmic=True)
+
+EXHIBIT = study("rho", "Accuracy against rho", draw=against_rho, place=70)

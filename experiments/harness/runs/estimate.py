@@ -90,7 +90,7 @@ def load_estimate(root: Path) -> Estimate:
     """
     finished = list(_finished(root))
     local = _medians((spec, seconds) for spec, seconds, _ in finished)
-    committed = _medians(_committed(root)) if any(root.glob("*/runs.csv")) else _of_this_checkout()
+    committed = _medians(_committed(root)) if any(root.glob("*/runs.csv")) else _of_committed(DEFAULT_ROOT)
     besides = [other for _, _, other in finished if other is not None]
     return Estimate(
         committed.exact | local.exact,
@@ -102,9 +102,9 @@ def load_estimate(root: Path) -> Estimate:
 
 
 @cache
-def _of_this_checkout() -> Estimate:
-    """The estimate from the committed runs, which a process reads once: there are hundreds."""
-    return _medians(_committed(DEFAULT_ROOT))
+def _of_committed(root: Path) -> Estimate:
+    """The estimate from a root's committed runs, which a process reads once: there are hundreds."""
+    return _medians(_committed(root))
 
 
 OF_A_PROCESS = 1.0

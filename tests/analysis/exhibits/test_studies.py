@@ -129,7 +129,7 @@ def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():
     (axes,) = figure.axes
     drawn = {c.get_label(): c.lines[0] for c in axes.containers}
     assert drawn["SAM"].get_xydata() == pytest.approx(np.array([[0, 3.0], [0.4, 3.0]]))
-    assert drawn["mSAM"].get_ydata() == pytest.approx([5.0, 25.0])
+    assert drawn["mSAM, m=4"].get_ydata() == pytest.approx([5.0, 25.0])
     assert axes.get_title() == "resnet8, cifar10\nn = 2 seeds"
 
 
@@ -195,7 +195,7 @@ def test_a_study_without_a_file_is_printed_drawn_and_published(tmp_path, monkeyp
     (axes,) = exhibit_of("decay").figures[0].draw(results, target("decay", "smoke")).axes
     assert axes.get_xlabel() == "weight decay"
     drawn = {c.get_label(): c.lines[0].get_xdata().tolist() for c in axes.containers}
-    assert drawn["mSAM"] == drawn["SAM"] == [0.0, 0.01]
+    assert drawn["mSAM, m=4"] == drawn["SAM"] == [0.0, 0.01]
 
 
 def test_a_table_with_a_run_of_another_kind_is_rejected(monkeypatch):
