@@ -24,7 +24,9 @@ import experiments
 from experiments.harness.runs.checks import PROFILES, SpecError, unknown
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.run import Run, from_dict, names
-from experiments.harness.runs.spec import SEEDS
+
+SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
+"""Default number of paired seeds (0, 1, ...) of each profile."""
 
 TUNING_SEEDS = 2
 """Number of seeds of a grid, in every profile."""
