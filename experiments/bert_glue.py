@@ -3,22 +3,21 @@
     python -m experiments run bert_glue --profile cpu --data-root FOLDER
     python -m experiments run bert_glue-tuning --profile cpu     # the grid that chose learning rate and rho
 
-cpu: MiniLM on 640 sentences of SST-2, if FOLDER has GLUE, and on 400 movie snippets, which come from PyPI. MiniLM is a
-BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows do not compare with BERT-base's. Rows
-whose data is unavailable stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
+cpu: MiniLM on 1,200 sentences of SST-2, if FOLDER has GLUE, and on 1,200 movie snippets, which come from PyPI, two
+epochs each. MiniLM is a BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows do not compare
+with BERT-base's. Rows whose data is unavailable stay "not run". Each network is scored a second time after dynamic
+quantisation to int8. paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
 
-Learning rates and rho of the cpu profile come from its grid: SAM does best at the smallest rho, where it matches AdamW;
-at 0.1 both SAM and mSAM fail.
+Learning rates and rho of the cpu profile come from its grid. The network has no BatchNorm, so SAM over micro-batches is
+SAM and has no row.
 
-Expected (n=3, +- 95 %): snippets 76.4 +- 0.6 by AdamW, 75.7 +- 4.2 (control), 76.4 +- 0.6 (SAM), 77.1 +- 5.3 (mSAM);
-SST-2 79.5 +- 0.9, 79.3 +- 0.2, 79.5 +- 1.2, 79.2 +- 1.6; majority 50 and 51. One to two minutes a run on one core of an
-AMD EPYC (AVX2).
+Expected: not measured yet with these sizes.
 """
 
 from dataclasses import replace
 
 from experiments.harness.runs.facts import GLUE_GRIDS
-from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms, tuning_grid
+from experiments.harness.runs.grids import all_arms, grid_of_arms
 from experiments.harness.runs.spec import CAPTURED, ON_GPU, Training
 
 TABLE = "table2"
@@ -41,14 +40,16 @@ SMOKE = Training(
     max_length=64,
 )
 
-CPU = replace(SMOKE, profile="cpu", train_examples=640, test_examples=None, epochs=2, max_length=48)
+CPU = replace(SMOKE, profile="cpu", train_examples=1200, test_examples=None, epochs=2, max_length=48)
 SETS = {
-    "snippets": replace(CPU, train_examples=400, test_examples=1000, learning_rate=2e-4),
+    "snippets": replace(CPU, test_examples=1000, learning_rate=2e-4),
     "sst2": replace(CPU, dataset="sst2"),
 }
 
-# Devlin et al. 2019 (BERT, section 4.1): batch 32, 3 epochs, learning rate 2e-5 to 5e-5 chosen on the development set;
-# warm-up over the first tenth and weight decay 0.01 are from its pre-training (appendix A.2).
+# Na, Mehta and Strubell 2022 (arXiv 2205.12694): rho 0.05, batch 32, 128 tokens, learning rate 2e-5 with linear decay
+# and no warm-up, no weight decay, 10 epochs for the tasks in LONG and 3 for the others. They report the best checkpoint
+# on the development set, we the last epoch. Clipping at 1.0, the default of transformers' Trainer, is ours.
+LONG = ("rte", "mrpc", "cola", "stsb")
 PAPER = replace(
     SMOKE,
     profile="paper",
@@ -56,8 +57,9 @@ PAPER = replace(
     train_examples=None,
     test_examples=None,
     learning_rate=2e-5,
+    weight_decay=0.0,
     epochs=3,
-    warmup_epochs=0.3,
+    warmup_epochs=0,
     batch_size=32,
     max_length=128,
     **ON_GPU,
@@ -82,35 +84,55 @@ GPU = replace(
 GPU_TASKS = [replace(GPU, dataset=task) for task in ("cola", "sst2", "stsb")]
 GPU_TASKS += [replace(GPU, dataset=task, max_length=128) for task in ("mrpc", "rte")]
 
-# For encoders fine-tuned with AdamW, SAM's rho is between 1e-4 and 1e-2 in LOG-postech/Sassha@75e2de4 (SqueezeBERT). We
-# do not know the paper's m and rho for mSAM. Until the grid below has run on a GPU, both use rho 1e-2 and mSAM m=8.
+
+def paper_tasks(base: Training) -> list[Training]:
+    """The base optimizer's cell of each task."""
+    return [replace(base, dataset=task, epochs=10 if task in LONG else 3) for task in GLUE_GRIDS]
+
+
+# mSAM's m is ours; its rho, and ASAM's, are to be chosen by the grid, which has not run yet.
+PAPER_RHOS = {"sam": 0.05, "msam": 0.05, "asam": 0.1, "masam": 0.1}
+PAPER_GRID = {
+    **dict.fromkeys(("sam", "msam"), (1e-3, 1e-2, 5e-2, 1e-1)),
+    **dict.fromkeys(("asam", "masam"), (1e-2, 1e-1, 5e-1, 1.0)),
+}
+
+
+def paper_grid(base: Training) -> list[Training]:
+    """The grid of all tasks, of which the largest train on a part."""
+    return [
+        cell
+        for task in paper_tasks(base)
+        for cell in grid_of_arms(
+            replace(task, train_examples=GLUE_GRIDS[task.dataset][0]),
+            micro_batches=8,
+            rhos=PAPER_GRID,
+            holdout_examples=GLUE_GRIDS[task.dataset][1],
+        )
+    ]
+
+
+# What the grid of the cpu profile chose.
+CPU_RHOS = {"snippets": {"sam": 1e-2, "msam": 1e-2}, "sst2": {"sam": 1e-2, "msam": 1e-2}}
+CPU_GRID = dict.fromkeys(("sam", "msam"), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
+
 RUNS = {
-    "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.01, msam_rho=0.01),
-    "cpu": [
-        cell for base in SETS.values() for cell in four_methods(base, micro_batches=4, sam_rho=1e-4, msam_rho=1e-2)
-    ],
+    "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.01, "msam": 0.01}),
+    "cpu": [cell for name, base in SETS.items() for cell in all_arms(base, micro_batches=4, rhos=CPU_RHOS[name])],
     "gpu": [
         cell
         for task in GPU_TASKS
         for cell in all_arms(task, micro_batches=8, rhos={"sam": 0.01, "msam": 0.01, "asam": 0.1, "masam": 0.1})
     ],
-    "paper": [
-        cell
-        for task in GLUE_GRIDS
-        for cell in four_methods(replace(PAPER, dataset=task), micro_batches=8, sam_rho=0.01, msam_rho=0.01)
-    ],
+    "paper": [cell for task in paper_tasks(PAPER) for cell in all_arms(task, micro_batches=8, rhos=PAPER_RHOS)],
 }
 
 TUNING = {
     "cpu": [
         cell
         for base in SETS.values()
-        for cell in tuning_grid(
-            base,
-            micro_batches=[4],
-            learning_rates=(5e-5, 1e-4, 2e-4, 4e-4),
-            rhos=(1e-4, 1e-3, 1e-2, 1e-1),
-            holdout_examples=1000,
+        for cell in grid_of_arms(
+            base, micro_batches=4, learning_rates=(5e-5, 1e-4, 2e-4), rhos=CPU_GRID, holdout_examples=1000
         )
     ],
     "gpu": [
@@ -127,15 +149,5 @@ TUNING = {
             holdout_examples=GLUE_GRIDS[task.dataset][1],
         )
     ],
-    "paper": [
-        cell
-        for task, (examples, holdout) in GLUE_GRIDS.items()
-        for cell in tuning_grid(
-            replace(PAPER, dataset=task, train_examples=examples),
-            micro_batches=(2, 4, 8),
-            rhos=(1e-4, 1e-3, 1e-2, 1e-1),
-            learning_rates=(2e-5, 3e-5, 5e-5),
-            holdout_examples=holdout,
-        )
-    ],
+    "paper": paper_grid(PAPER),
 }
