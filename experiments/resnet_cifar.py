@@ -12,7 +12,7 @@ and 99 seconds per run on one core of an AMD EPYC with AVX512. On an EPYC with A
 
 from dataclasses import replace
 
-from experiments.harness.runs.grids import all_arms, grid_of_arms
+from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms, tuning_grid
 from experiments.harness.runs.spec import CAPTURED, ON_GPU, Training
 
 TABLE = "table1"
@@ -93,13 +93,9 @@ GPU_GRID = {
     **dict.fromkeys(("asam", "masam"), (0.25, 0.5, 1.0, 2.0)),
 }
 
-# What the grid of the cpu profile chose.
-CPU_RHOS = {"sam": 0.05, "shared": 0.05, "msam": 0.1}
-CPU_GRID = dict.fromkeys(("sam", "shared", "msam"), (0.0125, 0.025, 0.05, 0.1, 0.2))
-
 RUNS = {
     "smoke": all_arms(SMOKE, micro_batches=4, rhos=dict.fromkeys(("sam", "shared", "msam"), 0.1)),
-    "cpu": all_arms(CPU, micro_batches=8, rhos=CPU_RHOS),
+    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.05, msam_rho=0.1),
     "gpu": all_arms(GPU, micro_batches=8, rhos=GPU_RHOS),
     "paper": [
         cell
@@ -109,7 +105,7 @@ RUNS = {
 }
 
 TUNING = {
-    "cpu": grid_of_arms(CPU, micro_batches=8, learning_rates=(0.1, 0.2, 0.4, 0.8), rhos=CPU_GRID),
+    "cpu": tuning_grid(CPU, micro_batches=[8], learning_rates=(0.05, 0.1, 0.2, 0.4, 0.8), rhos=(0.025, 0.05, 0.1, 0.2)),
     "gpu": grid_of_arms(GPU, micro_batches=8, learning_rates=(0.2, 0.4, 0.8), rhos=GPU_GRID),
     "paper": [
         cell

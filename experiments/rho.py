@@ -25,5 +25,5 @@ RHOS = {
 RUNS = {}
 for profile, rhos in RHOS.items():
     cells = {arm.name: cell for cell, arm in arms_of(resnet_cifar.RUNS[profile]).items() if cell.dataset == "cifar10"}
-    perturbed = [replace(cells[method], rho=rho) for method in ("sam", "shared", "msam") for rho in rhos]
+    perturbed = [replace(cells[arm], rho=rho) for arm in ("sam", "shared", "msam") if arm in cells for rho in rhos]
     RUNS[profile] = [cells["base"], cells["control"], *perturbed]

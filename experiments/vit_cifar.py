@@ -15,7 +15,7 @@ Expected (n=8, +- 95 %): AdamW 42.5 +- 0.5, over micro-batches 42.5 +- 0.5, SAM 
 
 from dataclasses import replace
 
-from experiments.harness.runs.grids import all_arms, grid_of_arms
+from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms, tuning_grid
 from experiments.harness.runs.spec import CAPTURED, ON_GPU, Training
 
 TABLE = "table1"
@@ -86,13 +86,9 @@ GPU_GRID = {
     **dict.fromkeys(("asam", "masam"), (0.25, 0.5, 1.0, 2.0)),
 }
 
-# What the grid of the cpu profile chose.
-CPU_RHOS = {"sam": 0.0025, "msam": 0.000625}
-CPU_GRID = dict.fromkeys(("sam", "msam"), (0.000625, 0.00125, 0.0025, 0.005, 0.01))
-
 RUNS = {
     "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.1, "msam": 0.1}),
-    "cpu": all_arms(CPU, micro_batches=8, rhos=CPU_RHOS),
+    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.0025, msam_rho=0.000625),
     "gpu": all_arms(GPU, micro_batches=8, rhos=GPU_RHOS),
     "paper": [
         cell
@@ -102,7 +98,12 @@ RUNS = {
 }
 
 TUNING = {
-    "cpu": grid_of_arms(CPU, micro_batches=8, learning_rates=(5e-4, 1e-3, 2e-3, 4e-3), rhos=CPU_GRID),
+    "cpu": tuning_grid(
+        CPU,
+        micro_batches=[8],
+        learning_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        rhos=(0.0003, 0.000625, 0.00125, 0.0025, 0.005, 0.01, 0.02),
+    ),
     "gpu": grid_of_arms(GPU, micro_batches=8, learning_rates=(5e-4, 1e-3, 2e-3), rhos=GPU_GRID),
     "paper": [
         cell

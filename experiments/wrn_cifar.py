@@ -13,7 +13,7 @@ and 81 seconds per run on one core of an AMD EPYC, twice that on another EPYC.
 from dataclasses import replace
 
 from experiments import resnet_cifar
-from experiments.harness.runs.grids import all_arms, grid_of_arms
+from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms, tuning_grid
 from experiments.harness.runs.spec import ON_GPU, Training
 
 TABLE = "table1"
@@ -67,13 +67,9 @@ PAPER_RHOS = {
 # All of CIFAR-10 in minutes a run, with the settings of ResNet-18.
 GPU = replace(resnet_cifar.GPU, model="wrn-16-4")
 
-# What the grid of the cpu profile chose.
-CPU_RHOS = {"sam": 0.2, "shared": 0.2, "msam": 0.1}
-CPU_GRID = dict.fromkeys(("sam", "shared", "msam"), (0.025, 0.05, 0.1, 0.2, 0.4))
-
 RUNS = {
     "smoke": all_arms(SMOKE, micro_batches=4, rhos=dict.fromkeys(("sam", "shared", "msam"), 0.1)),
-    "cpu": all_arms(CPU, micro_batches=8, rhos=CPU_RHOS),
+    "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.2, msam_rho=0.1),
     "gpu": all_arms(GPU, micro_batches=8, rhos=resnet_cifar.GPU_RHOS),
     "paper": [
         cell
@@ -83,7 +79,7 @@ RUNS = {
 }
 
 TUNING = {
-    "cpu": grid_of_arms(CPU, micro_batches=8, learning_rates=(0.05, 0.1, 0.2, 0.4), rhos=CPU_GRID),
+    "cpu": tuning_grid(CPU, micro_batches=[8], learning_rates=(0.05, 0.1, 0.2, 0.4), rhos=(0.025, 0.05, 0.1, 0.2, 0.4)),
     "gpu": grid_of_arms(GPU, micro_batches=8, learning_rates=(0.2, 0.4, 0.8), rhos=resnet_cifar.GPU_GRID),
     "paper": [
         cell

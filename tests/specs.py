@@ -18,16 +18,6 @@ BASE = Training(
 )
 
 
-def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Training]:
-    """A block without further arms: base optimizer, the control over the same micro-batches, SAM and mSAM."""
-    return [
-        base,
-        replace(base, micro_batches=micro_batches),
-        replace(base, rho=sam_rho),
-        replace(base, micro_batches=micro_batches, rho=msam_rho),
-    ]
-
-
 @pytest.fixture
 def twice(monkeypatch):
     """An arm that only its block's base defines."""

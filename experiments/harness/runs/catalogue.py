@@ -25,7 +25,7 @@ from experiments.harness.runs.checks import PROFILES, SpecError, unknown
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.run import Run, from_dict, names
 
-SEEDS = {"smoke": 2, "cpu": 2, "gpu": 8, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
 """Default number of paired seeds (0, 1, ...) of each profile."""
 
 PUBLISHED = "published"
