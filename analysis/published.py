@@ -19,6 +19,7 @@ FORET_NOTE = (
     "The SAM of Foret et al. is already m-SAM: each of 8 devices computes a perturbation from its 32 of the batch's "
     "256 examples."
 )
+NA_LONG = "best checkpoint of 10"
 ERROR_NOTE = "printed as an error; shown as 100 minus the error"
 
 
@@ -177,6 +178,39 @@ NEIGHBOURS = (
         sam="96.74",
         source="S-Sairam/sam-optimizer, README",
         grade="A",
+    ),
+    *(
+        Neighbour(
+            family="encoder",
+            dataset=dataset,
+            setting=f"BERT-base uncased, rho 0.05, batch 32, lr 2e-5, {epochs} epochs, development set, 3 seeds, sd",
+            base=base,
+            sam=sam,
+            source="Na et al. 2022 (arXiv 2205.12694), Table 5",
+            grade="A",
+        )
+        for dataset, epochs, base, sam in (
+            ("CoLA", NA_LONG, "58.1±.4", "59.5±.4"),
+            ("SST-2", "3", "92.7±.1", "93.1±.6"),
+            ("MRPC", f"accuracy, {NA_LONG}", "85.5±1.7", "87.0±.7"),
+            ("STS-B", NA_LONG, "89.0±.1", "89.4±.2"),
+            ("QQP", "3", "91.0±.1", "91.1±.1"),
+            ("MNLI", "matched part, 3", "84.7±.4", "85.3±.2"),
+            ("QNLI", "3", "91.5±.1", "91.3±.6"),
+            ("RTE", NA_LONG, "67.6±1.5", "67.0±.8"),
+        )
+    ),
+    *(
+        Neighbour(
+            family="encoder",
+            dataset=dataset,
+            setting="BERT-base uncased as in their Table 5, after dynamic int8 quantisation, sd",
+            base=base,
+            sam=sam,
+            source="Na et al. 2022 (arXiv 2205.12694), Table 8",
+            grade="A",
+        )
+        for dataset, base, sam in (("MNLI", "78.24±4.00", "83.47±.11"), ("RTE", "56.80±4.51", "65.70±1.65"))
     ),
     *(
         Neighbour(

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.harness.runs.provenance import code_hash
+from experiments.harness.runs.selection import Runs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -238,3 +241,16 @@ def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_pat
         "TensorBoard is not installed (hidden by this test): install it with .venv/bin/python -m pip install "
         "tensorboard, and run again.\n"
     )
+
+
+def test_what_is_published_can_be_left_out_and_seeds_be_those_of_the_committed_tables(monkeypatch, tmp_path):
+    every = Runs("linear_cifar", "cpu", seeds="published").specs
+    assert [spec.seed for spec in every[::2]] == list(range(16)), "seed by seed"
+    assert {spec.seed for spec in Runs("rho", "cpu", seeds="published").specs} == set(range(8))
+    monkeypatch.setattr("experiments.harness.runs.selection.DEFAULT_ROOT", tmp_path)
+    assert Runs("linear_cifar", "cpu", seeds="published", unpublished=True).specs == every
+    (tmp_path / "cpu").mkdir()
+    rows = [(every[0].run_id, code_hash()), (every[1].run_id, "older code")]
+    lines = ["run_id,code", *map(",".join, rows)]
+    (tmp_path / "cpu" / "runs.csv").write_text("\n".join(lines))
+    assert Runs("linear_cifar", "cpu", seeds="published", unpublished=True).specs == every[1:]

@@ -9,7 +9,7 @@ from experiments.harness.runs.files import RecordError, printable
 from experiments.harness.runs.record import Record, RunLocked, in_bytes, record_of
 from experiments.harness.runs.spec import PROFILES, Run
 
-LEFT_BY_KILLED = (".checkpoint.pt.*", ".env.json.*", ".metrics.jsonl.*", ".summary.json.*")
+LEFT_BY_KILLED = (".checkpoint.pt.*", ".env.json.*", ".metrics.jsonl.*", ".predictions.npz.*", ".summary.json.*")
 
 
 @dataclass(frozen=True)

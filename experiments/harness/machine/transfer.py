@@ -21,7 +21,7 @@ from experiments.harness.runs.files import LARGEST_TEXT, RecordError, printable,
 from experiments.harness.runs.record import LARGEST_CHECKPOINT, Record, record_of
 from experiments.harness.runs.spec import Run
 
-TEXTS = ("spec.json", "env.json", "metrics.jsonl", "summary.json")
+FILES = ("spec.json", "env.json", "metrics.jsonl", "predictions.npz", "summary.json")
 """The files of a finished record, in the order in which they are written: the summary, which makes it done, is last."""
 
 WEIGHTS = "checkpoint.pt"
@@ -59,7 +59,7 @@ def pack(specs: Sequence[Run], root: Path, archive: Path, *, weights: bool = Fal
     records = [record for record in (record_of(spec, root) for spec in specs) if record.done]
     if not records:
         raise RecordError(f"None of these runs is done in {root}: train them first, or name another --results.")
-    names = (*TEXTS, WEIGHTS) if weights else TEXTS
+    names = (*FILES, WEIGHTS) if weights else FILES
     with write_errors(archive), replacing(archive) as temporary, tarfile.open(temporary, "w:gz") as tar:
         for record in records:
             for path in (record.folder / name for name in names):
@@ -120,7 +120,7 @@ def _copied(folder: Path, root: Path) -> bool:
                     "take the new one."
                 )
             return False
-        names = [name for name in (*TEXTS[:-1], WEIGHTS, TEXTS[-1]) if (folder / name).exists()]
+        names = [name for name in (*FILES[:-1], WEIGHTS, FILES[-1]) if (folder / name).exists()]
         contents = {name: _bytes(folder / name) for name in names}  # all of it, before anything here is removed
         mine.remove()
         for name, content in contents.items():
@@ -157,7 +157,7 @@ def _folders_of(source: Path) -> Iterator[list[Path]]:
             if number == MOST_FILES:
                 raise RecordError(f"{source} has more than {MOST_FILES} files: it is not an archive of records.")
             path = PurePosixPath(name)
-            if len(path.parts) > 1 and path.name in (*TEXTS, WEIGHTS) and ".." not in path.parts:
+            if len(path.parts) > 1 and path.name in (*FILES, WEIGHTS) and ".." not in path.parts:
                 target = folder / path.parts[-2] / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if path.name != WEIGHTS:

@@ -16,7 +16,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +24,15 @@ import experiments
 from experiments.harness.runs.checks import PROFILES, SpecError, unknown
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.run import Run, from_dict, names
-from experiments.harness.runs.spec import SEEDS
+
+SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
+"""Default number of paired seeds (0, 1, ...) of each profile."""
+
+PUBLISHED = "published"
+"""Instead of a number of seeds: as many as the committed results are to have."""
+
+PUBLISHED_SEEDS = {"cpu": {"table1": 16, "placebo": 16, "table4": 3, "theory": 3}}
+"""Seeds of committed tables by profile, where they differ from `SEEDS`; other tables of the cpu profile have 8."""
 
 TUNING_SEEDS = 2
 """Number of seeds of a grid, in every profile."""
@@ -84,28 +92,47 @@ def cells(target: str, profile: str) -> list[Run]:
     return list(dict.fromkeys(cell for cells_of_one in lists for cell in cells_of_one))
 
 
-def runs(target: str, profile: str, seeds: int | None = None, changes: Sequence[str] = ()) -> list[Run]:
+def runs(target: str, profile: str, seeds: int | str | None = None, changes: Sequence[str] = ()) -> list[Run]:
     """The runs of a target: its cells at their first seed and the next ones, as many as the profile has or `seeds`.
 
     Args:
         target: An experiment, a table, or one of their grids.
         profile: Size of the runs.
-        seeds: Number of seeds; None takes the profile's default.
+        seeds: Number of seeds; None takes the profile's default, `PUBLISHED` that of each committed table.
         changes: "FIELD=VALUE" strings, applied to every run.
 
     Raises:
         SpecError: for an unknown name, a spec that cannot be run, or a target without runs in the profile.
     """
     default = TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
-    if seeds is not None and seeds < 1:
+    if isinstance(seeds, int) and seeds < 1:
         raise SpecError(f"seeds is {seeds}, but must be 1 or more.")
-    specs = with_seeds(cells(target, profile), seeds or default)
+    if seeds == PUBLISHED and not target.endswith("-tuning"):
+        specs = _published(target, profile)
+    else:
+        specs = with_seeds(cells(target, profile), seeds if isinstance(seeds, int) else default)
     if not specs:
         raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another profile with --profile.")
     if not changes:
         return specs
     fields = dict(_change(text) for text in changes)
     return list(dict.fromkeys(from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def published_seeds(table: str, profile: str) -> int:
+    """The number of seeds that a committed table is to have."""
+    usual = 8 if profile == "cpu" else SEEDS.get(profile, 1)
+    return PUBLISHED_SEEDS.get(profile, {}).get(table, usual)
+
+
+def _published(target: str, profile: str) -> list[Run]:
+    """The runs of the committed tables of a target, seed by seed."""
+    chosen = [e for e in catalogue().values() if target in (e.name, e.table, "all")]
+    counted = [(cell, published_seeds(e.table, profile)) for e in chosen for cell in e.runs.get(profile, ())]
+    cells(target, profile)  # which rejects unknown names
+    most = max((seeds for _, seeds in counted), default=0)
+    by_seed = (replace(cell, seed=cell.seed + k) for k in range(most) for cell, seeds in counted if k < seeds)
+    return list(dict.fromkeys(by_seed))
 
 
 def varies(target: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from experiments.harness.runs.spec import Curvature, Network, Timing, Training
 R = TypeVar("R", bound=Run)
 
 GRID_SEED = 100
-"""The first seed of a grid of `grid_of_arms`; tables report the seeds from 0 on."""
+"""The first seed of a grid; tables report the seeds from 0 on."""
 
 
 def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Training]:
@@ -72,13 +72,21 @@ def grid_of_arms(
     base: Training,
     *,
     micro_batches: int,
-    learning_rates: Sequence[float],
     rhos: Mapping[str, Sequence[float]],
+    learning_rates: Sequence[float] = (),
     holdout_examples: int = 5000,
 ) -> list[Training]:
     """The grid for a block of `all_arms`: the base optimizer's learning rate, then the rhos of each perturbed arm.
 
-    Its seeds start at `GRID_SEED`, so no seed that chooses is one that a table reports.
+    Runs are scored on held-out training examples, at seeds from `GRID_SEED` on, so no seed that chooses is one that a
+    table reports.
+
+    Args:
+        base: The base optimizer's cell; rhos are tried at its learning rate.
+        micro_batches: m of the arms that split the mini-batch.
+        rhos: By arm, as many values for each.
+        learning_rates: Those tried without a perturbation; none if a published one is used.
+        holdout_examples: The number of held-out examples.
     """
     base = replace(base, holdout_examples=holdout_examples, seed=GRID_SEED)
     return [

@@ -6,6 +6,7 @@
         metrics.jsonl     one line per epoch, flushed
         checkpoint.pt     the state to resume from, replaced atomically; once the run is done, only the weights
         checkpoint.previous.pt    the checkpoint before it, until the run is done
+        predictions.npz   what the trained network predicts for the scored examples, and their labels
         summary.json      flat numbers and strings, written last: a run without it is not done
         failure.json      why the last attempt failed; removed by the next attempt
 
@@ -87,6 +88,11 @@ class Record:
         return self.folder / "checkpoint.pt"
 
     @property
+    def predictions(self) -> Path:
+        """What the network of a finished training run predicts, see `tasks.task.Evaluation`."""
+        return self.folder / "predictions.npz"
+
+    @property
     def done(self) -> bool:
         """Whether the run is finished, that is, has a summary."""
         return (self.folder / "summary.json").is_file()
@@ -126,7 +132,7 @@ class Record:
         if redo:
             self.remove()
             self.create(spec)
-        for name in ("checkpoint.pt", "env.json", "metrics.jsonl", "summary.json"):
+        for name in ("checkpoint.pt", "env.json", "metrics.jsonl", "predictions.npz", "summary.json"):
             for path in self.folder.glob(f".{name}.*"):  # temporary files of processes that were killed
                 with contextlib.suppress(OSError):
                     path.unlink()
@@ -208,6 +214,15 @@ class Record:
             RecordError: if it cannot be written, for example on a full disk; the old checkpoints are then kept.
         """
         with write_errors(self.checkpoint), replacing(self.checkpoint, self.previous_checkpoint) as temporary:
+            temporary.write_bytes(content)
+
+    def write_predictions(self, content: bytes) -> None:
+        """Replace the predictions, an `.npz`.
+
+        Raises:
+            RecordError: if they cannot be written, for example on a full disk.
+        """
+        with write_errors(self.predictions), replacing(self.predictions) as temporary:
             temporary.write_bytes(content)
 
     def read_checkpoint(self, path: Path) -> bytes | None:

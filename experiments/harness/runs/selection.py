@@ -1,15 +1,28 @@
 """The runs that a command line selects."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_networks
+from experiments.harness.runs.provenance import code_hash
 from experiments.harness.runs.record import DEFAULT_ROOT
 from experiments.harness.runs.spec import Run
+
+
+def published(folder: Path) -> set[str]:
+    """The ids of the committed runs below `folder` that this checkout's training code made."""
+    try:
+        with open(folder / "runs.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError:
+        return set()
+    code = code_hash()
+    return {row["run_id"] for row in rows if row.get("code") == code}
 
 
 @dataclass(frozen=True)
@@ -18,12 +31,18 @@ class Runs:
 
     target: Positional[Annotated[str, arg(metavar="TARGET", help="An experiment or a table; see `list`.")]]
     profile: Annotated[str, arg(metavar="PROFILE", help="Size of the runs: smoke, cpu, gpu or paper.")] = "cpu"
-    seeds: Annotated[int | None, arg(help="Number of paired seeds, 0, 1, ...; default: the profile's.")] = None
+    seeds: Annotated[
+        int | Literal["published"] | None,
+        arg(help="Number of paired seeds, 0, 1, ..., or `published`, as the committed tables; default: the profile's."),
+    ] = None
     set: Annotated[
         UseAppendAction[tuple[str, ...]],
         arg(metavar="FIELD=VALUE", help="Change a field of every spec; tables leave such runs out."),
     ] = ()
     results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
+    unpublished: Annotated[
+        bool, arg(help="Leave out the runs that the committed results have, made by this training code.")
+    ] = False
 
     @property
     def specs(self) -> list[Run]:
@@ -32,7 +51,11 @@ class Runs:
         Raises:
             SpecError: if the target is unknown or its specs cannot be run.
         """
-        return with_networks(catalogue.runs(self.target, self.profile, self.seeds, self.set))
+        specs = catalogue.runs(self.target, self.profile, self.seeds, self.set)
+        if self.unpublished:
+            committed = published(DEFAULT_ROOT / self.profile)
+            specs = [spec for spec in specs if spec.run_id not in committed]
+        return with_networks(specs)
 
     @property
     def root(self) -> Path:

@@ -18,7 +18,6 @@ __all__ = [
     "CAPTURED",
     "ON_GPU",
     "PROFILES",
-    "SEEDS",
     "Curvature",
     "Network",
     "Run",
@@ -29,9 +28,6 @@ __all__ = [
     "from_dict",
     "from_text",
 ]
-
-SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
-"""Default number of paired seeds (0, 1, ...) of each profile."""
 
 ON_GPU: dict[str, Any] = {"device": "cuda", "tf32": True, "fused": True}
 """How the `gpu` and `paper` profiles compute. By the data sheets, autocast to bfloat16 would be up to twice as fast.

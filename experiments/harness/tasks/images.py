@@ -1,6 +1,6 @@
 """The task of a spec for image classification."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from experiments.harness.tasks.augment import Batches, augmented, has_policy, lo
 from experiments.harness.tasks.data import ImageData, load
 from experiments.harness.tasks.image_models import MODELS, build, pixel_statistics
 from experiments.harness.tasks.own_models import load_start, source_hash
-from experiments.harness.tasks.task import Task, generator, subsets, to_device
+from experiments.harness.tasks.task import Evaluation, Task, calibration_error, generator, subsets, to_device
 
 EVALUATION_BATCH = 250
 
@@ -126,20 +126,33 @@ class _Images:
                 x = to_device(next(ahead), self.device)
             yield self.normalise(x), self.labels[chosen]
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy and loss on the test or held-out images, then on the training images."""
+    def evaluate(self) -> Evaluation:
+        """Accuracy, loss and calibration on the test or held-out images, then accuracy and loss on the training images.
+
+        The loss is the mean negative log likelihood, without label smoothing.
+        """
         self.model.eval()
         scores: dict[str, float] = {}
-        for part, (x, y) in self.parts.items():
-            accuracy, loss = _score(lambda images: self.forward(self.model, self.normalise(images)), x, y)
-            scores |= {f"{part}_accuracy": accuracy, f"{part}_loss": loss}
-        return scores
+        predictions = {}
+        for part, (_, labels) in self.parts.items():
+            logits = self.logits(self.model, part, len(labels))
+            scores |= {f"{part}_accuracy": _accuracy(logits, labels), f"{part}_loss": _loss(logits, labels)}
+            if part == self.scored:
+                scores[f"{part}_ece"] = calibration_error(logits, labels)
+                chosen = {part: logits.argmax(1), f"{part}_labels": labels}
+                predictions = {name: classes.cpu().numpy().astype(np.uint8) for name, classes in chosen.items()}
+        return Evaluation(scores, predictions)
 
     def score(self, model: nn.Module, count: int) -> dict[str, float]:
         """Accuracy of a model on the first `count` test or held-out images."""
-        x, y = self.parts[self.scored]
-        accuracy, _ = _score(lambda images: self.forward(model, self.normalise(images)), x[:count], y[:count])
-        return {f"{self.scored}_accuracy": accuracy}
+        labels = self.parts[self.scored][1][:count]
+        return {f"{self.scored}_accuracy": _accuracy(self.logits(model, self.scored, count), labels)}
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, part: str, count: int) -> Tensor:
+        """The logits of the first `count` images of a part, (count, classes) in float32, on the device."""
+        batches = self.parts[part][0][:count].split(EVALUATION_BATCH)
+        return torch.cat([self.forward(model, self.normalise(images)).float() for images in batches])
 
     def sample(self, part: str, count: int) -> tuple[Tensor, Tensor]:
         """The first `count` examples of a part, without augmentation."""
@@ -184,12 +197,10 @@ def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.d
     return torch.tensor(mean, device=device), torch.tensor(std, device=device)
 
 
-@torch.no_grad()
-def _score(forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy."""
-    correct, losses = [], []  # on the device: reading a number would wait for it
-    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        logits = forward(x).float()
-        correct.append((logits.argmax(1) == y).sum())
-        losses.append(F.cross_entropy(logits, y, reduction="sum"))
-    return torch.stack(correct).sum().item() / len(labels), sum(torch.stack(losses).tolist()) / len(labels)
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> float:
+    """The mean cross-entropy."""
+    return F.cross_entropy(logits.double(), labels).item()

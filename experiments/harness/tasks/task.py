@@ -13,6 +13,20 @@ from experiments.harness.runs.spec import Network
 SUBSET_SEED = 0
 """Seed of the permutation that subsets and held-out examples are taken from, the same for every run."""
 
+BINS = 15
+"""Bins of the calibration error, as in Guo et al. 2017 (arXiv 1706.04599)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a network, and what it predicted."""
+
+    scores: dict[str, float]
+    """By name, for example `test_accuracy`."""
+    predictions: dict[str, np.ndarray]
+    """For each scored part, `<part>` (N,) with the predicted classes and `<part>_labels` (N,) with the true ones, both
+    uint8, or float32 for a regression; texts add `<part>_int8`."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -26,8 +40,8 @@ class Task:
     """`batches(epoch, first)`: the mini-batches of an epoch (counted from 0) from batch `first` on. They depend only
     on the seed, the epoch and the position, not on the method or on interruptions."""
     steps_per_epoch: int
-    evaluate: Callable[[], dict[str, float]]
-    """Scores of the current model by name, for example `test_accuracy`; leaves the model in eval mode."""
+    evaluate: Callable[[], Evaluation]
+    """Scores and predictions of the current model; leaves it in eval mode."""
     score: Callable[[nn.Module, int], dict[str, float]]
     """`score(model, count)`: the main score of a model on the first `count` test or held-out examples, in the model's
     present mode."""
@@ -46,6 +60,24 @@ def subsets(spec: Network, available: int) -> tuple[np.ndarray, np.ndarray]:
     order = np.random.default_rng(SUBSET_SEED).permutation(available)
     end = available - spec.holdout_examples
     return order[: min(spec.examples, end)], order[end:]
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """The expected calibration error in [0, 1] of the predicted classes.
+
+    Examples are sorted into `BINS` equal ranges of confidence, the largest probability. The error is the mean over the
+    examples of |accuracy - mean confidence| of their bin.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) classes.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    gaps = (predicted == labels).double() - confidence
+    bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    return torch.zeros(BINS, dtype=gaps.dtype, device=gaps.device).index_add(0, bins, gaps).abs().sum().item() / len(
+        labels
+    )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

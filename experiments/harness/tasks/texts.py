@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, RobertaForSequenceClassification  # noqa: F401
 
@@ -25,7 +23,16 @@ from experiments.harness.tasks.data import load
 from experiments.harness.tasks.glue_files import Texts
 from experiments.harness.tasks.own_models import load_start
 from experiments.harness.tasks.storage import DataError
-from experiments.harness.tasks.task import Task, generator, subsets, to_device
+from experiments.harness.tasks.task import Evaluation, Task, generator, subsets, to_device
+from experiments.harness.tasks.text_scores import (
+    MOST_INT8,
+    evaluation,
+    int8_evaluation,
+    majority,
+    merged,
+    quantised,
+    scores,
+)
 
 EVALUATION_BATCH = 64
 
@@ -89,22 +96,21 @@ def task_of(
 
     @torch.no_grad()
     def outputs_of(model: nn.Module, examples: "_Examples", count: int) -> Tensor:
-        outputs = torch.empty(count, task.outputs)
+        outputs, place = torch.empty(count, task.outputs), next(model.parameters()).device
         for chosen in torch.tensor([i for i in examples.by_length() if i < count]).split(EVALUATION_BATCH):
-            outputs[chosen] = forward(model, examples.batch(chosen.tolist(), device)).cpu()
+            outputs[chosen] = forward(model, examples.batch(chosen.tolist(), place)).cpu()
         return outputs
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> Evaluation:
         model.eval()
-        summary: dict[str, float] = {}
+        parts: list[Evaluation] = []
         for part, examples in scored.items():
-            outputs = outputs_of(model, examples, len(examples))
-            values = scores(task, outputs.numpy(), examples.labels)
-            summary |= {f"{part}_{name}": value for name, value in values.items()}
-            summary[f"{part}_score"] = values[task.metrics[0]]
-            summary[f"{part}_loss"] = loss_of(outputs, torch.from_numpy(examples.targets)).item()
-            summary[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
-        return summary
+            parts.append(evaluation(task, part, outputs_of(model, examples, len(examples)), examples.labels))
+            parts[-1].scores[f"{part}_majority"] = majority(task, trained.labels, examples.labels)
+            if len(examples) <= MOST_INT8 and spec.precision == "float32":
+                outputs = outputs_of(quantised(model), examples, len(examples))
+                parts.append(int8_evaluation(task, part, outputs, examples.labels))
+        return merged(parts)
 
     def score(model: nn.Module, count: int) -> dict[str, float]:
         part, examples = next(iter(scored.items()))
@@ -184,37 +190,6 @@ def check(spec: Network, data_root: Path | None = None) -> None:
     load(spec.dataset, data_root)
     _, model, _ = encoder(spec, text_set(spec.dataset))
     load_start(spec, model)
-
-
-def scores(task: TextSet, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The task's official metrics, each in [-1, 1].
-
-    Args:
-        task: The task.
-        outputs: Logits, (N, classes); for a regression (N, 1).
-        labels: Classes or values, (N,).
-    """
-    predicted = outputs.argmax(1) if task.labels else outputs[:, 0].astype(np.float64)
-    if not task.labels and np.ptp(predicted) == 0:
-        return dict.fromkeys(task.metrics, 0.0)  # the correlation with a constant is undefined
-    known = {
-        "accuracy": lambda: accuracy_score(labels, predicted),
-        "f1": lambda: f1_score(labels, predicted, zero_division=0),
-        "matthews_correlation": lambda: matthews_corrcoef(labels, predicted),
-        "pearson": lambda: pearsonr(predicted, labels).statistic,
-        "spearman": lambda: spearmanr(predicted, labels).statistic,
-    }
-    return {name: float(known[name]()) for name in task.metrics}
-
-
-def majority(task: TextSet, trained: np.ndarray, labels: np.ndarray) -> float:
-    """The score of always predicting the most frequent training label (for a regression, the mean)."""
-    if not task.labels:
-        return 0.0
-    answer = np.bincount(trained, minlength=len(task.labels)).argmax()
-    outputs = np.zeros((len(labels), len(task.labels)))
-    outputs[:, answer] = 1
-    return scores(task, outputs, labels)[task.metrics[0]]
 
 
 class _Examples(Protocol):

@@ -216,11 +216,11 @@ def _scores(context: _Context) -> dict[str, Any]:
     assert trained is not None
     score = replace(trained, curvature_every=0).score
     name = score.partition("_")[2]
-    values = {name: context.task.evaluate()[score]}
+    values = {name: context.task.evaluate().scores[score]}
     if any(isinstance(module, BatchNorm) for module in model.modules()):
         before = copy.deepcopy(model.state_dict())
         update_bn((inputs for inputs, _ in context.task.batches(trained.epochs, 0)), model)
-        values[f"reestimated_{name}"] = context.task.evaluate()[score]
+        values[f"reestimated_{name}"] = context.task.evaluate().scores[score]
         model.load_state_dict(before)
     return values
 

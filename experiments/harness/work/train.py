@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import io
 import math
 import statistics
 import time
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import msam
@@ -245,13 +247,15 @@ def _finish(record: Record, task: Task, state: State, recorder: _Recorder) -> No
     progress, lines = state.progress, record.metrics()
     if state.average is not None:
         task.model.load_state_dict(state.average.module.state_dict())
-    scores = task.evaluate()
+    evaluation = task.evaluate()
+    scores = evaluation.scores
     if bad := sorted(name for name, value in scores.items() if not math.isfinite(value)):
         raise Diverged(
             f"diverged after step {progress.step}: {bad[0]} is {scores[bad[0]]}. Lower learning_rate or rho."
         )
     recorder.tick(0)
     save_weights(record, task.model)
+    record.write_predictions(_packed(evaluation.predictions))
     record.finish(
         {
             **scores,
@@ -264,6 +268,13 @@ def _finish(record: Record, task: Task, state: State, recorder: _Recorder) -> No
             "step_seconds": statistics.median(progress.step_seconds),
         }
     )
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """The arrays as the contents of an `.npz`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
 
 
 def _initial_state(spec: Training, task: Task) -> State:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +29,7 @@ def contents(root: Path) -> dict[str, bytes]:
         f"{path.parent.name}/{path.name}": path.read_bytes()
         for run_id in DONE
         for path in (root / "runs" / run_id).iterdir()
-        if path.name in transfer.TEXTS
+        if path.name in transfer.FILES
     }
 
 
@@ -46,6 +47,16 @@ def test_an_exported_archive_arrives_unchanged_once(archive, tmp_path):
     assert (imported.taken, imported.known, imported.rejected) == (DONE, [], [])
     assert contents(mine) == contents(FIXTURES)
     assert take_in(archive, mine).known == DONE
+
+
+def test_predictions_travel_with_their_record(tmp_path):
+    given, mine = tmp_path / "given", tmp_path / "mine"
+    shutil.copytree(FIXTURES / "runs", given / "runs")
+    record = Record(given, DONE[0])
+    record.write_predictions(b"arrays")
+    pack([record.spec()], given, tmp_path / "one.tar.gz")
+    take_in(tmp_path / "one.tar.gz", mine)
+    assert Record(mine, DONE[0]).predictions.read_bytes() == b"arrays"
 
 
 @pytest.mark.parametrize("form", ["root", "runs", "one", "zip"])

@@ -1,5 +1,6 @@
 """Text tasks on tiny checkpoints in the hub's folder layout: metrics by hand, padding, and the spec's fields."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ import msam
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError, Training
-from experiments.harness.tasks import texts
+from experiments.harness.tasks import text_scores, texts
 from experiments.harness.tasks.build import build_task
 from experiments.harness.tasks.glue_files import TASKS
 from experiments.harness.tasks.storage import DataError
@@ -147,33 +148,33 @@ def test_metrics_by_hand():
     accuracy = 3 / 5
     f1 = 2 * 2 / (2 * 2 + 1 + 1)  # 2 true positives, 1 false positive, 1 false negative
     matthews = (2 * 1 - 1 * 1) / np.sqrt((2 + 1) * (2 + 1) * (1 + 1) * (1 + 1))
-    assert texts.scores(TASKS["mrpc"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
-    assert texts.scores(TASKS["qqp"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
-    assert texts.scores(TASKS["cola"], LOGITS, LABELS) == pytest.approx({"matthews_correlation": matthews})
+    assert text_scores.scores(TASKS["mrpc"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
+    assert text_scores.scores(TASKS["qqp"], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy, "f1": f1})
+    assert text_scores.scores(TASKS["cola"], LOGITS, LABELS) == pytest.approx({"matthews_correlation": matthews})
     for name in ("sst2", "qnli", "rte", "wnli"):
-        assert texts.scores(TASKS[name], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy})
+        assert text_scores.scores(TASKS[name], LOGITS, LABELS) == pytest.approx({"accuracy": accuracy})
     three = np.eye(3)[[0, 2, 1, 1]]
-    assert texts.scores(TASKS["mnli"], three, np.array([0, 2, 1, 0])) == pytest.approx({"accuracy": 3 / 4})
+    assert text_scores.scores(TASKS["mnli"], three, np.array([0, 2, 1, 0])) == pytest.approx({"accuracy": 3 / 4})
 
 
 def test_correlations_by_hand():
     """1 2 3 4 against 1 3 2 10: covariance 3.25, deviations sqrt(1.25) and sqrt(12.5); ranks differ by one twice."""
-    scores = texts.scores(TASKS["stsb"], np.array([[1.0], [3.0], [2.0], [10.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
+    scores = text_scores.scores(TASKS["stsb"], np.array([[1.0], [3.0], [2.0], [10.0]]), np.array([1.0, 2.0, 3.0, 4.0]))
     assert scores["pearson"] == pytest.approx(3.25 / np.sqrt(1.25 * 12.5))
     assert scores["spearman"] == pytest.approx(1 - 6 * 2 / (4 * 15))
     assert scores["pearson"] == pytest.approx(stats.pearsonr([1, 3, 2, 10], [1, 2, 3, 4]).statistic)
 
 
 def test_a_constant_answer_has_no_correlation_and_no_warning():
-    assert texts.scores(TASKS["stsb"], np.ones((4, 1)), np.arange(4.0)) == {"pearson": 0, "spearman": 0}
-    assert texts.scores(TASKS["cola"], np.array([[0.0, 1.0]] * 5), LABELS) == {"matthews_correlation": 0}
+    assert text_scores.scores(TASKS["stsb"], np.ones((4, 1)), np.arange(4.0)) == {"pearson": 0, "spearman": 0}
+    assert text_scores.scores(TASKS["cola"], np.array([[0.0, 1.0]] * 5), LABELS) == {"matthews_correlation": 0}
 
 
 def test_the_majority_score_predicts_the_most_frequent_training_label():
     trained = np.array([0, 0, 1])
-    assert texts.majority(TASKS["rte"], trained, LABELS) == pytest.approx(2 / 5)
-    assert texts.majority(TASKS["cola"], trained, LABELS) == 0
-    assert texts.majority(TASKS["stsb"], np.arange(4.0), np.arange(4.0)) == 0
+    assert text_scores.majority(TASKS["rte"], trained, LABELS) == pytest.approx(2 / 5)
+    assert text_scores.majority(TASKS["cola"], trained, LABELS) == 0
+    assert text_scores.majority(TASKS["stsb"], np.arange(4.0), np.arange(4.0)) == 0
 
 
 def test_micro_batches_have_equal_shapes_and_padding_changes_no_loss(bert, data):
@@ -201,7 +202,7 @@ def test_texts_of_one_length_are_the_same_texts_and_their_batches_have_one_shape
         length = one["input_ids"].shape[1]
         assert all(torch.equal(other[name][:, :length], one[name]) for name in one if name != "labels")
         torch.testing.assert_close(fixed.loss_fn(fixed.model, other), longest.loss_fn(longest.model, one))
-    assert fixed.evaluate() == pytest.approx(longest.evaluate(), rel=1e-5)
+    assert fixed.evaluate().scores == pytest.approx(longest.evaluate().scores, rel=1e-5)
 
 
 def test_the_head_is_paired_by_seed_and_batches_do_not_depend_on_the_method(bert, data):
@@ -278,14 +279,53 @@ def test_matched_and_mismatched_are_scored_on_their_splits(bert, data):
     task = build_task(spec(bert, "mnli"), str(data))
     with torch.no_grad():  # a model whose answers depend on the text
         task.model.classifier.weight.mul_(50)
-    scores = task.evaluate()
+    scores = task.evaluate().scores
     for part, split in (("test", "validation_matched"), ("test_mismatched", "validation_mismatched")):
         rows = columns_of("mnli", split)
         expected = own_accuracy(task, bert, rows["premise"], rows["hypothesis"], rows["label"])
         assert scores[f"{part}_accuracy"] == pytest.approx(expected)
+    kept = task.evaluate().predictions
+    assert set(kept) == {f"test{a}{b}" for a in ("", "_mismatched") for b in ("", "_labels", "_int8")}
+    for part in ("test", "test_mismatched"):
+        right = kept[part] == kept[f"{part}_labels"]
+        assert scores[f"{part}_accuracy"] == right.mean()
+        assert scores[f"{part}_int8_accuracy"] == (kept[f"{part}_int8"] == kept[f"{part}_labels"]).mean()
     first = {name: values[:3] for name, values in columns_of("mnli", "validation_matched").items()}
     expected = own_accuracy(task, bert, first["premise"], first["hypothesis"], first["label"])
     assert task.score(task.model, 3) == {"test_score": pytest.approx(expected)}
+
+
+def test_a_quantised_layer_rounds_weights_and_inputs_to_int8():
+    """Each in its own range: weights symmetrically to 255 steps, inputs to 256 or, without overflow, to 128."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8), nn.GELU())
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(64, 32)
+    weight, bias = model[0].weight.detach(), model[0].bias.detach()
+    with torch.no_grad():
+        outputs = text_scores.quantised(model)(x)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    step = 2 * weight.abs().max() / 255
+    rounded = (weight / step).round().clamp(-128, 127) * step
+    errors = []
+    for levels in (255, 127):
+        grid = (x.max() - x.min()) / levels
+        errors.append((nn.functional.gelu((x / grid).round() * grid @ rounded.T + bias) - outputs).abs().max())
+    exact = nn.functional.gelu(x @ weight.T + bias)
+    assert min(errors) < 0.5 * (outputs - exact).abs().max() < 0.05
+
+
+def test_a_regression_keeps_its_values_and_is_scored_after_quantisation(bert, data):
+    torch.manual_seed(0)
+    task = build_task(spec(bert, "stsb"), str(data))
+    evaluation = task.evaluate()
+    values = evaluation.predictions
+    assert {array.dtype for array in values.values()} == {np.dtype(np.float32)}
+    assert evaluation.scores["test_pearson"] == pytest.approx(
+        stats.pearsonr(values["test"], values["test_labels"]).statistic, abs=1e-5
+    )
+    assert evaluation.scores["test_int8_score"] == evaluation.scores["test_int8_pearson"]
+    assert not any("ece" in name for name in evaluation.scores)
 
 
 def test_the_encoder_comes_from_the_checkpoint_and_the_head_from_the_seed(bert, data, tmp_path):

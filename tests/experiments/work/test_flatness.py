@@ -160,7 +160,7 @@ def test_reestimated_batchnorm_averages_the_batch_statistics_at_the_final_weight
     for layer, seen in inputs.items():
         layer.running_mean.copy_(torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
         layer.running_var.copy_(torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0))
-    expected = task.evaluate()["test_accuracy"]
+    expected = task.evaluate().scores["test_accuracy"]
     summary = numbers(tmp_path, spec)
     assert summary["test_reestimated_accuracy"] == pytest.approx(expected, abs=0.5 / network.test_examples)
     assert summary["test_accuracy"] == record_of(network, tmp_path).summary()["test_accuracy"]

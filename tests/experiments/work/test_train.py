@@ -1,5 +1,6 @@
 """The training loop on real images: bit-for-bit resuming, pairing of methods, and failures."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -245,7 +246,18 @@ def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
         assert torch.equal(weights[name], tensor), name
 
 
-def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The expected calibration error as Guo et al. 2017 define it: the sum over bins (a, b] of |B|/n |acc - conf|."""
+    total, edges = 0.0, np.linspace(0, 1, 16)
+    confidence, predicted = probabilities.max(1), probabilities.argmax(1)
+    for low, high in itertools.pairwise(edges):
+        chosen = (confidence > low) & (confidence <= high)
+        if chosen.any():
+            total += chosen.mean() * abs((predicted == labels)[chosen].mean() - confidence[chosen].mean())
+    return total
+
+
+def test_the_scores_and_predictions_are_those_of_the_saved_weights(tmp_path):
     """Recomputed from the checkpoint, with the data set's original pixels and labels."""
     spec = replace(RESNET, learning_rate=0.02, epochs=6)
     train(spec, Session(tmp_path))
@@ -262,8 +274,18 @@ def test_the_accuracies_are_those_of_the_saved_weights(tmp_path):
     ):
         x = torch.tensor((images / 255 - mean) / deviation, dtype=torch.float32).movedim(-1, 1)
         with torch.no_grad():
-            predicted = model(x).argmax(1).numpy()
-        assert record.summary()[f"{part}_accuracy"] == pytest.approx((predicted == labels).mean(), abs=1e-12)
+            logits = model(x).double()
+        predicted, likelihoods = logits.argmax(1).numpy(), logits.log_softmax(1).numpy()
+        summary = record.summary()
+        assert summary[f"{part}_accuracy"] == pytest.approx((predicted == labels).mean(), abs=1e-12)
+        assert summary[f"{part}_loss"] == pytest.approx(-likelihoods[np.arange(len(labels)), labels].mean(), rel=1e-5)
+        if part == "test":
+            assert summary["test_ece"] == pytest.approx(calibration_error(np.exp(likelihoods), labels), rel=1e-4)
+            with np.load(record.predictions, allow_pickle=False) as kept:
+                assert set(kept) == {"test", "test_labels"}
+                assert kept["test"].dtype == kept["test_labels"].dtype == np.uint8
+                assert (kept["test"] == predicted).all()
+                assert (kept["test_labels"] == labels).all()
     assert record.summary()["train_accuracy"] > 0.15, "chance level, so the test would show nothing"
 
 
@@ -306,7 +328,7 @@ def test_an_averaged_run_ends_with_the_average_of_its_steps(tmp_path):
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), average[name], rtol=1e-4, atol=1e-6)
     task.model.load_state_dict(saved)
-    assert record_of(spec, tmp_path).summary()["test_accuracy"] == task.evaluate()["test_accuracy"]
+    assert record_of(spec, tmp_path).summary()["test_accuracy"] == task.evaluate().scores["test_accuracy"]
 
 
 @pytest.mark.parametrize("spec", [replace(RESNET, cutout=8, ema=0.9), replace(VIT, fused=True)], ids=["resnet", "vit"])
