@@ -114,17 +114,26 @@ def test_known_sums_are_torchvisions() -> None:
         assert known.test_md5 == dict(theirs.test_list)
 
 
-def test_the_cache_loads_within_a_second_without_torch_or_pillow(real: ImageData) -> None:
+def test_the_cache_loads_in_three_times_what_its_hash_takes_without_torch_or_pillow(real: ImageData) -> None:
     script = (
-        "import sys, time; from experiments.harness.tasks.cifar import load_cifar; start = time.process_time();"
-        "load_cifar('cifar10'); print(time.process_time() - start);"
+        "import hashlib, sys, time\n"
+        "from experiments.harness.tasks.cifar import load_cifar\n"
+        "from experiments.harness.tasks.storage import cache_folder\n"
+        "hashed = lambda: hashlib.sha256((cache_folder() / 'cifar10.npz').read_bytes())\n"
+        "def seconds(call):\n"
+        "    start = time.process_time()\n"
+        "    call()\n"
+        "    return time.process_time() - start\n"
+        "seconds(hashed)  # the first call reads from the disk\n"
+        "loading = min(seconds(lambda: load_cifar('cifar10')) for _ in range(3))\n"
+        "print(loading / min(seconds(hashed) for _ in range(3)))\n"
         "sys.exit(bool({'torch', 'torchvision', 'PIL'} & set(sys.modules)))"
     )
     environment = {**os.environ, "MSAM_DATA": ""}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1
+    assert float(done.stdout) < 3
 
 
 @pytest.mark.parametrize(
