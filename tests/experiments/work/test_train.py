@@ -1,11 +1,12 @@
 """The training loop on real images: bit-for-bit resuming, pairing of methods, and failures."""
 
+import contextlib
 import itertools
 import json
 import math
-import subprocess
-import sys
+import signal
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from experiments.harness.work import train as loop
 from experiments.harness.work.session import Diverged, Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 from msam import graph
+from tests.commands import WARM, warm
 from tests.msam.small import Waits
 from tests.msam.stand_in import StandIn
 from tests.specs import BASE
@@ -58,21 +60,24 @@ def numbers(spec: Training, root: Path) -> tuple:
     return lines, summary, {name: t.numpy().tobytes() for name, t in weights.items()}
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from experiments.harness.runs.spec import from_dict
-from experiments.harness.work.session import Session
-from experiments.harness.work.train import train
-spec = from_dict(json.loads(sys.argv[1]))
-report = lambda step, steps: print(step, flush=True)
-train(spec, Session(Path(sys.argv[2]), report=report), checkpoint_seconds=0)
-"""
+def in_a_process(spec: Training, root: Path, kill_after: int | None = None) -> list[int]:
+    """Train in another process, and kill it when it has reported so many steps; returns the steps it reported."""
+    steps, (receiver, sender) = [], WARM.Pipe(duplex=False)
+    process = warm(send_steps, spec, root, sender, torch.get_num_threads())
+    process.start()
+    sender.close()
+    with contextlib.suppress(EOFError):
+        while kill_after is None or len(steps) < kill_after:
+            steps.append(receiver.recv())
+        process.kill()
+    process.join()
+    assert process.exitcode == (0 if kill_after is None else -signal.SIGKILL)
+    return steps
 
 
-def start(spec: Training, root: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(spec.to_dict()), str(root)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+def send_steps(spec: Training, root: Path, to: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    train(spec, Session(root, report=lambda step, steps: to.send(step)), checkpoint_seconds=0)
 
 
 AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout=8, schedule="step", fused=True)
@@ -90,12 +95,8 @@ def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec,
     train(spec, Session(tmp_path / "uninterrupted"))
     first_steps = []
     for kill_after in (3, 4):  # the second kill comes one step later, after the end of an epoch
-        with start(spec, tmp_path / "killed") as process:
-            steps = [int(process.stdout.readline()) for _ in range(kill_after)]
-            process.kill()
-        first_steps.append(steps[0])
-    with start(spec, tmp_path / "killed") as process:
-        steps = [int(line) for line in process.stdout]
+        first_steps.append(in_a_process(spec, tmp_path / "killed", kill_after)[0])
+    steps = in_a_process(spec, tmp_path / "killed")
     assert first_steps[0] == 1
     assert first_steps[1] >= 3, "the second process did not resume"
     assert steps[0] >= first_steps[1] + 3, "the third process did not resume"
