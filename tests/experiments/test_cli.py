@@ -232,13 +232,12 @@ def test_tensorboard_shows_the_metrics_of_the_records(results, tmp_path):
         assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
 
 
-def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_path):
+def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_path, monkeypatch):
     (tmp_path / "tensorboard.py").write_text("raise ImportError('hidden by this test')")
-    words = [sys.executable, "-m", "experiments", "tensorboard", "linear_cifar", "--profile", "smoke"]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*words, "--results", str(results)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.removeprefix("torch.utils.").startswith("tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    done = call("tensorboard", "linear_cifar", "--profile", "smoke", "--results", str(results))
     assert done.returncode == 2
     assert done.stderr == (
         "TensorBoard is not installed (hidden by this test): install it with .venv/bin/python -m pip install "

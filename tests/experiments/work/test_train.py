@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -60,6 +61,14 @@ def numbers(spec: Training, root: Path) -> tuple:
     return lines, summary, {name: t.numpy().tobytes() for name, t in weights.items()}
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A results root with the record of RESNET, which nothing interrupted. A test that changes it copies it first."""
+    root = tmp_path_factory.mktemp("finished")
+    train(RESNET, Session(root, environment={"commit": "abc"}), checkpoint_seconds=1e9)
+    return root
+
+
 def in_a_process(spec: Training, root: Path, kill_after: int | None = None) -> list[int]:
     """Train in another process, and kill it when it has reported so many steps; returns the steps it reported."""
     steps, (receiver, sender) = [], WARM.Pipe(duplex=False)
@@ -104,16 +113,14 @@ def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec,
     assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "uninterrupted")
 
 
-def test_a_run_killed_between_its_final_weights_and_its_summary_is_completed(tmp_path):
-    train(RESNET, Session(tmp_path))
-    before = numbers(RESNET, tmp_path)
-    (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
-    train(RESNET, Session(tmp_path))
-    assert numbers(RESNET, tmp_path) == before
+def test_a_run_killed_between_its_final_weights_and_its_summary_is_completed(finished, tmp_path):
+    root = shutil.copytree(finished, tmp_path / "results")
+    (record_of(RESNET, root).folder / "summary.json").unlink()
+    train(RESNET, Session(root))
+    assert numbers(RESNET, root) == numbers(RESNET, finished)
 
 
-def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(tmp_path):
-    train(RESNET, Session(tmp_path / "uninterrupted"))
+def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(finished, tmp_path):
     stop = iter([False] * 6 + [True])
     with pytest.raises(Interrupted):
         train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(stop)))
@@ -122,7 +129,7 @@ def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(tmp_path):
     reports = []
     train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: reports.append((step, steps))))
     assert reports == [(step, 12) for step in range(7, 13)]
-    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "uninterrupted")
+    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, finished)
 
 
 def test_an_averaged_run_stopped_before_its_first_step_averages_only_its_steps(tmp_path):
@@ -144,18 +151,17 @@ def test_a_damaged_checkpoint_is_rejected_by_name(damage, tmp_path):
         train(RESNET, Session(tmp_path))
 
 
-def test_a_finished_run_is_left_unchanged(tmp_path):
-    train(RESNET, Session(tmp_path))
-    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
-    train(RESNET, Session(tmp_path, report=lambda *_: pytest.fail("trained again")))
-    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+def test_a_finished_run_is_left_unchanged(finished):
+    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, finished).folder.iterdir() if p.name != "lock"}
+    train(RESNET, Session(finished, report=lambda *_: pytest.fail("trained again")))
+    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, finished).folder.iterdir() if p.name != "lock"}
     assert again == written
 
 
-def test_the_times_of_checkpoints_change_no_number(tmp_path):
-    train(RESNET, Session(tmp_path / "rarely"), checkpoint_seconds=1e9)
-    train(RESNET, Session(tmp_path / "always"), checkpoint_seconds=0)
-    assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
+def test_the_times_of_checkpoints_change_no_number(finished, tmp_path):
+    """The finished run has written none before its end."""
+    train(RESNET, Session(tmp_path), checkpoint_seconds=0)
+    assert numbers(RESNET, tmp_path) == numbers(RESNET, finished)
 
 
 def test_a_loss_that_becomes_nan_is_recorded_with_its_step(tmp_path):
@@ -420,9 +426,8 @@ def test_optimizers_are_torchs_own():
     assert build_optimizer(replace(VIT, fused=True), model).defaults["fused"]
 
 
-def test_the_record_of_a_finished_run(tmp_path):
-    train(RESNET, Session(tmp_path, environment={"commit": "abc"}))
-    record = record_of(RESNET, tmp_path)
+def test_the_record_of_a_finished_run(finished):
+    record = record_of(RESNET, finished)
     summary = record.summary()
     assert 0 <= summary["test_accuracy"] <= 1
     assert 0 <= summary["train_accuracy"] <= 1
