@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tests.commands import script
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -69,14 +71,15 @@ def test_what_tests_a_block_reads_its_page(block):
     [pytest.param(b, id=f"{b.page.relative_to(ROOT)}: {b.title}", marks=needs(b.how)) for b in EXAMPLES],
 )
 def test_example_runs(block, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(block.code)
-    command = [sys.executable, str(script)]
-    if block.how == "torchrun":
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    if block.how == "torchrun":
+    path = tmp_path / "train.py"
+    path.write_text(block.code)
+    if block.how != "torchrun":
+        done = script(path)
+        assert done.returncode == 0, done.stderr
+    else:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
         weights = re.findall(r"weights (-?[0-9.]+)", done.stdout)
         assert len(weights) == 2
         assert weights[0] == weights[1], "the replicas agree"

@@ -16,7 +16,25 @@ PATCHES = [
     for section in PAGE.split("\n## ")[1:]
     for patch in re.findall(r"^```diff\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 ]
-TARGETS = ("resnet_cifar", "linear_cifar", "momentum")
+COMMANDS = """
+import sys
+from analysis.__main__ import main as analyse
+from experiments.__main__ import main as experiment
+
+def command(main, *words):
+    sys.argv = ["", *words, *how]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+
+how = sys.argv[1:]
+if __name__ == "__main__":
+    for target in ("resnet_cifar", "linear_cifar", "momentum"):
+        command(experiment, "run", target)
+    command(analyse, "table1", "momentum")
+"""
+"""What a user would type as four commands, in one process."""
 
 
 def touched(patch: str) -> set[str]:
@@ -40,12 +58,10 @@ def results(tmp_path_factory, patched):
     """Its tables and figures after the smoke profile."""
     copy, results = patched, tmp_path_factory.mktemp("results")
     settings = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    how = ("--profile", "smoke", "--seeds", "1", "--results", str(results))
-    for target in TARGETS:
-        command = [sys.executable, "-m", "experiments", "run", target, *how]
-        subprocess.run(command, cwd=copy, env=settings, check=True, capture_output=True)
-    command = [sys.executable, "-m", "analysis", "table1", "momentum", *how]
-    done = subprocess.run(command, cwd=copy, env=settings, text=True, capture_output=True)
+    how = ["--profile", "smoke", "--seeds", "1", "--results", str(results)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *how], cwd=copy, env=settings, text=True, capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     return results / "local" / "smoke"
 

@@ -1,4 +1,4 @@
-"""python -m analysis, run in a subprocess."""
+"""python -m analysis, as a user calls it."""
 
 import subprocess
 import sys
@@ -11,11 +11,14 @@ from analysis.publish import Refused
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_ranks
 from experiments.harness.runs.record import record_of
+from tests.commands import command
 from tests.fixtures.make_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PROFILE = "smoke"
+
+pytestmark = pytest.mark.usefixtures("sketches")  # not in other processes
 
 
 def python(*arguments):
@@ -26,10 +29,6 @@ def python(*arguments):
         text=True,
         timeout=60,
     )
-
-
-def analysis(*arguments):
-    return python("-m", "analysis", *arguments)
 
 
 def written(folder):
@@ -66,7 +65,7 @@ def test_help_imports_nothing_heavy():
 
 
 def test_publishing_with_missing_runs_prints_one_sentence_and_exits_with_2(tmp_path):
-    done = analysis("table1", "--results", tmp_path, "--profile", PROFILE, "--publish")
+    done = command("analysis", "table1", "--results", tmp_path, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -76,10 +75,9 @@ def test_publishing_with_missing_runs_prints_one_sentence_and_exits_with_2(tmp_p
 
 def test_publishing_mixed_code_exits_with_2_and_writes_nothing(finished):
     write_run(finished, catalogue.runs("table1", PROFILE)[-1], 0.5, code="0ther")
-    done = analysis("--results", finished, "--profile", PROFILE, "--publish")
+    done = command("analysis", "--results", finished, "--profile", PROFILE, "--publish")
     assert done.returncode == 2
     assert "several versions of training code (" in done.stderr
-    assert "Traceback" not in done.stderr
     assert written(finished) == set()
 
 
@@ -117,7 +115,7 @@ def test_a_measurement_under_way_has_no_epochs_and_is_shown_too(finished):
 
 def test_a_folder_without_any_of_the_runs_is_an_error(tmp_path):
     (tmp_path / "runs").mkdir()
-    done = analysis("table1", "--results", tmp_path, "--profile", PROFILE)
+    done = command("analysis", "table1", "--results", tmp_path, "--profile", PROFILE)
     assert done.returncode == 2
     count = len(catalogue.runs("table1", PROFILE))
     assert done.stderr == (
@@ -132,10 +130,10 @@ def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):
     for spec in with_ranks(specs, 2):
         write_run(tmp_path, spec, 0.25)
     arguments = ("resnet_cifar", "--results", tmp_path, "--profile", PROFILE)
-    assert analysis(*arguments, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
-    alone = analysis(*arguments).stdout
+    assert command("analysis", *arguments, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
+    alone = command("analysis", *arguments).stdout
     assert alone.count("25.00 ± 0.00 (2)") == 2, "the control and mSAM on two ranks are different runs"
-    refused = analysis(*arguments, "--gpus", "2", "--publish")
+    refused = command("analysis", *arguments, "--gpus", "2", "--publish")
     assert refused.returncode == 2
     assert "--gpus" in refused.stderr
 

@@ -102,7 +102,8 @@ def observe(chromium, axe, page, folder, width):
     return json.loads(html.unescape(match.group(1)))
 
 
-@pytest.mark.parametrize("width", [1280, pytest.param(390, marks=pytest.mark.rare)])
+@pytest.mark.rare
+@pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_sorts_searches_links_to_runs_fits_and_is_accessible(chromium, axe, page, tmp_path, width):
     observed = observe(chromium, axe, page, tmp_path, width)
     rhos = [float(text or "nan") for text in observed["ascending"]]

@@ -195,7 +195,7 @@ def test_every_score_links_to_its_runs_and_nothing_is_fetched():
     assert set(re.findall(r"#run-(\w+)", row)) == {s.run_id for s in with_seeds(CELLS, 2) if s.method == "msam"}
 
 
-def test_text_of_records_is_escaped():
+def test_text_of_records_is_escaped(sketches):
     def run(spec, shifts):
         made = accuracies(spec, shifts)
         return replace(made, sessions=[{**SESSION, "cpu": "<script>alert(1)</script>"}])
@@ -205,7 +205,7 @@ def test_text_of_records_is_escaped():
     assert "&lt;script&gt;alert(1)" in text
 
 
-def test_the_forest_has_each_comparison_in_its_place_with_effect_n_and_scale():
+def test_the_forest_has_each_comparison_in_its_place_with_effect_n_and_scale(sketches):
     _, runs = page()
     t = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=2)
     numbers = document_claims("smoke", runs, {"table1": t}).numbers

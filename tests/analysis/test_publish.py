@@ -20,6 +20,7 @@ from tests.fixtures.make_runs import CONTROL, LINEAR, MSAM, SAM, SGD, write_run
 
 GRID = [replace(SGD, holdout_examples=50, learning_rate=rate) for rate in (0.05, 0.1, 0.2)]
 OTHER = replace(SGD, model="wrn-10-1")
+pytestmark = pytest.mark.usefixtures("sketches")  # rendered ones: exhibits/test_exhibits.py
 FILES = {"runs.csv", "curves.csv", "provenance.jsonl"}
 TABLE = {
     "tables/table1.md",

@@ -12,22 +12,27 @@ import pytest
 
 from experiments.harness.runs.provenance import code_hash
 from experiments.harness.runs.selection import Runs
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return command("experiments", *arguments)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """A results root in which the smoke runs of the linear model are done."""
+def trained(tmp_path_factory):
+    """A results root, and the command that trained the smoke runs of the linear model in it."""
     root = tmp_path_factory.mktemp("results")
-    done = call("run", "linear_cifar", "--profile", "smoke", "--results", str(root))
+    done = call("run", "linear_cifar", "--profile", "smoke", "--jobs", "1", "--results", str(root))
     assert done.returncode == 0, done.stderr
-    return root
+    return root, done
+
+
+@pytest.fixture
+def results(trained):
+    return trained[0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +59,6 @@ def test_mistakes_end_in_a_sentence_and_status_2(arguments, words, tmp_path):
     done = call(*arguments, *(["--results", str(tmp_path)] if len(arguments) > 1 else []))
     assert done.returncode == 2
     assert words in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir()), "something was written"
 
 
@@ -79,7 +83,6 @@ def test_fetch_verifies_the_data_and_trains_nothing(tmp_path):
     rejected = call("fetch", "linear_cifar", "--profile", "smoke", "--data-root", str(tmp_path))
     assert rejected.returncode == 2
     assert "cifar-10-batches-py" in rejected.stderr
-    assert "Traceback" not in rejected.stderr
 
 
 def test_list_names_every_experiment_and_its_cells():
@@ -205,10 +208,10 @@ def test_rows_whose_data_is_unavailable_stay_not_run_and_the_others_train(tmp_pa
     assert len(list(tmp_path.glob("runs/*/summary.json"))) == 1
 
 
-def test_each_row_is_printed_as_soon_as_it_has_a_seed_then_with_its_mean(tmp_path):
-    done = call("run", "linear_cifar", "--profile", "smoke", "--jobs", "1", "--results", str(tmp_path))
+def test_each_row_is_printed_as_soon_as_it_has_a_seed_then_with_its_mean(trained):
+    root, done = trained
     first, second = (line for line in done.stderr.splitlines() if line.startswith("["))
-    values = [100 * json.loads(p.read_text())["test_accuracy"] for p in tmp_path.glob("runs/*/summary.json")]
+    values = [100 * json.loads(p.read_text())["test_accuracy"] for p in root.glob("runs/*/summary.json")]
     assert re.match(r"\[1/2\] linear cifar10 .* seed 0: test accuracy \d+\.\d % in \d+ s; .* left$", first)
     assert f"(mean of 2 seeds: {sum(values) / 2:.1f} %)" in second
 
@@ -229,13 +232,12 @@ def test_tensorboard_shows_the_metrics_of_the_records(results, tmp_path):
         assert [(event.step, event.value) for event in events.Scalars("train_loss")] == losses
 
 
-def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_path):
+def test_without_tensorboard_the_command_says_how_to_install_it(results, tmp_path, monkeypatch):
     (tmp_path / "tensorboard.py").write_text("raise ImportError('hidden by this test')")
-    command = [sys.executable, "-m", "experiments", "tensorboard", "linear_cifar", "--profile", "smoke"]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(
-        [*command, "--results", str(results)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.removeprefix("torch.utils.").startswith("tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    done = call("tensorboard", "linear_cifar", "--profile", "smoke", "--results", str(results))
     assert done.returncode == 2
     assert done.stderr == (
         "TensorBoard is not installed (hidden by this test): install it with .venv/bin/python -m pip install "

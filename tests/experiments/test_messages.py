@@ -1,6 +1,5 @@
 """What a user reads after a mistake, word for word, and nothing is set up, fetched or written first."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +9,14 @@ import pytest
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.checks import PROFILES
 from experiments.harness.runs.run import names
+from tests.commands import command
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = "list, plan, fetch, run, status, check, show, verify, export, import, tensorboard, clean"
 
 
-def call(*command, **environment):
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
-    )
-
-
-def python(*arguments, **environment):
-    return call(sys.executable, "-m", *arguments, **environment)
+def call(*words):
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +83,7 @@ def python(*arguments, **environment):
     ],
 )
 def test_a_wrong_command_line_is_answered_in_the_projects_words(words, message):
-    done = python(*words.split())
+    done = command(*words.split())
     assert (done.stderr, done.stdout, done.returncode) == (f"{message}\n", "", 2)
 
 
@@ -113,7 +107,7 @@ def test_make_rejects_a_setting_before_any_set_up(setting, message):
 
 def test_a_data_root_without_any_of_the_sets_says_what_was_looked_for(tmp_path):
     (tmp_path / "mnist").mkdir()
-    done = python("experiments", "fetch", "table1", "--profile", "smoke", "--data-root", str(tmp_path))
+    done = command("experiments", "fetch", "table1", "--profile", "smoke", "--data-root", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == (
         f"The folder {tmp_path}, given by --data-root, has none of the data sets. It was searched for cifar10 as "
@@ -123,14 +117,14 @@ def test_a_data_root_without_any_of_the_sets_says_what_was_looked_for(tmp_path):
 
 
 def test_an_msam_data_that_does_not_exist_is_an_error_and_one_that_lacks_the_set_is_one_line(tmp_path):
-    command = ("experiments", "fetch", "linear_cifar", "--profile", "smoke")
-    absent = python(*command, MSAM_DATA="/no/where")
+    words = ("experiments", "fetch", "linear_cifar", "--profile", "smoke")
+    absent = command(*words, MSAM_DATA="/no/where")
     assert absent.returncode == 2
     assert absent.stderr == (
         "The folder /no/where, given by MSAM_DATA, does not exist; it was searched for cifar10 as cifar-10-batches-py/ "
         "or cifar-10-python.tar.gz or data_batch_1 or cifar10.npz. Correct it, or leave it out.\n"
     )
-    lacking = python(*command, MSAM_DATA=str(tmp_path))
+    lacking = command(*words, MSAM_DATA=str(tmp_path))
     assert lacking.returncode == 0
     assert lacking.stderr == f"{tmp_path} does not have CIFAR-10: trying the cache, then the network.\n"
 

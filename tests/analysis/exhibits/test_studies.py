@@ -163,6 +163,7 @@ def test_no_committed_figure_is_cut_off(picture):
 
 
 @pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.usefixtures("sketches")
 def test_each_study_has_a_table_and_a_figure_that_follow_its_runs(name):
     t = target(name, "smoke")
     moved = Results.of([study_run(s, 0.1 * (s.rho > 0)) for s in catalogue.runs(name, "smoke", 2)])
@@ -182,7 +183,7 @@ def experiment(monkeypatch, name, cells):
     monkeypatch.setattr(catalogue, "catalogue", lambda: {**known, name: new})
 
 
-def test_a_study_without_a_file_is_printed_drawn_and_published(tmp_path, monkeypatch):
+def test_a_study_without_a_file_is_printed_drawn_and_published(tmp_path, monkeypatch, sketches):
     networks = [c for c in catalogue.cells("rho", "smoke") if c.rho in (0.0, 0.1)]
     cells = [replace(c, weight_decay=decay) for c in networks for decay in (0.0, 0.01)]
     experiment(monkeypatch, "decay", cells)

@@ -117,7 +117,7 @@ def test_the_csv_reproduces_the_table(shown, tmp_path):
     assert again.to_dict("list") == expected.to_dict("list")
 
 
-def test_tables_with_runs_are_shown_without_being_named(root):
+def test_tables_with_runs_are_shown_without_being_named(root, sketches):
     """Table 1 is always shown; Table 2 is not, because the runs are not cells of the project's Table 2."""
     write_run(root, catalogue.runs("table1", "smoke")[0], 0.5)
     shown = run(Arguments(profile="smoke", results=root))

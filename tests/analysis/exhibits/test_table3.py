@@ -63,6 +63,7 @@ def test_the_formats_agree_and_name_the_commit():
     assert "aaaaaaaaaaaa" in shown.origin
 
 
+@pytest.mark.usefixtures("sketches")
 def test_different_numbers_give_different_pictures():
     results = all_results()
     flat, stability = Target("table3", tuple(CELLS), 2), Target("theory", tuple(THEORY), 2)

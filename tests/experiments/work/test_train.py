@@ -1,11 +1,13 @@
 """The training loop on real images: bit-for-bit resuming, pairing of methods, and failures."""
 
+import contextlib
 import itertools
 import json
 import math
-import subprocess
-import sys
+import shutil
+import signal
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from experiments.harness.work import train as loop
 from experiments.harness.work.session import Diverged, Interrupted, Session
 from experiments.harness.work.train import build_optimizer, schedule, train
 from msam import graph
+from tests.commands import WARM, warm
 from tests.msam.small import Waits
 from tests.msam.stand_in import StandIn
 from tests.specs import BASE
@@ -58,21 +61,32 @@ def numbers(spec: Training, root: Path) -> tuple:
     return lines, summary, {name: t.numpy().tobytes() for name, t in weights.items()}
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from experiments.harness.runs.spec import from_dict
-from experiments.harness.work.session import Session
-from experiments.harness.work.train import train
-spec = from_dict(json.loads(sys.argv[1]))
-report = lambda step, steps: print(step, flush=True)
-train(spec, Session(Path(sys.argv[2]), report=report), checkpoint_seconds=0)
-"""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A results root with the record of RESNET, which nothing interrupted. A test that changes it copies it first."""
+    root = tmp_path_factory.mktemp("finished")
+    train(RESNET, Session(root, environment={"commit": "abc"}), checkpoint_seconds=1e9)
+    return root
 
 
-def start(spec: Training, root: Path) -> subprocess.Popen:
-    command = [sys.executable, "-c", SCRIPT, json.dumps(spec.to_dict()), str(root)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
+def in_a_process(spec: Training, root: Path, kill_after: int | None = None) -> list[int]:
+    """Train in another process, and kill it when it has reported so many steps; returns the steps it reported."""
+    steps, (receiver, sender) = [], WARM.Pipe(duplex=False)
+    process = warm(send_steps, spec, root, sender, torch.get_num_threads())
+    process.start()
+    sender.close()
+    with contextlib.suppress(EOFError):
+        while kill_after is None or len(steps) < kill_after:
+            steps.append(receiver.recv())
+        process.kill()
+    process.join()
+    assert process.exitcode == (0 if kill_after is None else -signal.SIGKILL)
+    return steps
+
+
+def send_steps(spec: Training, root: Path, to: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    train(spec, Session(root, report=lambda step, steps: to.send(step)), checkpoint_seconds=0)
 
 
 AVERAGED = replace(RESNET, ema=0.9, augmentation="crop-flip-randaugment", cutout=8, schedule="step", fused=True)
@@ -90,12 +104,8 @@ def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec,
     train(spec, Session(tmp_path / "uninterrupted"))
     first_steps = []
     for kill_after in (3, 4):  # the second kill comes one step later, after the end of an epoch
-        with start(spec, tmp_path / "killed") as process:
-            steps = [int(process.stdout.readline()) for _ in range(kill_after)]
-            process.kill()
-        first_steps.append(steps[0])
-    with start(spec, tmp_path / "killed") as process:
-        steps = [int(line) for line in process.stdout]
+        first_steps.append(in_a_process(spec, tmp_path / "killed", kill_after)[0])
+    steps = in_a_process(spec, tmp_path / "killed")
     assert first_steps[0] == 1
     assert first_steps[1] >= 3, "the second process did not resume"
     assert steps[0] >= first_steps[1] + 3, "the third process did not resume"
@@ -103,16 +113,14 @@ def test_a_killed_and_resumed_run_matches_an_uninterrupted_one_bit_for_bit(spec,
     assert numbers(spec, tmp_path / "killed") == numbers(spec, tmp_path / "uninterrupted")
 
 
-def test_a_run_killed_between_its_final_weights_and_its_summary_is_completed(tmp_path):
-    train(RESNET, Session(tmp_path))
-    before = numbers(RESNET, tmp_path)
-    (record_of(RESNET, tmp_path).folder / "summary.json").unlink()
-    train(RESNET, Session(tmp_path))
-    assert numbers(RESNET, tmp_path) == before
+def test_a_run_killed_between_its_final_weights_and_its_summary_is_completed(finished, tmp_path):
+    root = shutil.copytree(finished, tmp_path / "results")
+    (record_of(RESNET, root).folder / "summary.json").unlink()
+    train(RESNET, Session(root))
+    assert numbers(RESNET, root) == numbers(RESNET, finished)
 
 
-def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(tmp_path):
-    train(RESNET, Session(tmp_path / "uninterrupted"))
+def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(finished, tmp_path):
     stop = iter([False] * 6 + [True])
     with pytest.raises(Interrupted):
         train(RESNET, Session(tmp_path / "stopped", stop=lambda: next(stop)))
@@ -121,7 +129,7 @@ def test_stopping_writes_a_checkpoint_and_the_run_resumes_from_it(tmp_path):
     reports = []
     train(RESNET, Session(tmp_path / "stopped", report=lambda step, steps: reports.append((step, steps))))
     assert reports == [(step, 12) for step in range(7, 13)]
-    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, tmp_path / "uninterrupted")
+    assert numbers(RESNET, tmp_path / "stopped") == numbers(RESNET, finished)
 
 
 def test_an_averaged_run_stopped_before_its_first_step_averages_only_its_steps(tmp_path):
@@ -143,18 +151,17 @@ def test_a_damaged_checkpoint_is_rejected_by_name(damage, tmp_path):
         train(RESNET, Session(tmp_path))
 
 
-def test_a_finished_run_is_left_unchanged(tmp_path):
-    train(RESNET, Session(tmp_path))
-    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
-    train(RESNET, Session(tmp_path, report=lambda *_: pytest.fail("trained again")))
-    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, tmp_path).folder.iterdir() if p.name != "lock"}
+def test_a_finished_run_is_left_unchanged(finished):
+    written = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, finished).folder.iterdir() if p.name != "lock"}
+    train(RESNET, Session(finished, report=lambda *_: pytest.fail("trained again")))
+    again = {p.name: p.stat().st_mtime_ns for p in record_of(RESNET, finished).folder.iterdir() if p.name != "lock"}
     assert again == written
 
 
-def test_the_times_of_checkpoints_change_no_number(tmp_path):
-    train(RESNET, Session(tmp_path / "rarely"), checkpoint_seconds=1e9)
-    train(RESNET, Session(tmp_path / "always"), checkpoint_seconds=0)
-    assert numbers(RESNET, tmp_path / "rarely") == numbers(RESNET, tmp_path / "always")
+def test_the_times_of_checkpoints_change_no_number(finished, tmp_path):
+    """The finished run has written none before its end."""
+    train(RESNET, Session(tmp_path), checkpoint_seconds=0)
+    assert numbers(RESNET, tmp_path) == numbers(RESNET, finished)
 
 
 def test_a_loss_that_becomes_nan_is_recorded_with_its_step(tmp_path):
@@ -215,8 +222,8 @@ def test_an_epoch_can_be_resumed_at_any_batch():
     ids=str,
 )
 def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
-    """The loop's weights match those of a hand-written loop bit for bit."""
-    spec = replace(RESNET, **{"micro_batches": 4, "clip_norm": None, **change})
+    """The loop's weights match those of a hand-written loop bit for bit; a change needs one epoch to show."""
+    spec = replace(RESNET, **{"micro_batches": 4, "clip_norm": None, "epochs": 1 if change else 3, **change})
     train(spec, Session(tmp_path))
     torch.manual_seed(spec.seed)
     task = build_task(spec)
@@ -231,9 +238,10 @@ def test_the_loop_is_the_method_with_a_stock_optimizer(change, tmp_path):
         model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=change.get("nesterov", False)
     )
     model.train()
-    for epoch in range(3):
+    for epoch in range(spec.epochs):
         for index, (x, y) in enumerate(task.batches(epoch, 0)):
-            optimizer.param_groups[0]["lr"] = 0.1 * (0.5 * (1 + math.cos(math.pi * (4 * epoch + index) / 12)))
+            progress = (4 * epoch + index) / (4 * spec.epochs)
+            optimizer.param_groups[0]["lr"] = 0.1 * (0.5 * (1 + math.cos(math.pi * progress)))
             optimizer.zero_grad()
             options = {"adaptive": change.get("adaptive", False), "shared": change.get("shared", False)}
             options |= {"rho": change.get("rho", 0.1), "micro_batches": change.get("micro_batches", 4)}
@@ -419,9 +427,8 @@ def test_optimizers_are_torchs_own():
     assert build_optimizer(replace(VIT, fused=True), model).defaults["fused"]
 
 
-def test_the_record_of_a_finished_run(tmp_path):
-    train(RESNET, Session(tmp_path, environment={"commit": "abc"}))
-    record = record_of(RESNET, tmp_path)
+def test_the_record_of_a_finished_run(finished):
+    record = record_of(RESNET, finished)
     summary = record.summary()
     assert 0 <= summary["test_accuracy"] <= 1
     assert 0 <= summary["train_accuracy"] <= 1
