@@ -177,7 +177,7 @@ _MEASURED: dict[str, Any] = {
     **{"expected": -1, "margin": math.nan},
 }
 
-FLATNESS = (
+FLATTER = (
     Contrast(
         name="flatness-msam-over-sam",
         text="mSAM ends in flatter minima than SAM",
@@ -262,4 +262,4 @@ THEORY = (
 )
 """The claims of the theory: theorems checked by simulation. Each compares mSAM with SAM, and SAM with the base."""
 
-ALL = (*ACCURACY, *FLATNESS, *COST, *THEORY)
+ALL = (*ACCURACY, *FLATTER, *COST, *THEORY)

@@ -19,6 +19,7 @@ from analysis.cells import (
     unmatched,
     values,
 )
+from analysis.contrasts import ACCURACY
 from analysis.document import (
     SCORE_NOTE,
     SIGNIFICANCE_NOTE,
@@ -29,10 +30,9 @@ from analysis.document import (
     signed,
     studied_columns,
 )
-from analysis.evidence import of_scores
-from analysis.exhibit import Claim, View
+from analysis.evidence import claim
+from analysis.exhibit import View
 from analysis.statistics import mean_interval
-from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
 Cells = Sequence[Run | None]
@@ -132,30 +132,7 @@ NOTE_MEASURED = (
 )
 
 
-def _claims_of_further_arms() -> Iterable[Claim]:
-    """A claim for each comparison of an arm that the abstract does not mention."""
-    for name, arm in ARMS.items():
-        for other in arm.claimed if name not in ("control", "sam", "msam") else ():
-            legends = (one.legend.format(base="plain training") for one in (arm, ARMS[other]))
-            text = "(ours) Test accuracy: {} over {}".format(*legends)
-            yield Claim(text, of_scores(name, f"over_{other}", 1), further=True)
-
-
-CLAIMS = (
-    Claim("mSAM's test accuracy is better than SAM's", of_scores("msam", "over_sam", 1)),
-    Claim("mSAM's test accuracy is better than plain training's", of_scores("msam", "over_base", 1)),
-    Claim(
-        "(ours) ... and than that of plain gradients over the same micro-batches",
-        of_scores("msam", "over_control", 1),
-    ),
-    Claim("SAM's test accuracy is better than plain training's", of_scores("sam", "over_base", 1)),
-    Claim(
-        "(ours) ... and than that of SAM over the same micro-batches, which share one perturbation",
-        of_scores("msam", "over_shared", 1),
-        further=True,
-    ),
-    *_claims_of_further_arms(),
-)
+CLAIMS = tuple(claim(contrast) for contrast in ACCURACY)
 
 
 def shows(cell: Run) -> bool:

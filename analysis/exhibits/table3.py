@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative, values
+from analysis.contrasts import FLATTER
 from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure
-from analysis.evidence import of_scores
-from analysis.exhibit import Claim, Exhibit, Picture, Target, View
+from analysis.evidence import claim
+from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, line_of, panels_of, row_of_panels, six_digits
 from analysis.scores import sentences
@@ -199,8 +200,6 @@ def _reach(greatest: Mapping[str, float]) -> str:
     return f", seed 0\nends at {greatest[low]:.0f} ({low})\nto {greatest[high]:.0f} ({high})"
 
 
-MEASURED: dict[str, Any] = {"unit": "largest Hessian eigenvalue", "expected": -1}
-
 EXHIBIT = Exhibit(
     name="table3",
     title="Table 3: flatness",
@@ -210,16 +209,7 @@ EXHIBIT = Exhibit(
     text=text,
     sentences=lambda view: sentences(view, expected=-1),
     notes=notes,
-    claims=(
-        Claim("mSAM ends in flatter minima than SAM", of_scores("msam", "over_sam", -1), **MEASURED),
-        Claim("mSAM ends in flatter minima than plain training", of_scores("msam", "over_base", -1), **MEASURED),
-        Claim("SAM ends in flatter minima than plain training", of_scores("sam", "over_base", -1), **MEASURED),
-        Claim(
-            "(ours) mSAM ends in flatter minima than plain gradients over the same micro-batches",
-            of_scores("msam", "over_control", -1),
-            **MEASURED,
-        ),
-    ),
+    claims=tuple(claim(contrast) for contrast in FLATTER),
     figures=(
         Picture(
             "flatness",
