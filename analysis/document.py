@@ -16,12 +16,15 @@ from analysis import published
 from analysis.cells import block_words, interval, machines, of_blocks, short, studied, used
 from analysis.frames import csv_text
 from analysis.statistics import Interval
+from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 SIGNIFICANCE_NOTE = (
-    "Significant: the 95 % interval of a difference excludes zero, without adjustment for the number of comparisons."
-)
+    "Intervals are unadjusted for the number of comparisons; significant: the 95 % interval excludes zero. Equivalent: "
+    "not significant, and the 90 % interval lies within the margin of equivalence, if there is one ({margins}). "
+    "Inconclusive: neither. The verdicts in claims.md are adjusted."
+).format(margins=", ".join(f"{profile} {margin:g}" for profile, margin in MARGINS.items()))
 
 _CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho", "batch_size", "label_noise")
 

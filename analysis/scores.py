@@ -1,5 +1,6 @@
 """Tables of test scores, shared by Table 1, Table 2 and the studies."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ from analysis.document import (
 from analysis.evidence import claim
 from analysis.exhibit import View
 from analysis.statistics import mean_interval
-from experiments.harness.runs.spec import Run
+from experiments.harness.runs.catalogue import MARGINS
+from experiments.harness.runs.spec import Run, in_percent
 
 Cells = Sequence[Run | None]
 """One cell for each row of a table; None for a row without one."""
@@ -193,7 +195,8 @@ def sentences(view: View, expected: int = 1) -> list[str]:
     """The differences of each block, and the missing comparisons; `expected` is the sign that the paper claims."""
     cells = view.target.cells
     trainings = [cell for cell in cells if not cell.network] or cells
-    return [*block_sentences(view.numbers, expected), *unmatched(trainings, view.target.varies)]
+    margin = MARGINS[cells[0].profile] if in_percent(trainings[0].score) else math.nan
+    return [*block_sentences(view.numbers, expected, margin), *unmatched(trainings, view.target.varies)]
 
 
 def notes(view: View) -> Iterable[str]:
