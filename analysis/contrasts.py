@@ -25,9 +25,19 @@ FAMILIES = {
 }
 """By name, the comparisons over which Holm's adjustment is made."""
 
-DIFFERENCE, RATIO, LOGARITHM, STEP = "difference", "ratio", "logarithm", "step"
-"""How a comparison is measured: a - b; 100 (a / b - 1); 100 ln(a / b); or 100 (a / b - 1) of the times of a step, which
-the timing run has measured within rounds."""
+DIFFERENCE, RATIO, LOGARITHM, STEP = "difference", "ratio", "log of the ratio", "step"
+"""How a comparison is measured: a - b; 100 (a / b - 1); ln(a / b), or a - b if a value is 0 or below; or
+100 (a / b - 1) of the times of a step, which the timing run has measured within rounds."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared of two networks."""
+
+    words: str
+    column: str
+    """Its name in runs.csv; `{m}` stands for `usual_m`, also in the words."""
+    scale: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,8 @@ class Contrast:
     scale: str = DIFFERENCE
     column: str = ""
     """The column of runs.csv that is compared; by default the score of the runs."""
+    measures: tuple[Measure, ...] = ()
+    """Several columns that are compared, each by its own scale, instead of `column` and `scale`."""
     unit: str = "points of accuracy"
     expected: int = 1
     """The sign of the difference, compared with `line`, that supports it."""
@@ -62,6 +74,12 @@ class Contrast:
     def margin_in(self, profile: str) -> float:
         """Its margin of equivalence in a profile; NaN if none is declared."""
         return catalogue.MARGINS.get(profile, math.nan) if self.margin is None else self.margin
+
+    def by_measure(self, model: str, profile: str) -> tuple[Measure, ...]:
+        """What is compared of two networks of a model."""
+        m = usual_m(model, profile) if self.measures else 0
+        several = (Measure(x.words.format(m=m), x.column.format(m=m), x.scale) for x in self.measures)
+        return tuple(several) or (Measure("", self.column, self.scale),)
 
     def is_primary(self, profile: str, model: str, dataset: str) -> bool:
         """Whether its comparison on this network and data set is the profile's primary one."""
@@ -172,9 +190,19 @@ ACCURACY = (
 )
 """The claims on test scores, in Tables 1 and 2."""
 
+FLATNESS = (
+    Measure("lambda 1", "train_lambda_1", LOGARITHM),
+    Measure("lambda 1 on test data", "test_lambda_1", LOGARITHM),
+    Measure("trace", "train_trace", LOGARITHM),
+    Measure("sharpness by ascent", "train_ascent_sharpness", LOGARITHM),
+    Measure("average sharpness", "train_average_sharpness", DIFFERENCE),  # near zero, with either sign
+    Measure("sharpness of m={m} micro-batches", "train_sharpness_m{m}", LOGARITHM),
+)
+"""The measures of flatness that claims are tested by, all but one on training data: smaller is flatter."""
+
 _MEASURED: dict[str, Any] = {
-    **{"tables": ("table3",), "family": "flatness", "unit": "largest Hessian eigenvalue"},
-    **{"expected": -1, "margin": math.nan},
+    **{"tables": ("table3",), "family": "flatness", "unit": "each measure by the natural log of its ratio"},
+    **{"expected": -1, "margin": math.nan, "measures": FLATNESS},
 }
 
 FLATTER = (
@@ -204,6 +232,14 @@ FLATTER = (
         text="(ours) mSAM ends in flatter minima than plain gradients over the same micro-batches",
         arms=("msam", "control"),
         isolates=PERTURBATION,
+        **_MEASURED,
+    ),
+    Contrast(
+        name="flatness-msam-over-shared",
+        text="(ours) mSAM ends in flatter minima than SAM over the same micro-batches, which share one perturbation",
+        arms=("msam", "shared"),
+        isolates=IDEA,
+        further=True,
         **_MEASURED,
     ),
 )

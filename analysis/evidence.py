@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.cells import run_ids, scores, values
-from analysis.contrasts import ALPHA, LOGARITHM, Contrast
+from analysis.contrasts import ALPHA, DIFFERENCE, LOGARITHM, Contrast
 from analysis.exhibit import Claim, Comparison, Shown, Target
-from analysis.statistics import bootstrap_interval, holm, mean_interval, paired
+from analysis.statistics import bootstrap_interval, holm, mean_interval
 from experiments.harness.runs.spec import Run, in_percent
 
 VERDICTS = ("supported", "equivalent", "inconclusive", "contradicted")
@@ -32,30 +32,47 @@ def claim(contrast: Contrast, evidence: Evidence | None = None, place: int | Non
 
 
 def of_cells(contrast: Contrast) -> Evidence:
-    """A contrast's comparisons between the cells of a table, paired by seed."""
+    """A contrast's comparisons between the cells of a table, paired by seed: one for each of its measures."""
 
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
-        def measured(cell: Run) -> pd.Series:
-            column = contrast.column
-            by_seed = values(runs, cell, target.seeds, column) if column else scores(cell, runs, target.seeds)
-            return 100 * np.log(by_seed) if contrast.scale == LOGARITHM else by_seed
-
         comparisons = []
         for cells in sides(target, contrast.arms):
-            first, second, *others = (measured(cell) for cell in cells)
-            differences = paired(first, second)
-            if others:
-                differences = paired((first - second).dropna(), (others[0] - others[1]).dropna())
             names = [target.arms[cell].called(cell) for cell in cells]
-            what = f"{names[0]} over {names[1]}"
-            if others:
-                what = f"({names[0]} - {names[1]}) - ({names[2]} - {names[3]})"
+            arms = f"{names[0]} over {names[1]}"
+            if len(names) == 4:
+                arms = f"({names[0]} - {names[1]}) - ({names[2]} - {names[3]})"
             where = f"{cells[0].model}, {cells[0].dataset}"
             used = ids_of(cells, runs, target.seeds)
-            comparisons.append(comparison(contrast, cells[0], (where, what), differences, used))
+            for measure in contrast.by_measure(cells[0].model, cells[0].profile):
+                by_seed, log = differences(cells, runs, target.seeds, measure.column, measure.scale == LOGARITHM)
+                what = f"{arms}, {measure.words}, {LOGARITHM if log else DIFFERENCE}" if measure.words else arms
+                comparisons.append(comparison(contrast, cells[0], (where, what), by_seed, used))
         return comparisons
 
     return compare
+
+
+def differences(
+    cells: Sequence[Run], runs: pd.DataFrame, seeds: int, column: str = "", logarithmic: bool = False
+) -> tuple[np.ndarray, bool]:
+    """The differences of two cells, or of the differences of two pairs of cells, by seed.
+
+    Args:
+        cells: Two cells, or four.
+        runs: The finished runs by id.
+        seeds: The number of seeds.
+        column: The number in the runs' summaries that is compared; by default the score, accuracies in percent.
+        logarithmic: Whether natural logarithms are compared, provided that all values are positive.
+
+    Returns:
+        The differences at the seeds that all cells have, and whether they are differences of logarithms.
+    """
+    by_seed = [values(runs, cell, seeds, column) if column else scores(cell, runs, seeds) for cell in cells]
+    common = sorted(set.intersection(*(set(one.index) for one in by_seed)))
+    parts = [one.loc[common].to_numpy(dtype=float) for one in by_seed]
+    logarithmic = logarithmic and all((part > 0).all() for part in parts)
+    first, second, *others = map(np.log, parts) if logarithmic else parts
+    return first - second - ((others[0] - others[1]) if others else 0.0), logarithmic
 
 
 def sides(target: Target, arms: Sequence[str]) -> Iterator[tuple[Run, ...]]:

@@ -139,23 +139,28 @@ def _compared(contrast: Contrast, cells: Sequence[Run], rows: Rows, seeds: int) 
         return
     sides = _simulated(contrast, cells) if contrast.scale == RATIO else _sides(contrast, cells)
     for parts in sides:
-        by_seed = [_numbers(cell, rows, seeds, contrast.column) for cell in parts]
-        common = sorted(set.intersection(*map(set, by_seed)))
-        first, second, *others = ([numbers[seed] for seed in common] for numbers in by_seed)
+        cell = parts[0]
+        where = f"{cell.model}, {cell.dataset}"
         if contrast.scale == RATIO:
-            differences = [100 * (a / b - 1) for a, b in zip(first, second, strict=True)]
-        elif contrast.scale == LOGARITHM:
-            differences = [100 * math.log(a / b) for a, b in zip(first, second, strict=True)]
-        else:
-            differences = [a - b for a, b in zip(first, second, strict=True)]
-        if others:
-            third = [a - b for a, b in zip(*others, strict=True)]
-            differences = [a - b for a, b in zip(differences, third, strict=True)]
-        where = f"{parts[0].model}, {parts[0].dataset}"
-        if contrast.scale == RATIO:
-            cell = parts[0]
             where = f"{cell.model}, eta {cell.learning_rate:g}, rho {cell.rho:g}, {cell.method}"
-        yield _unjudged(contrast, parts, where, differences, rows, seeds)
+        for measure in contrast.by_measure(cell.model, cell.profile):
+            by_seed = [_numbers(part, rows, seeds, measure.column) for part in parts]
+            common = sorted(set.intersection(*map(set, by_seed)))
+            differences = _differences([[numbers[seed] for seed in common] for numbers in by_seed], measure.scale)
+            what = f", {measure.words}" if measure.words else ""
+            yield _unjudged(contrast, parts, f"{where}{what}", differences, rows, seeds)
+
+
+def _differences(parts: Sequence[Sequence[float]], scale: str) -> list[float]:
+    """The differences of two lists of numbers, or of the differences of two pairs of lists."""
+    first, second, *others = parts
+    if scale == RATIO:
+        return [100 * (a / b - 1) for a, b in zip(first, second, strict=True)]
+    if scale == LOGARITHM and min((x for part in parts for x in part), default=1.0) > 0:
+        return [math.log(a / b) for a, b in zip(first, second, strict=True)]
+    if others:
+        return [(a - b) - (c - d) for a, b, c, d in zip(*parts, strict=True)]
+    return [a - b for a, b in zip(first, second, strict=True)]
 
 
 def _steps(contrast: Contrast, cells: Sequence[Run], rows: Rows, seeds: int) -> Iterator[Verdict]:
