@@ -48,7 +48,8 @@ class Contrast:
     """Its short name: on the command line, and of the file of its page."""
     text: str
     arms: tuple[str, ...]
-    """Two arms, the first over the second; or four: (first - second) - (third - fourth)."""
+    """Two arms, the first over the second; four: (first - second) - (third - fourth); three: the first over the second,
+    and the second over the third."""
     isolates: str
     """What the compared runs differ in, as a part of a sentence."""
     tables: tuple[str, ...] = ("table1", "table2")

@@ -100,7 +100,7 @@ def comparison(
         differences: One for each seed. Rounding errors are removed, so that equal scores differ by exactly zero.
         run_ids: The ids of the runs of all sides.
     """
-    differences = np.round(differences, 9)
+    differences = np.round(differences, 12)
     difference = mean_interval(differences)
     points = contrast.margin is not None or in_percent(cell.score)
     primary = contrast.is_primary(cell.profile, cell.model, cell.dataset)

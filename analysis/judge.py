@@ -187,7 +187,7 @@ def _unjudged(
         contrast,
         contrast.tables[0],
         where,
-        tuple(round(x, 9) + 0.0 for x in differences),
+        tuple(round(x, 12) + 0.0 for x in differences),
         frozenset(ids),
         "primary" if primary else contrast.family,
         contrast.margin_in(first.profile) if in_points else math.nan,
@@ -282,7 +282,7 @@ def text(name: str, found: Sequence[Verdict]) -> str:
             lines.append(f"  {one.where} ({one.table}): {one.word}")
             continue
         half = stats.t.ppf(0.975, n - 1) * np.std(one.differences, ddof=1) / math.sqrt(n)
-        size = f"{one.mean:+.3f} ± {half:.3f} (n={n}), p {one.p:.2g}, adjusted {one.adjusted_p:.2g}{margin}"
+        size = f"{one.mean:+.4g} ± {half:.3g} (n={n}), p {one.p:.2g}, adjusted {one.adjusted_p:.2g}{margin}"
         lines.append(f"  {one.where} ({one.table}): {one.word}. {size}")
     families = {one.family: sum(other.family == one.family and other.p >= 0 for other in found) for one in mine}
     counted = ", ".join(f"{family} ({count})" for family, count in families.items())
