@@ -170,23 +170,24 @@ def _families(evidence: Sequence[Comparison], profile: str) -> tuple[str, ...]:
 def _sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """A sentence on each claim with comparisons, and one that lists the claims without."""
     by_claim = {claim: [c for c in comparisons if c.claim == claim] for claim in claims()}
-    lines = [sentence(claim, evidence) for claim, evidence in by_claim.items() if evidence]
+    judged = {claim: [c.verdict for c in evidence] for claim, evidence in by_claim.items() if evidence}
+    lines = [f"{claim}: {sentence_of_verdicts(verdicts)}" for claim, verdicts in judged.items()]
     optional = {claim.text for exhibit in declared().values() for claim in exhibit.claims if claim.further}
     lacking = [claim for claim, evidence in by_claim.items() if not evidence and claim not in optional]
     return (*lines, *([f"Not run, because their tables are not included: {'; '.join(lacking)}."] if lacking else []))
 
 
-def sentence(claim: str, evidence: Sequence[Comparison]) -> str:
-    """The verdicts on a claim in one sentence."""
-    ran = [c for c in evidence if c.verdict in VERDICTS]
+def sentence_of_verdicts(verdicts: Sequence[str]) -> str:
+    """The verdicts on a claim in words, such as "mixed, supported in 1, inconclusive in 2 of 3 comparisons"."""
+    ran = [verdict for verdict in verdicts if verdict in VERDICTS]
     if not ran:
-        return f"{claim}: {'one seed, no interval' if any(c.difference.n for c in evidence) else 'not run'}."
-    counts = {verdict: sum(c.verdict == verdict for c in ran) for verdict in VERDICTS}
+        return "one seed, no interval." if "one seed" in verdicts else "not run."
+    counts = {verdict: ran.count(verdict) for verdict in VERDICTS}
     for verdict, count in counts.items():
         if count == len(ran):
-            return f"{claim}: {verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
+            return f"{verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
     parts = ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
-    return f"{claim}: mixed, {parts} of {len(ran)} comparisons."
+    return f"mixed, {parts} of {len(ran)} comparisons."
 
 
 def in_digits(p: float) -> str:

@@ -51,7 +51,7 @@ class Contrast:
     """Two arms, the first over the second; four: (first - second) - (third - fourth); three: the first over the second,
     and the second over the third."""
     isolates: str
-    """What the compared runs differ in, as a part of a sentence."""
+    """What the compared runs differ in, as a part of a sentence: what the comparison isolates."""
     tables: tuple[str, ...] = ("table1", "table2")
     family: str = "accuracy"
     scale: str = DIFFERENCE

@@ -69,8 +69,7 @@ class Document:
 
     def markdown(self) -> str:
         """Heading, origin, table, claims and notes."""
-        cells = self.cells.map(markdown_text)
-        body = cells.to_markdown(index=False, disable_numparse=True, colalign=["left"] * cells.shape[1])
+        body = markdown_table(self.cells)
         lines = [f"- {markdown_text(line)}\n" for line in self.claims]
         notes = [f"{markdown_text(line)}\n" for line in self.notes]
         parts = [f"### {markdown_text(self.title)}\n", f"{markdown_text(self.origin)}\n", f"{body}\n"]
@@ -110,6 +109,12 @@ def table_files(documents: Iterable[Document]) -> dict[str, str]:
 def markdown_text(text: str) -> str:
     """The text with all Markdown and HTML markup escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text.replace("&", "&amp;"))
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    """The cells as a Markdown table, with all markup escaped."""
+    texts = cells.map(markdown_text)
+    return str(texts.to_markdown(index=False, disable_numparse=True, colalign=["left"] * texts.shape[1]))
 
 
 def latex_text(text: str) -> str:

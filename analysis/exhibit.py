@@ -1,6 +1,7 @@
 """`Exhibit` declares a table of the paper or a study: its title, numbers, text, figures and claims."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from analysis.cells import references, retrained, warnings
 from analysis.contrasts import Contrast
 from analysis.document import Document, origin, row_notes
 from analysis.statistics import Interval
+from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import Arm, arms_of
 from experiments.harness.runs.record import DEFAULT_ROOT
@@ -51,6 +53,15 @@ class Target:
     def tuning(self) -> bool:
         """Whether this is the grid of a table."""
         return self.name.endswith("-tuning")
+
+    @property
+    def command(self) -> str:
+        """The command that makes its runs."""
+        profile = self.cells[0].profile
+        usual = catalogue.TUNING_SEEDS if self.tuning else catalogue.SEEDS.get(profile)
+        seeds = "" if self.seeds == usual else f" --seeds {self.seeds}"
+        where = "" if self.root == DEFAULT_ROOT else f" --results {shlex.quote(str(self.root))}"
+        return f"python -m experiments run {self.name} --profile {profile}{seeds}{where}"
 
     @cached_property
     def runs(self) -> list[Run]:

@@ -273,7 +273,7 @@ def text(name: str, found: Sequence[Verdict]) -> str:
     """
     contrast = next(one for one in ALL if one.name == name)
     mine = [one for one in found if one.contrast is contrast]
-    lines = [f"{contrast.text} ({name})", f"The compared runs differ in {contrast.isolates}."]
+    lines = [f"{contrast.text} ({name})", f"What the comparison isolates: {contrast.isolates}."]
     if not mine:
         return "\n".join([*lines, "Not run: runs.csv has no runs of these arms in its tables."])
     for one in mine:

@@ -4,19 +4,21 @@ Intervals, p values and equivalence use scipy's t distribution, Holm's adjustmen
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 CONFIDENCE = 0.95
 ALPHA = 1 - CONFIDENCE
 POWER = 0.8
+LARGEST = 10_000
 
 
 class Interval(NamedTuple):
@@ -72,6 +74,11 @@ class Interval(NamedTuple):
         return self.equivalence_p(margin) < ALPHA
 
     @property
+    def equivalence_half_width(self) -> float:
+        """Half the width of the 90 % interval; NaN with fewer than two values."""
+        return float(stats.t.ppf(1 - ALPHA, df=self.n - 1)) * self.error if self.n > 1 else math.nan
+
+    @property
     def detectable(self) -> float:
         """The smallest difference that as many values with this spread detect with 80 % power; NaN below two values.
 
@@ -81,15 +88,12 @@ class Interval(NamedTuple):
 
     @property
     def needed(self) -> int | None:
-        """How many values with this spread would detect this mean with 80 % power; None if more than 10,000."""
-        if self.n < 2 or not self.error or not self.mean:
+        """How many values with this spread would detect this mean with 80 % power; None if more than `LARGEST`."""
+        if self.n < 2 or not self.error:
             return None
-        n = 2
-        while _detectable_effect(n) * self.deviation > abs(self.mean):
-            n += max(1, n // 20)
-            if n > 10_000:
-                return None
-        return n
+        effect = abs(self.mean) / self.deviation
+        found = bisect_left(range(2, LARGEST + 1), POWER, key=lambda n: _power(effect, n)) + 2
+        return found if found <= LARGEST else None
 
 
 def mean_interval(values: Iterable[float]) -> Interval:
@@ -140,7 +144,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [math.nan if math.isnan(p) else float(next(adjusted)) for p in p_values]
 
 
+def _power(effect: float, n: int) -> float:
+    """The probability that a two-sided t test of n values at 5 % detects a mean of `effect` standard deviations.
+
+    Detecting it with the wrong sign does not count; scipy's noncentral t has no value for that at large effects.
+    """
+    return float(TTestPower().power(effect, n, ALPHA / 2, alternative="larger"))
+
+
 @lru_cache(maxsize=10_000)
 def _detectable_effect(n: int) -> float:
     """The smallest mean, in standard deviations, that n values detect with 80 % power by a two-sided t test at 5 %."""
-    return float(TTestPower().solve_power(nobs=n, alpha=ALPHA, power=POWER, alternative="two-sided"))
+    return float(optimize.brentq(lambda effect: _power(effect, n) - POWER, 0.0, 20 / math.sqrt(n)))
