@@ -3,6 +3,7 @@
 Intervals, p values and equivalence use scipy's t distribution, Holm's adjustment and power those of statsmodels.
 """
 
+import gc
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -140,7 +141,11 @@ def paired(a: pd.Series, b: pd.Series) -> np.ndarray:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p values of a family of tests, in the same order; a missing one (NaN) is in no family."""
     known = [p for p in p_values if not math.isnan(p)]
-    adjusted = iter(multipletests(known, method="holm")[1] if known else ())
+    gc.freeze()  # statsmodels collects garbage at each call, which takes long with many runs in memory
+    try:
+        adjusted = iter(multipletests(known, method="holm")[1] if known else ())
+    finally:
+        gc.unfreeze()
     return [math.nan if math.isnan(p) else float(next(adjusted)) for p in p_values]
 
 
