@@ -78,7 +78,7 @@ def test_both_agree_on_the_committed_results():
 
 
 def noisy(spec, seed):
-    """A run whose numbers are those of its kind, each times a random factor near 1; all methods are equal on the WRN."""
+    """A run with the numbers of its kind, each times a random factor near 1; on the WRN all methods are equal."""
     run = any_run(spec)
     random = np.random.default_rng([seed, int(spec.run_id, 16) % 2**32])
     spread = 0.05 if spec.model.startswith("vit") else 0.001
@@ -135,8 +135,5 @@ def test_all_lists_every_claim_by_its_short_name(tmp_path):
     assert all(f"({contrast.name})" in text for contrast in ALL)
     assert len({contrast.name for contrast in ALL}) == len({contrast.text for contrast in ALL}) == len(ALL)
     assert set(claims()) == {contrast.text for contrast in ALL}, "and the tables have no other claim"
-    assert (
-        {name for contrast in ALL for name in contrast.tables}
-        == set(TABLES)
-        <= set(experiment.table for experiment in catalogue.catalogue().values())
-    )
+    assert {name for contrast in ALL for name in contrast.tables} == set(TABLES)
+    assert set(TABLES) <= {experiment.table for experiment in catalogue.catalogue().values()}
