@@ -327,7 +327,7 @@ def family_sentence(numbers: pd.DataFrame) -> list[str]:
     before = sum(one.significant for one in differences)
     after = sum(p < ALPHA for p in holm([one.p_value() for one in differences]))
     return [
-        f"All {len(differences)} differences above as one family: {before} are significant unadjusted, {after} after "
+        f"All differences above as one family ({len(differences)}): {before} significant unadjusted, {after} after "
         "Holm's adjustment. None counts for a claim."
     ]
 
