@@ -1,5 +1,6 @@
 """python -m analysis: write the tables of the finished runs, or redraw the committed ones."""
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class Arguments:
     """Write and print the tables of the runs in a results folder, next to the committed and the published numbers.
 
-    The files go to RESULTS/local/PROFILE/; with --publish to RESULTS/PROFILE/, which is committed.
+    The files go to RESULTS/local/PROFILE/; with --publish to RESULTS/PROFILE/, which is committed. `python -m analysis
+    judge CLAIM` works the verdict on a claim out of runs.csv alone, by code of its own.
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()
@@ -204,6 +206,10 @@ def _with_higher_seeds(target: "Target", results: "Results") -> int:
 
 def main() -> None:
     """Run the command line; a mistake in it prints one sentence and exits with status 2."""
+    if sys.argv[1:2] == ["judge"]:
+        from analysis import judge
+
+        judge.main()
 
     def command() -> None:
         with sentences("python -m analysis", Arguments):

@@ -3,8 +3,9 @@
 Accuracies and their differences are in percent; everything else keeps the unit of the records.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import Interval, mean_interval, paired_difference
+from analysis.statistics import ALPHA, Interval, holm, mean_interval, paired_difference
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS, Arm, arms_of, differing, reference
 from experiments.harness.runs.run import hints, names
@@ -248,38 +249,87 @@ def interval(row: Any, name: str) -> Interval:
     return Interval(getattr(row, name), getattr(row, f"{name}_half_width"), int(getattr(row, f"{name}_n")))
 
 
-def difference_in_words(difference: Interval, expected: int = 1) -> str:
-    """A paired difference with its interval, and whether it is significant with the expected sign."""
+def difference_in_words(difference: Interval, expected: int = 1, margin: float = math.nan) -> str:
+    """A paired difference with its unadjusted interval, and how it is read.
+
+    Args:
+        difference: The difference.
+        expected: The sign that the paper claims.
+        margin: The margin of equivalence; NaN if none is declared.
+    """
     if not difference.n:
         return "not run"
     if difference.n == 1:
         return f"{difference.mean:+.2f} (n=1): one seed, no interval"
     size = f"{difference.mean:+.2f} ± {difference.half_width:.2f} (n={difference.n})"
-    if not difference.significant:
-        return f"{size}: not significant"
-    return f"{size}: significant" + ("" if difference.mean * expected > 0 else ", with the opposite sign")
+    if difference.significant:
+        sign = "" if difference.mean * expected > 0 else ", with the opposite sign"
+        return f"{size}: significant (unadjusted){sign}"
+    return f"{size}: {'equivalent' if difference.equivalent(margin) else 'inconclusive'}"
 
 
-def block_sentences(numbers: pd.DataFrame, expected: int = 1) -> list[str]:
-    """One sentence for each block: the differences of its arms, and whether they are significant.
+def claimed_differences(row: Any, known: Container[str]) -> dict[str, Interval]:
+    """The differences of a table's row that are printed under it, by the arm that it is compared with.
+
+    Args:
+        row: A row of a table that begins with what `compared` returns.
+        known: The arms of its block.
+    """
+    return {other: interval(row, f"over_{other}") for other in ARMS[row.method].claimed if other in known}
+
+
+def block_sentences(numbers: pd.DataFrame, expected: int = 1, margin: float = math.nan) -> list[str]:
+    """One sentence for each block on the differences of its arms, and one on what its seeds can detect.
 
     Args:
         numbers: a table that begins with what `compared` returns.
         expected: the sign of the differences that the paper claims.
+        margin: the margin of equivalence; NaN if none is declared.
     """
     lines, places = [], of_blocks(numbers)
     for number, block in numbers.groupby("block", sort=True):
         names = {row.method: row.label for row in reversed(list(block.itertuples()))}
         several = {label for label, count in block["label"].value_counts().items() if count > 1}
-        parts = []
+        parts, differences = [], []
         for row in block.itertuples():
             name = f"{row.label}, rho {row.rho:g}" if row.label in several else row.label
-            for other in (other for other in ARMS[row.method].claimed if other in names):
+            for other, difference in claimed_differences(row, names).items():
                 what = "over the control" if other == "control" else f"{name} over {names[other]}"
-                parts.append(f"{what}: {difference_in_words(interval(row, f'over_{other}'), expected)}")
+                parts.append(f"{what}: {difference_in_words(difference, expected, margin)}")
+                differences.append(difference)
         if parts:
-            lines.append(f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}: {'; '.join(parts)}.")
+            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
+            lines.append(f"{where}: {'; '.join(parts)}.{_detectable(differences)}")
     return lines
+
+
+def _detectable(differences: Sequence[Interval]) -> str:
+    """A sentence on the smallest differences that a block's seeds detect; empty without intervals."""
+    sizes = sorted(one.detectable for one in differences if one.n > 1)
+    counts = sorted({one.n for one in differences if one.n > 1})
+    if not sizes:
+        return ""
+    seeds = " or ".join(map(str, counts))
+    return f" The smallest difference that {seeds} seeds detect with 80 % power: {sizes[0]:.2f} to {sizes[-1]:.2f}."
+
+
+def family_sentence(numbers: pd.DataFrame) -> list[str]:
+    """How many of the differences printed under a table stay significant if they are taken as one family."""
+    differences = [
+        one
+        for _, block in numbers.groupby("block", sort=True)
+        for row in block.itertuples()
+        for one in claimed_differences(row, set(block["method"])).values()
+        if one.n > 1
+    ]
+    if not differences:
+        return []
+    before = sum(one.significant for one in differences)
+    after = sum(p < ALPHA for p in holm([one.p_value() for one in differences]))
+    return [
+        f"All differences above as one family ({len(differences)}): {before} significant unadjusted, {after} after "
+        "Holm's adjustment. None counts for a claim."
+    ]
 
 
 def studied(numbers: pd.DataFrame) -> list[str]:

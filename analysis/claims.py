@@ -1,38 +1,43 @@
-"""The claims of the paper's abstract, each with the comparisons for and against it and their runs.
+"""The claims of the paper's abstract and ours, each with the comparisons for and against it and their runs.
 
-A comparison supports a claim if its difference is significant (its paired 95 % t interval excludes zero) with the sign
-that the claim states, and contradicts it if significant with the opposite sign. Nothing is averaged over networks, data
-sets or profiles.
+Verdicts go by p values with Holm's adjustment over the comparisons of a family (`contrasts.FAMILIES`); an effect that
+lies within the profile's margin is equivalent to none. Nothing is averaged over networks, data sets or profiles.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis.contrasts import COST_WITHIN, FAMILIES, PREDICTED_WITHIN
 from analysis.document import Document, three_digits
-from analysis.evidence import VERDICTS
-from analysis.exhibit import Comparison, Shown
+from analysis.evidence import VERDICTS, judged
+from analysis.exhibit import Claim, Comparison, Shown
 from analysis.exhibits import declared
-from analysis.exhibits.table4 import COST_WITHIN
-from analysis.exhibits.theory import PREDICTED_WITHIN
 from analysis.frames import Results
 from analysis.statistics import Interval
+from experiments.harness.runs import catalogue
 
 NOTES = (
-    "Supported: the difference is significant (its paired 95 % t interval excludes zero) with the sign that the claim "
-    "states; contradicted: significant with the opposite sign. Nothing is adjusted for the number of comparisons. "
-    "Accuracies are in percentage points. Flatness is the largest Hessian eigenvalue on training data, one of several "
-    "measures: Table 3 has others, and they do not all agree with it. The bootstrap interval is for the mean over the "
-    "same seeds; with so few seeds it is too narrow. Claims marked (ours) are not in the abstract: they distinguish "
-    "the effect of mSAM from that of BatchNorm over micro-batches, and the method as used from the one that the theory "
-    "covers.",
-    "Theory: largest stable sharpness in simulations with all data in each step. Differences below "
-    f"{PREDICTED_WITHIN:.0%} count as not significant, and settings of one simulation are not independent evidence "
-    "(docs/theory.md). Cost: we read the claim as at most "
+    "Intervals are unadjusted 95 % t intervals of differences paired by seed. Verdicts go by p, a two-sided paired t "
+    "test, after Holm's adjustment over the family. Supported: the adjusted p is below 0.05 and the difference has the "
+    "sign that the claim states; contradicted: the same with the opposite sign. Equivalent: neither, and the 90 % "
+    "interval lies within the margin (two one-sided t tests at 5 %). Inconclusive: none of these. A supported effect "
+    "may still be smaller than the margin.",
+    "Accuracies are in percentage points. The bootstrap interval is for the mean over the same seeds; with few seeds "
+    "it is too narrow. Claims marked (ours) are not in the abstract: they name what mSAM's effect consists of, or "
+    "concern the method as used instead of the one that the theory covers.",
+    "Flatness is the largest Hessian eigenvalue on training data, one of several measures: Table 3 has others, and "
+    "they do not all agree with it. Cost: we read the claim as at most "
     f"{COST_WITHIN:g} percent more time than SAM on the same number of workers, so its intervals are compared with "
     f"{COST_WITHIN:g} percent instead of zero. Times are ratios within a round; the median over rounds is used.",
+    "Theory: largest stable sharpness in simulations with all data in each step. These rows check theorems and are no "
+    f"evidence about networks. Differences below {PREDICTED_WITHIN:.0%} count as none, and settings of one simulation "
+    "are not independent (docs/theory.md).",
 )
 
 
@@ -55,17 +60,17 @@ def claims() -> list[str]:
 
 
 def comparisons(results: Results, shown: Shown) -> list[Comparison]:
-    """The evidence of all shown tables, claim by claim."""
+    """The evidence of all shown tables, claim by claim, with verdicts adjusted over the shown comparisons."""
     runs = results.runs.set_index("run_id")
-    evidence = [
-        replace(one, claim=claim.text, table=exhibit.name)
+    evidence: list[tuple[Claim, Comparison]] = [
+        (claim, replace(one, claim=claim.text, table=exhibit.name))
         for exhibit in declared().values()
         if exhibit.name in shown
         for claim in exhibit.claims
         for one in claim.evidence(shown[exhibit.name], runs, shown)
     ]
     order = claims()
-    return sorted(evidence, key=lambda one: order.index(one.claim))
+    return sorted(judged(evidence), key=lambda one: order.index(one.claim))
 
 
 def document_claims(profile: str, results: Results, shown: Shown) -> Document:
@@ -79,6 +84,7 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
         else ""
     )
     numbers = _numbers(evidence)
+    rows: list[Any] = list(numbers.itertuples())
     text = pd.DataFrame(
         {
             "claim": [c.claim for c in evidence],
@@ -87,9 +93,12 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
             "difference": [c.what for c in evidence],
             "mean ± 95 % t (n)": [
                 three_digits(Interval(row.difference, row.half_width, int(row.n)), signed=True)
-                for row in numbers.itertuples()  # rounded once, as in the tables
+                for row in rows  # rounded once, as in the tables
             ],
             "95 % bootstrap": [_ends(c.bootstrap) for c in evidence],
+            "p": [in_digits(row.p) for row in rows],
+            "p, Holm": [in_digits(row.adjusted_p) for row in rows],
+            "margin": ["" if math.isnan(c.margin) else f"{c.margin:g}" for c in evidence],
             "verdict": [c.verdict for c in evidence],
         }
     )
@@ -99,7 +108,7 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
         origin=f"From the runs of {', '.join(claiming) or 'no table'} in this profile only.{remark}",
         cells=text,
         claims=_sentences(evidence),
-        notes=NOTES,
+        notes=(*_families(evidence, profile), *NOTES),
         numbers=numbers,
     )
 
@@ -120,6 +129,11 @@ def _numbers(evidence: Sequence[Comparison]) -> pd.DataFrame:
                 "n": c.difference.n,
                 "bootstrap_low": c.bootstrap[0],
                 "bootstrap_high": c.bootstrap[1],
+                "p": c.p,
+                "adjusted_p": c.adjusted_p,
+                "family": c.family,
+                "primary": c.primary,
+                "margin": c.margin,
                 "verdict": c.verdict,
                 "run_ids": c.run_ids,
             }
@@ -127,34 +141,60 @@ def _numbers(evidence: Sequence[Comparison]) -> pd.DataFrame:
         ],
         columns=[
             *("block", "claim", "table", "where", "what", "difference", "half_width", "n"),
-            *("bootstrap_low", "bootstrap_high", "verdict", "run_ids"),
+            *("bootstrap_low", "bootstrap_high", "p", "adjusted_p", "family", "primary", "margin"),
+            *("verdict", "run_ids"),
         ],
     )
-    floats = ["difference", "half_width", "bootstrap_low", "bootstrap_high"]
+    floats = ["difference", "half_width", "bootstrap_low", "bootstrap_high", "p", "adjusted_p", "margin"]
     numbers[floats] = numbers[floats].astype(float).map(lambda x: float(f"{x:.6g}") + 0.0)
     return numbers
+
+
+def _families(evidence: Sequence[Comparison], profile: str) -> tuple[str, ...]:
+    """A sentence on the primary comparison, and one with the number of comparisons of each other family."""
+    primary = [c for c in evidence if c.primary]
+    named = catalogue.primary(profile)
+    if named is None:
+        first = "No primary comparison is declared for this profile."
+    else:
+        about = f"{' over '.join(named.arms)}, {named.model} on {named.dataset}"
+        verdict = ", ".join(c.verdict for c in primary) or "not run"
+        first = f"The primary comparison, declared before its runs and in a family of its own: {about}: {verdict}."
+    counts = Counter(c.family for c in evidence if c.difference.n > 1)
+    parts = [f"{name} ({FAMILIES[name]}): {counts[name]}" for name in FAMILIES if counts[name] and name != "primary"]
+    if not parts:
+        return (first,)
+    return first, f"Families of Holm's adjustment, with their comparisons that have run: {'; '.join(parts)}."
 
 
 def _sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:
     """A sentence on each claim with comparisons, and one that lists the claims without."""
     by_claim = {claim: [c for c in comparisons if c.claim == claim] for claim in claims()}
-    lines = [_sentence(claim, evidence) for claim, evidence in by_claim.items() if evidence]
+    judged = {claim: [c.verdict for c in evidence] for claim, evidence in by_claim.items() if evidence}
+    lines = [f"{claim}: {sentence_of_verdicts(verdicts)}" for claim, verdicts in judged.items()]
     optional = {claim.text for exhibit in declared().values() for claim in exhibit.claims if claim.further}
     lacking = [claim for claim, evidence in by_claim.items() if not evidence and claim not in optional]
     return (*lines, *([f"Not run, because their tables are not included: {'; '.join(lacking)}."] if lacking else []))
 
 
-def _sentence(claim: str, evidence: Sequence[Comparison]) -> str:
-    """The verdicts on a claim in one sentence."""
-    ran = [c for c in evidence if c.verdict in VERDICTS]
+def sentence_of_verdicts(verdicts: Sequence[str]) -> str:
+    """The verdicts on a claim in words, such as "mixed, supported in 1, inconclusive in 2 of 3 comparisons"."""
+    ran = [verdict for verdict in verdicts if verdict in VERDICTS]
     if not ran:
-        return f"{claim}: {'one seed, no interval' if any(c.difference.n for c in evidence) else 'not run'}."
-    counts = {verdict: sum(c.verdict == verdict for c in ran) for verdict in VERDICTS}
+        return "one seed, no interval." if "one seed" in verdicts else "not run."
+    counts = {verdict: ran.count(verdict) for verdict in VERDICTS}
     for verdict, count in counts.items():
         if count == len(ran):
-            return f"{claim}: {verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
+            return f"{verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
     parts = ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
-    return f"{claim}: mixed, {parts} of {len(ran)} comparisons."
+    return f"mixed, {parts} of {len(ran)} comparisons."
+
+
+def in_digits(p: float) -> str:
+    """A p value with two significant digits; empty if there is none."""
+    if math.isnan(p):
+        return ""
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def _ends(ends: tuple[float, float]) -> str:

@@ -16,12 +16,15 @@ from analysis import published
 from analysis.cells import block_words, interval, machines, of_blocks, short, studied, used
 from analysis.frames import csv_text
 from analysis.statistics import Interval
+from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run
 
 SCORE_NOTE = "Accuracies are mean ± half-width of the 95 % Student t interval (number of seeds)"
 SIGNIFICANCE_NOTE = (
-    "Significant: the 95 % interval of a difference excludes zero, without adjustment for the number of comparisons."
-)
+    "Intervals are unadjusted for the number of comparisons; significant: the 95 % interval excludes zero. Equivalent: "
+    "not significant, and the 90 % interval lies within the margin of equivalence, if there is one ({margins}). "
+    "Inconclusive: neither. The verdicts in claims.md are adjusted."
+).format(margins=", ".join(f"{profile} {margin:g}" for profile, margin in MARGINS.items()))
 
 _CELL = ("dataset", "model", "label", "learning_rate", "weight_decay", "rho", "batch_size", "label_noise")
 
@@ -66,8 +69,7 @@ class Document:
 
     def markdown(self) -> str:
         """Heading, origin, table, claims and notes."""
-        cells = self.cells.map(markdown_text)
-        body = cells.to_markdown(index=False, disable_numparse=True, colalign=["left"] * cells.shape[1])
+        body = markdown_table(self.cells)
         lines = [f"- {markdown_text(line)}\n" for line in self.claims]
         notes = [f"{markdown_text(line)}\n" for line in self.notes]
         parts = [f"### {markdown_text(self.title)}\n", f"{markdown_text(self.origin)}\n", f"{body}\n"]
@@ -107,6 +109,12 @@ def table_files(documents: Iterable[Document]) -> dict[str, str]:
 def markdown_text(text: str) -> str:
     """The text with all Markdown and HTML markup escaped."""
     return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text.replace("&", "&amp;"))
+
+
+def markdown_table(cells: pd.DataFrame) -> str:
+    """The cells as a Markdown table, with all markup escaped."""
+    texts = cells.map(markdown_text)
+    return str(texts.to_markdown(index=False, disable_numparse=True, colalign=["left"] * texts.shape[1]))
 
 
 def latex_text(text: str) -> str:

@@ -1,5 +1,7 @@
 """`Exhibit` declares a table of the paper or a study: its title, numbers, text, figures and claims."""
 
+import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +11,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.cells import retrained, warnings
+from analysis.cells import references, retrained, warnings
+from analysis.contrasts import Contrast
 from analysis.document import Document, origin, row_notes
 from analysis.statistics import Interval
+from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import Arm, arms_of
 from experiments.harness.runs.record import DEFAULT_ROOT
@@ -40,10 +44,24 @@ class Target:
         """The arm of each cell."""
         return arms_of(self.cells, self.varies)
 
+    @cached_property
+    def references(self) -> dict[Run, dict[str, Run | None]]:
+        """The cells that each cell is compared with, see `cells.references`."""
+        return references(self.cells, self.varies)
+
     @property
     def tuning(self) -> bool:
         """Whether this is the grid of a table."""
         return self.name.endswith("-tuning")
+
+    @property
+    def command(self) -> str:
+        """The command that makes its runs."""
+        profile = self.cells[0].profile
+        usual = catalogue.TUNING_SEEDS if self.tuning else catalogue.SEEDS.get(profile)
+        seeds = "" if self.seeds == usual else f" --seeds {self.seeds}"
+        where = "" if self.root == DEFAULT_ROOT else f" --results {shlex.quote(str(self.root))}"
+        return f"python -m experiments run {self.name} --profile {profile}{seeds}{where}"
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -80,30 +98,58 @@ class Comparison:
     where: str
     what: str
     difference: Interval
+    """Its interval is not adjusted for the number of comparisons."""
     bootstrap: tuple[float, float]
-    verdict: str
     run_ids: str
+    verdict: str = ""
     claim: str = ""
     table: str = ""
+    p: float = math.nan
+    """Of a two-sided t test of the differences against the claim's line; NaN without an interval."""
+    adjusted_p: float = math.nan
+    """After Holm's adjustment over the comparisons of the family."""
+    family: str = ""
+    primary: bool = False
+    """Whether it is the primary comparison of its profile."""
+    margin: float = math.nan
+    """The margin of equivalence; NaN if none is declared."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """A claim of the paper's abstract, or of ours, that an exhibit tests. Several exhibits may test the same claim."""
 
-    text: str
+    contrast: Contrast
+    """What it says, and what would support it."""
     evidence: Callable[[Target, pd.DataFrame, Shown], list[Comparison]]
-    """Takes the exhibit's target, the runs by id, and all shown tables."""
+    """Takes the exhibit's target, the runs by id, and all shown tables; returns comparisons without verdicts."""
     place: int | None = None
     """Its place among the claims; by default that of the exhibit."""
-    unit: str = "points of accuracy"
-    """What its differences measure."""
-    expected: int = 1
-    """The sign of the differences, compared with `line`, that supports it."""
-    line: float = 0.0
-    """What the intervals are compared with."""
-    further: bool = False
-    """Whether it is about an arm that the paper does not have: such a claim is mentioned only if it has runs."""
+
+    @property
+    def text(self) -> str:
+        """The claim in words."""
+        return self.contrast.text
+
+    @property
+    def unit(self) -> str:
+        """What its differences measure."""
+        return self.contrast.unit
+
+    @property
+    def expected(self) -> int:
+        """The sign of the differences, compared with `line`, that supports it."""
+        return self.contrast.expected
+
+    @property
+    def line(self) -> float:
+        """What the intervals are compared with."""
+        return self.contrast.line
+
+    @property
+    def further(self) -> bool:
+        """Whether it is about an arm that the paper does not have: it is mentioned only if it has runs."""
+        return self.contrast.further
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """The committed results: which runs may be published, and the tables drawn from them."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from analysis.cells import run_ids
+from analysis.claim_pages import claim_pages, page_files
 from analysis.claims import document_claims
 from analysis.document import Document, table_files
 from analysis.exhibit import Shown, Target
@@ -121,7 +121,9 @@ def output_files(
     shown = results.only({run.run_id for t in targets for run in t.runs})
     page = report(profile, documents, pictures, targets, shown)
     image_files = {path: picture for one in pictures for path, picture in one.files.items()}
-    return {**table_files(documents), **image_files, "report.html": page}
+    claims = next((d.numbers for d in documents if d.name == "claims"), None)
+    claimed = {} if claims is None else page_files(claim_pages(claims, results.runs, targets))
+    return {**table_files(documents), **claimed, **image_files, "report.html": page}
 
 
 def _shown(targets: Sequence[Target]) -> Shown:
@@ -230,8 +232,4 @@ def _seeds(cell: Run, ids: set[str]) -> int:
 
 def command(t: Target) -> str:
     """The command that makes the runs of a table."""
-    profile = t.cells[0].profile
-    usual = catalogue.TUNING_SEEDS if t.tuning else catalogue.SEEDS.get(profile)
-    seeds = "" if t.seeds == usual else f" --seeds {t.seeds}"
-    where = "" if t.root == DEFAULT_ROOT else f" --results {shlex.quote(str(t.root))}"
-    return f"python -m experiments run {t.name} --profile {profile}{seeds}{where}"
+    return t.command

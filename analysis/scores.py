@@ -1,5 +1,6 @@
 """Tables of test scores, shared by Table 1, Table 2 and the studies."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from analysis.cells import (
     unmatched,
     values,
 )
+from analysis.contrasts import ACCURACY
 from analysis.document import (
     SCORE_NOTE,
     SIGNIFICANCE_NOTE,
@@ -29,11 +31,11 @@ from analysis.document import (
     signed,
     studied_columns,
 )
-from analysis.evidence import of_scores
-from analysis.exhibit import Claim, View
+from analysis.evidence import claim
+from analysis.exhibit import View
 from analysis.statistics import mean_interval
-from experiments.harness.runs.methods import ARMS
-from experiments.harness.runs.spec import Run
+from experiments.harness.runs.catalogue import MARGINS
+from experiments.harness.runs.spec import Run, in_percent
 
 Cells = Sequence[Run | None]
 """One cell for each row of a table; None for a row without one."""
@@ -132,30 +134,7 @@ NOTE_MEASURED = (
 )
 
 
-def _claims_of_further_arms() -> Iterable[Claim]:
-    """A claim for each comparison of an arm that the abstract does not mention."""
-    for name, arm in ARMS.items():
-        for other in arm.claimed if name not in ("control", "sam", "msam") else ():
-            legends = (one.legend.format(base="plain training") for one in (arm, ARMS[other]))
-            text = "(ours) Test accuracy: {} over {}".format(*legends)
-            yield Claim(text, of_scores(name, f"over_{other}", 1), further=True)
-
-
-CLAIMS = (
-    Claim("mSAM's test accuracy is better than SAM's", of_scores("msam", "over_sam", 1)),
-    Claim("mSAM's test accuracy is better than plain training's", of_scores("msam", "over_base", 1)),
-    Claim(
-        "(ours) ... and than that of plain gradients over the same micro-batches",
-        of_scores("msam", "over_control", 1),
-    ),
-    Claim("SAM's test accuracy is better than plain training's", of_scores("sam", "over_base", 1)),
-    Claim(
-        "(ours) ... and than that of SAM over the same micro-batches, which share one perturbation",
-        of_scores("msam", "over_shared", 1),
-        further=True,
-    ),
-    *_claims_of_further_arms(),
-)
+CLAIMS = tuple(claim(contrast) for contrast in ACCURACY)
 
 
 def shows(cell: Run) -> bool:
@@ -216,7 +195,8 @@ def sentences(view: View, expected: int = 1) -> list[str]:
     """The differences of each block, and the missing comparisons; `expected` is the sign that the paper claims."""
     cells = view.target.cells
     trainings = [cell for cell in cells if not cell.network] or cells
-    return [*block_sentences(view.numbers, expected), *unmatched(trainings, view.target.varies)]
+    margin = MARGINS[cells[0].profile] if in_percent(trainings[0].score) else math.nan
+    return [*block_sentences(view.numbers, expected, margin), *unmatched(trainings, view.target.varies)]
 
 
 def notes(view: View) -> Iterable[str]:

@@ -34,6 +34,8 @@ def list_() -> int:
     for name, experiment in catalogue.catalogue().items():
         counts = ", ".join(f"{p}: {len(experiment.runs[p])}" for p in PROFILES if p in experiment.runs)
         print(f"{experiment.table}  {name:<14} {experiment.summary}\n{'':24}cells in {counts}")
+        if experiment.primary:
+            print(f"{'':24}primary comparison, on CIFAR-10: {' over '.join(experiment.primary)}")
         if experiment.tuning:
             grids = ", ".join(f"{p}: {len(experiment.tuning[p])}" for p in PROFILES if p in experiment.tuning)
             print(f"{'':24}grid {name}-tuning, cells in {grids}")

@@ -16,6 +16,7 @@ from experiments.harness.runs.grids import all_arms, four_methods, grid_of_arms,
 from experiments.harness.runs.spec import CAPTURED, ON_GPU, Training
 
 TABLE = "table1"
+PRIMARY = ("msam", "shared")
 
 SMOKE = Training(
     profile="smoke",

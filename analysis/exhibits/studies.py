@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis import scores
 from analysis.arms import METHOD_WORDS, METHODS, base_name
-from analysis.cells import TUNED, in_words
+from analysis.cells import TUNED, family_sentence, in_words
 from analysis.cells import scores as scores_of
 from analysis.exhibit import LAST, Exhibit, Picture, Target
 from analysis.frames import Results
@@ -51,7 +51,7 @@ def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = 
         shows=scores.shows,
         numbers=scores.numbers,
         text=scores.text,
-        sentences=scores.sentences,
+        sentences=lambda view: [*scores.sentences(view), *family_sentence(view.numbers)],
         notes=scores.notes,
         figures=(Picture(name, caption or f"{title}.", draw or against_varied),),
         place=place,

@@ -1,8 +1,7 @@
 """Table 3: flatness of the trained networks, with three figures."""
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,27 +9,53 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative, values
-from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure
-from analysis.evidence import of_scores
-from analysis.exhibit import Claim, Exhibit, Picture, Target, View
+from analysis.cells import (
+    averages,
+    cells_in_order,
+    interval,
+    mean_columns,
+    of_blocks,
+    references,
+    rounded_relative,
+    unmatched,
+    values,
+)
+from analysis.contrasts import FLATTER
+from analysis.document import SIGNIFICANCE_NOTE, measure, three_digits
+from analysis.evidence import claim
+from analysis.exhibit import Exhibit, Picture, Target, View
+from analysis.flatness import (
+    difference_columns,
+    eigenvalue_columns,
+    eigenvalue_numbers,
+    eigenvalue_sentences,
+    micro_batch_measures,
+    shown_references,
+)
 from analysis.frames import Results
 from analysis.plots import add_legend, line_of, panels_of, row_of_panels, six_digits
-from analysis.scores import sentences
 from analysis.statistics import mean_interval
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
 NOTES = (
     "Largest Hessian eigenvalue (lambda 1) and trace of the training loss at the final weights, on the first "
     "{examples} training and {examples} test examples, without augmentation; BatchNorm in eval mode, with its running "
-    "statistics; float32. Means ± half-width of the 95 % Student t interval (number of seeds); differences are paired "
-    "by seed, and negative is flatter. "
+    "statistics; float32. Means ± half-width of the 95 % Student t interval (number of seeds). A ratio is the mean "
+    "difference of natural logarithms, paired by seed, with the ends of its 95 % t interval; below 1 is flatter. "
     + SIGNIFICANCE_NOTE
     + " Lanczos residuals are at most {residual:.1g} of lambda 1. "
     "The records have the standard error of each trace.",
     "Sharpness, times 1,000: rise of the loss at distance rho={rho} from the weights: the largest reached by ascent (a "
     "lower bound of the maximum), the mean over random directions, and the mean over m micro-batches, each at its own "
     "perturbation. All methods of a data set use the same rho.",
+    "Training loss: that of the measured training examples at the final weights; differences are paired by seed. A "
+    "network that has not reached its minimum may be flat for that reason alone: where training losses differ, a "
+    "difference in flatness is not evidence that a method chooses flatter minima.",
+    "The claims are tested by every measure, not by one: lambda 1 on training and on test data, the trace, and the "
+    "three kinds of sharpness on training data. Each is compared by the natural log of the ratio if all values at the "
+    "common seeds are positive, and by the difference otherwise; the average sharpness, which is near zero with either "
+    "sign, always by the difference. The claims say which.",
     "Reparametrisation can change all of these measures without changing the function (Dinh et al. 2017, arXiv "
     "1703.04933). They can be compared between methods on one network and training setup, but not between networks.",
 )
@@ -58,22 +83,19 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
-        One row for each cell. `mean` is the largest Hessian eigenvalue on training data, with paired differences as in
-        Table 1. Every other measure has its mean under its name and its interval under `<name>_half_width`.
+        One row for each cell. `mean` is the largest Hessian eigenvalue on training data; `log_over_base` and the like
+        are the paired differences of its logarithm, and `loss_over_base` and the like those of the training loss. Every
+        other measure has its mean under its name and its interval under `<name>_half_width`.
     """
-    table, runs, rows = compared(frame, cells, seeds, varies), frame.set_index("run_id"), cells_in_order(cells, varies)
-    micro_batch_measures = [
-        name for name in runs if re.fullmatch(r"(train|test)_(sharpness|penalty|squared)_m\d+", str(name))
-    ]
+    runs, rows = frame.set_index("run_id"), cells_in_order(cells, varies)
+    table = eigenvalue_numbers(frame, cells, seeds, varies)
+    loss = difference_columns("loss_", "train_loss", runs, references(cells, varies), seeds)
     columns: dict[str, list[Any]] = {}
-    for name in (
-        *FLATNESS,
-        *sorted(micro_batch_measures, key=lambda n: (n.rsplit("m", 1)[0], int(n.rsplit("m", 1)[1]))),
-    ):
+    for name in (*FLATNESS, *micro_batch_measures(list(runs))):
         columns |= mean_columns(name, averages(runs, rows, seeds, name))
     residuals = [values(runs, cell, seeds, "train_residual") for cell in rows]
     columns["residual"] = [by_seed.max() if len(by_seed) else float("nan") for by_seed in residuals]
-    return rounded_relative(table.join(pd.DataFrame(columns)))
+    return rounded_relative(table.join(loss).join(pd.DataFrame(columns)))
 
 
 def text(view: View) -> pd.DataFrame:
@@ -97,10 +119,45 @@ def text(view: View) -> pd.DataFrame:
             "model": table["model"],
             "method": table["label"],
             **eigenvalue_columns(table, view.marks),
+            **_loss_columns(view),
             **{title: measure(table, column) for title, column in measures.items()},
             **{title: measure(table, column, 1000) for title, column in rises.items()},
         }
     )
+
+
+def _loss_columns(view: View) -> dict[str, list[str]]:
+    """The training loss and its differences."""
+    differences = {
+        f"loss over {words}": [three_digits(interval(row, f"loss_over_{name}"), signed=True) for row in view.rows]
+        for name, words in shown_references(view.numbers, "loss_").items()
+    }
+    return {"training loss": measure(view.numbers, "train_loss"), **differences}
+
+
+def sentences(view: View) -> Iterator[str]:
+    """The ratios of each block's eigenvalues, and where the training losses differ as well."""
+    yield from eigenvalue_sentences(view.numbers)
+    places = of_blocks(view.numbers)
+    for number, block in view.numbers.groupby("block", sort=True):
+        if differing := _differing_losses(block):
+            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
+            yield (
+                f"{where}: the training losses differ, so a network may be flatter because it is farther from its "
+                f"minimum: {'; '.join(differing)}."
+            )
+    yield from unmatched(view.target.cells, view.target.varies)
+
+
+def _differing_losses(block: pd.DataFrame) -> list[str]:
+    """The significant differences in training loss between the methods that are compared."""
+    names = {row.method: row.label for row in block.itertuples()}
+    return [
+        f"{row.label} over {names[other]} {three_digits(loss, signed=True)}"
+        for row in block.itertuples()
+        for other in ARMS[row.method].against
+        if other in names and (loss := interval(row, f"loss_over_{other}")).significant
+    ]
 
 
 def notes(view: View) -> list[str]:
@@ -199,8 +256,6 @@ def _reach(greatest: Mapping[str, float]) -> str:
     return f", seed 0\nends at {greatest[low]:.0f} ({low})\nto {greatest[high]:.0f} ({high})"
 
 
-MEASURED: dict[str, Any] = {"unit": "largest Hessian eigenvalue", "expected": -1}
-
 EXHIBIT = Exhibit(
     name="table3",
     title="Table 3: flatness",
@@ -208,18 +263,9 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.kind == "curvature",
     numbers=numbers,
     text=text,
-    sentences=lambda view: sentences(view, expected=-1),
+    sentences=sentences,
     notes=notes,
-    claims=(
-        Claim("mSAM ends in flatter minima than SAM", of_scores("msam", "over_sam", -1), **MEASURED),
-        Claim("mSAM ends in flatter minima than plain training", of_scores("msam", "over_base", -1), **MEASURED),
-        Claim("SAM ends in flatter minima than plain training", of_scores("sam", "over_base", -1), **MEASURED),
-        Claim(
-            "(ours) mSAM ends in flatter minima than plain gradients over the same micro-batches",
-            of_scores("msam", "over_control", -1),
-            **MEASURED,
-        ),
-    ),
+    claims=tuple(claim(contrast) for contrast in FLATTER),
     figures=(
         Picture(
             "flatness",

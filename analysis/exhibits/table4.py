@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from analysis.arms import COLOURS, MARKS, METHOD_WORDS, base_name, method_name
 from analysis.cells import identity, interval, rounded_relative, values
+from analysis.contrasts import COST, COST_WITHIN, Contrast, usual_m
 from analysis.document import formatted, measure, score_text, spread, uncounted
-from analysis.evidence import comparison, ids_of
-from analysis.exhibit import Claim, Comparison, Exhibit, Picture, Shown, Target, View
+from analysis.evidence import claim, comparison, ids_of
+from analysis.exhibit import Comparison, Exhibit, Picture, Shown, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, set_ticks
 from analysis.statistics import Interval, mean_interval
@@ -31,15 +32,6 @@ NOTES = (
     "Reduced: the data that each worker sends to be averaged in a step, as seen by a hook of DistributedDataParallel; "
     "plain training sends each gradient once.",
 )
-
-COST_WITHIN = 10.0
-"""We read "not significantly more" in the paper as at most so many percent more time than a step of SAM."""
-
-CLAIMS = (
-    ("mSAM costs not significantly more than SAM", "loop"),
-    ('(ours) ... with passes="auto", which runs micro-batches in the fastest way', "auto"),
-)
-"""The claim for each way of running micro-batches that it is judged for."""
 
 TIMED = ("ratio", "over_sam", "seconds", "examples_per_second", "memory_bytes", "reduced_bytes")
 """The numbers that a cost run has for each of its steps."""
@@ -222,37 +214,27 @@ def _draw_line(panels: tuple[Axes, Axes], line: pd.DataFrame, style: Mapping[str
         axes.plot([first["micro_batches"]], [first[column] / unit], MARKS[first["method"]], **own_style)
 
 
-def over_sam(target: Target, runs: pd.DataFrame, shown: Shown, passes: str = "loop") -> list[Comparison]:
+def over_sam(target: Target, runs: pd.DataFrame, shown: Shown, contrast: Contrast = COST[0]) -> list[Comparison]:
     """A step of mSAM over SAM in the same run, at Table 1's m or the largest timed m below it.
 
     Args:
         target: The table.
         runs: The finished runs by id.
         shown: All shown tables.
-        passes: Only cells whose micro-batches run in this way are compared.
+        contrast: Its `having` names the cells that are compared: those whose micro-batches run in this way.
     """
     comparisons, seeds = [], target.seeds
-    for cell in [cell for cell in target.cells if cell.flat["passes"] == passes]:
-        m = min(_usual_m(cell.model, shown), cell.micro_batches)
+    for cell in target.cells:
+        if any(cell.flat[name] != value for name, value in contrast.having.items()):
+            continue
+        m = min(usual_m(cell.model, cell.profile), cell.micro_batches)
         for workers in dict.fromkeys((1, cell.flat["workers"])):
             percent = 100 * (values(runs, cell, seeds, f"msam_m{m}_w{workers}_over_sam").to_numpy() - 1)
-            extra_time = mean_interval(percent)
-            verdict = "not run" if not extra_time.n else "one seed" if extra_time.n == 1 else "not significant"
-            if extra_time.mean + extra_time.half_width <= COST_WITHIN:
-                verdict = "supported"
-            elif extra_time.mean - extra_time.half_width > COST_WITHIN:
-                verdict = "contradicted"
             where = f"{cell.model}, batch {cell.batch_size}" + (f", {workers} workers" if workers > 1 else "")
             where += _after_comma(_way(cell))
-            what = f"mSAM, m={m} over SAM, time of a step, percent"
-            comparisons.append(comparison(where, what, percent, verdict, ids_of((cell,), runs, seeds)))
+            words = where, f"mSAM, m={m} over SAM, time of a step, percent"
+            comparisons.append(comparison(contrast, cell, words, percent, ids_of((cell,), runs, seeds)))
     return comparisons
-
-
-def _usual_m(model: str, shown: Shown) -> int:
-    """The number of micro-batches of mSAM on a model in Table 1; 8 if the model is not there."""
-    cells = shown["table1"].cells if "table1" in shown else ()
-    return next((cell.micro_batches for cell in cells if (cell.model, cell.method) == (model, "msam")), 8)
 
 
 EXHIBIT = Exhibit(
@@ -264,20 +246,7 @@ EXHIBIT = Exhibit(
     text=text,
     sentences=sentences,
     notes=lambda view: NOTES,
-    claims=(
-        *(
-            Claim(
-                text,
-                partial(over_sam, passes=passes),
-                place=55,
-                unit="additional time of a step, percent",
-                expected=-1,
-                line=COST_WITHIN,
-                further=passes != "loop",
-            )
-            for text, passes in CLAIMS
-        ),
-    ),
+    claims=tuple(claim(contrast, partial(over_sam, contrast=contrast), place=55) for contrast in COST),
     figures=(
         Picture(
             "cost", "Time of mSAM's step over SAM's, of a step over the base optimizer's, and memory, against m.", cost

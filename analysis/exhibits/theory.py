@@ -1,6 +1,6 @@
 """Linear stability: predicted and simulated boundaries, and the predicted quantities on trained networks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from analysis.arms import COLOURS, MARKS, method_name
 from analysis.cells import difference_in_words, identity, rounded, scores, values
+from analysis.contrasts import PREDICTED_WITHIN, THEORY, Contrast
 from analysis.document import formatted, score_text
-from analysis.evidence import VERDICTS, comparison, ids_of, verdict
-from analysis.exhibit import Claim, Comparison, Exhibit, Picture, Shown, Target, View
+from analysis.evidence import Evidence, claim, comparison, ids_of
+from analysis.exhibit import Comparison, Exhibit, Picture, Shown, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend
 from analysis.statistics import mean_interval, paired, paired_difference
@@ -25,9 +26,6 @@ NOTES = (
     "means bounded; the prediction is 2 / eta for every rho. stochastic: a new random batch for each step, compared "
     "with the prediction for all data, which such a batch size does not reach.",
 )
-
-PREDICTED_WITHIN = 0.02
-"""How far a simulated boundary may lie from an exact prediction."""
 
 PARTS = ("exact", "normalised", "stochastic")
 """The parts of the table: the setting where the prediction is exact, and two that deviate from it."""
@@ -228,16 +226,15 @@ def _eigenvalues(axes: Axes, runs: pd.DataFrame, cells: Sequence[Run], seeds: in
     axes.set(ylabel="lambda 1, training data", title=f"{cells[0].model}{note}")
 
 
-def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list[Comparison]]:
-    """A claim's evidence: simulated boundaries of mSAM over SAM, and of SAM over descent, with all data in each step.
-
-    Differences below the tolerance of the prediction count as not significant.
-    """
+def boundaries(contrast: Contrast) -> Evidence:
+    """A claim's evidence: simulated boundaries of mSAM over SAM and of SAM over descent, all data in each step."""
 
     def compare(target: Target, runs: pd.DataFrame, shown: Shown) -> list[Comparison]:
         seeds = target.seeds
         cells = [
-            c for c in target.cells if c.batch_size == c.examples and (not c.rho or c.flat["normalised"] == normalised)
+            c
+            for c in target.cells
+            if c.batch_size == c.examples and (not c.rho or c.flat["normalised"] == contrast.having["normalised"])
         ]
         at = {(c.model, c.learning_rate, c.rho, c.method): c for c in cells}
         comparisons = []
@@ -248,13 +245,10 @@ def boundaries(normalised: bool) -> Callable[[Target, pd.DataFrame, Shown], list
                 continue
             own, other = (np.log(scores(c, runs, seeds).astype(float)) for c in (cell, reference))
             percent = 100 * np.expm1(paired(own, other))
-            difference = mean_interval(percent)
-            result = verdict(difference, -1)
-            if result in VERDICTS and abs(difference.mean) < 100 * PREDICTED_WITHIN:
-                result = "not significant"
             where = f"{model}, eta {learning_rate:g}, rho {rho:g}"
             what = f"{method_name(cell)} over {method_name(reference)}, largest stable sharpness, percent"
-            comparisons.append(comparison(where, what, percent, result, ids_of((cell, reference), runs, seeds)))
+            used = ids_of((cell, reference), runs, seeds)
+            comparisons.append(comparison(contrast, cell, (where, what), percent, used))
         return comparisons
 
     return compare
@@ -268,21 +262,7 @@ EXHIBIT = Exhibit(
     text=text,
     sentences=sentences,
     notes=lambda view: NOTES,
-    claims=(
-        Claim(
-            "In simulations with unnormalised perturbations mSAM keeps only flatter minima than SAM, and SAM than "
-            "descent",
-            boundaries(normalised=False),
-            unit="largest stable sharpness, percent",
-            expected=-1,
-        ),
-        Claim(
-            "(ours) The same with normalised perturbations, as both methods are used",
-            boundaries(normalised=True),
-            unit="largest stable sharpness, percent",
-            expected=-1,
-        ),
-    ),
+    claims=tuple(claim(contrast, boundaries(contrast)) for contrast in THEORY),
     figures=(
         Picture(
             "theory",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.cells import averages, cells_in_order, compared, mean_columns, rounded_relative
+from analysis.cells import averages, cells_in_order, compared, family_sentence, mean_columns, rounded_relative
 from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
@@ -74,7 +74,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
-    sentences=lambda view: sentences(view, expected=-1),
+    sentences=lambda view: [*sentences(view, expected=-1), *family_sentence(view.numbers)],
     notes=lambda view: (NOTE,),
     figures=(
         Picture(

@@ -8,8 +8,8 @@ from analysis.publish import publish, redraw, target
 from experiments.harness.runs.grids import timed_steps, with_seeds
 
 SESSION = {"commit": "a" * 40, "dirty": False, "code": "c" * 16, "cpu": "a processor"}
-GAIN = {"base": 0.0, "control": 0.01, "sam": 0.02, "msam": 0.04}
-LAMBDA = {"base": 100.0, "control": 90.0, "sam": 60.0, "msam": 40.0}
+GAIN = {"base": 0.0, "control": 0.01, "sam": 0.02, "shared": 0.03, "msam": 0.04}
+LAMBDA = {"base": 100.0, "control": 90.0, "sam": 60.0, "shared": 50.0, "msam": 40.0}
 PARAMETERS = {"resnet8": 100, "vit-micro": 1000, "wrn-10-1": 10_000}
 
 

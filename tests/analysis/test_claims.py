@@ -1,6 +1,7 @@
 """The summary of the claims and the report, from made-up runs."""
 
 import base64
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,23 +11,24 @@ from scipy import stats
 
 from analysis.claims import claims, comparisons, document_claims
 from analysis.collect import Finished
-from analysis.exhibit import Target
+from analysis.contrasts import ALL, Contrast
+from analysis.evidence import judged
+from analysis.exhibit import Claim, Comparison, Target
 from analysis.forest import panels
 from analysis.frames import Results
 from analysis.publish import documents_of, output_files, target
-from analysis.statistics import bootstrap_interval
+from analysis.statistics import Interval, bootstrap_interval, mean_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.record import DEFAULT_ROOT
 from tests.analysis.invented import SESSION, any_run, cost_run, curvature_run, results_of
 
 CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
-OVER_SAM, OVER_BASE, OVER_CONTROL, SAM_OVER_BASE, *CURVATURE, THEORY, NORMALISED, COST = (
-    claim
-    for claim in claims()
-    if not claim.startswith(("(ours) Test accuracy", "(ours) ... and than that of SAM", "(ours) ... with"))
-)
-FLATTER, FLATTER_THAN_BASE, SAM_FLATTER, FLATTER_CONTROL = CURVATURE
+TEXT = {contrast.name: contrast.text for contrast in ALL}
+OVER_SAM, OVER_BASE, OVER_CONTROL = (TEXT[f"msam-over-{name}"] for name in ("sam", "base", "control"))
+SAM_OVER_BASE, NET, COST = TEXT["sam-over-base"], TEXT["net-of-batchnorm"], TEXT["cost"]
+THEORY, NORMALISED = TEXT["stability-unnormalised"], TEXT["stability-normalised"]
+FLATTER = TEXT["flatness-msam-over-sam"]
 
 
 def accuracies(spec, shifts):
@@ -65,7 +67,7 @@ def test_a_comparison_has_both_intervals_of_the_paired_difference():
     [
         ({"msam": 0.02}, OVER_SAM, "supported"),
         ({"msam": -0.02}, OVER_SAM, "contradicted"),
-        ({"msam": -0.001}, OVER_SAM, "not significant"),
+        ({"msam": -0.001}, OVER_SAM, "equivalent"),
         ({"msam": 0.02, "control": 0.03}, OVER_CONTROL, "contradicted"),
         ({"msam": 0.02, "sam": 0.04}, OVER_BASE, "supported"),
         ({"msam": 0.02, "sam": 0.04}, OVER_SAM, "contradicted"),
@@ -102,10 +104,11 @@ def shown(results, name, cells):
 
 def test_a_smaller_eigenvalue_supports_a_claim_on_flatness():
     flat = catalogue.cells("hessian", "smoke")
-    verdicts = {}
-    for c in shown(results_of(flat, 2, curvature_run), "table3", flat):
-        verdicts.setdefault(c.claim, set()).add(c.verdict)
-    assert verdicts == {claim: {"supported"} for claim in CURVATURE}
+    found = comparisons(results_of(flat, 8, curvature_run), {"table3": Target("table3", tuple(flat), 8)})
+    verdicts = {c.claim: c.verdict for c in found if ", lambda 1, " in c.what}
+    assert len(verdicts) >= 4
+    assert set(verdicts.values()) == {"supported"}
+    assert {c.verdict for c in found if "average sharpness" in c.what} == {"inconclusive"}, "it is the same for all"
 
 
 def test_a_lower_boundary_supports_a_claim_of_the_theory():
@@ -117,14 +120,13 @@ def test_a_lower_boundary_supports_a_claim_of_the_theory():
     normal = [replace(c, normalised=True) for c in theory if c.rho]
     close = [boundary_run(spec, 0.005) for spec in with_seeds([theory[0], *normal], 2)]
     used = shown(Results.of(close), "theory", [theory[0], *normal])
-    assert {(c.claim, c.verdict) for c in used} == {(NORMALISED, "not significant")}, (
-        "half a percent is below the tolerance"
-    )
+    assert {(c.claim, c.verdict) for c in used} == {(NORMALISED, "equivalent")}, "half a percent is below the tolerance"
 
 
 def test_a_slower_step_contradicts_the_claim_on_cost():
     cost = catalogue.cells("cost", "smoke")
     slow = shown(results_of(cost, 2, cost_run), "table4", cost)
+    assert all(c.adjusted_p <= len(slow) * c.p for c in slow)
     assert {(c.claim, c.verdict) for c in slow} == {(COST, "contradicted")}, "m = 4 takes 24/18 of SAM's time"
     assert slow[0].difference.mean == pytest.approx(100 / 3 + 0.05)
     assert [c.where for c in slow[:2]] == ["resnet8, batch 32", "resnet8, batch 32, 2 workers"]
@@ -142,13 +144,103 @@ def test_the_summary_has_a_sentence_on_each_claim_and_lists_those_not_run():
     summary = documents_of("smoke", [chosen], runs)[-1]
     assert summary.name == "claims"
     assert summary.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
-    assert summary.claims[4].startswith("Not run")
-    assert all(claim in summary.claims[4] for claim in (FLATTER, THEORY, COST))
+    assert summary.claims[-1].startswith("Not run")
+    assert all(claim in summary.claims[-1] for claim in (FLATTER, THEORY, COST))
+    assert [note for note in summary.notes if "accuracy (all other comparisons" in note]
+    assert summary.notes[0].endswith("msam over shared, resnet8 on cifar10: not run.")
     alone = documents_of("smoke", [replace(chosen, seeds=1)], runs)[-1]
     assert alone.claims[0] == f"{OVER_SAM}: one seed, no interval."
     assert OVER_SAM in summary.terminal()
     assert "mSAM, m=4 over SAM" in summary.markdown()
     assert "smoke" in summary.title
+
+
+def one(family, p, mean=2.0, half_width=1.0, margin=1.0):
+    """A claim and a comparison on it with this p value."""
+    contrast = Contrast(name="a", text="a", arms=("msam", "sam"), isolates="nothing", family=family)
+    interval = Interval(mean, half_width, 8)
+    return Claim(contrast, None), Comparison("", "", interval, (0.0, 0.0), "", p=p, family=family, margin=margin)
+
+
+def test_verdicts_go_by_the_adjusted_p_value_within_a_family():
+    alone, *_ = judged([one("cost", 0.03), one("flatness", 0.03)])
+    assert (alone.adjusted_p, alone.verdict) == (0.03, "supported")
+    both = judged([one("cost", 0.03), one("flatness", 0.6), one("cost", 0.04)])
+    assert [(c.adjusted_p, c.verdict) for c in both] == [
+        (pytest.approx(0.06), "inconclusive"),
+        (0.6, "inconclusive"),
+        (pytest.approx(0.06), "inconclusive"),
+    ]
+    primary = judged([one("primary", 0.04), *[one("accuracy", 0.04)] * 20])
+    assert [c.verdict for c in primary] == ["supported"] + 20 * ["inconclusive"]
+
+
+@pytest.mark.parametrize(
+    ("p", "mean", "half_width", "margin", "verdict"),
+    [
+        (0.001, -2.0, 0.5, 1.0, "contradicted"),
+        (0.001, 0.3, 0.1, 1.0, "supported"),  # and smaller than the margin
+        (0.2, 0.2, 0.5, 1.0, "equivalent"),
+        (0.2, 0.2, 1.1, 1.0, "inconclusive"),
+        (0.2, 0.2, 0.5, math.nan, "inconclusive"),
+    ],
+)
+def test_an_effect_within_the_margin_is_equivalent_to_none(p, mean, half_width, margin, verdict):
+    (judged_one,) = judged([one("accuracy", p, mean, half_width, margin)])
+    assert judged_one.verdict == verdict
+
+
+def test_the_primary_comparison_is_a_family_of_its_own(monkeypatch):
+    cells = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
+    monkeypatch.setattr(
+        "analysis.contrasts._primary",
+        lambda profile: catalogue.Primary("table1", "resnet8", "cifar10", ("msam", "sam")),
+    )
+    runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(cells, 3)])
+    found = comparisons(runs, {"table1": Target("table1", tuple(cells), 3)})
+    assert [(c.claim, c.family, c.adjusted_p == c.p) for c in found if c.primary] == [(OVER_SAM, "primary", True)]
+    assert {c.family for c in found if not c.primary} == {"accuracy"}
+
+
+def test_the_net_contrast_subtracts_each_methods_own_baseline_by_seed():
+    def noisy(spec):
+        value = 0.5 + (hash((spec.method, spec.seed)) % 97) / 1000
+        return Finished(spec, {"test_accuracy": value, "wall_seconds": 1.0}, [], [SESSION])
+
+    runs = [noisy(spec) for spec in with_seeds(CELLS, 3)]
+    found = comparisons(Results.of(runs), {"table1": Target("table1", tuple(CELLS), 3)})
+    (net,) = (c for c in found if c.claim == NET)
+    by = {(run.spec.method, run.spec.seed): 100 * run.summary["test_accuracy"] for run in runs}
+    differences = [by["msam", s] - by["control", s] - by["sam", s] + by["base", s] for s in range(3)]
+    assert net.difference == pytest.approx(tuple(mean_interval(differences)))
+    assert net.what == "(mSAM, m=4 - SGD, m=4 micro-batches) - (SAM - SGD)"
+    assert len(net.run_ids.split()) == 12
+    three = [cell for cell in CELLS if cell.method != "control"]
+    assert NET not in {c.claim for c in comparisons(Results.of(runs), {"table1": Target("table1", tuple(three), 3)})}
+
+
+def test_a_page_for_each_claim_says_what_the_verdict_rests_on():
+    runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(CELLS, 3)])
+    chosen = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=3)
+    files = output_files("smoke", [chosen], runs)
+    numbers = document_claims("smoke", runs, {"table1": chosen}).numbers
+    names = {contrast.name for contrast in ALL if contrast.text in set(numbers["claim"])}
+    assert {path for path in files if path.startswith("claims/")} == {f"claims/{name}.md" for name in names}
+    page, row = files["claims/msam-over-sam.md"], next(numbers[numbers["claim"] == OVER_SAM].itertuples())
+    assert page.startswith(f"# {OVER_SAM}\n\n**Verdict:** supported in 1 comparison.")
+    steps = CELLS[0].examples // CELLS[0].batch_size * CELLS[0].epochs
+    for words in (
+        f"+{row.difference:.2f} ± {row.half_width:.2f} (3)",
+        f"accuracy ({len(numbers)})",
+        f"{CELLS[0].examples} images, {CELLS[0].epochs} epochs, {steps} steps",
+        "a processor",
+        "6 runs at 3 seeds",
+        "`python -m experiments run table1 --profile smoke --seeds 3`",
+        "`python -m analysis judge msam-over-sam --profile smoke`",
+        "an adjusted p of 0.05 or more on further seeds",
+        *row.run_ids.split(),
+    ):
+        assert words in page, words
 
 
 # The report

@@ -23,6 +23,7 @@ OTHER = replace(SGD, model="wrn-10-1")
 pytestmark = pytest.mark.usefixtures("sketches")  # rendered ones: exhibits/test_exhibits.py
 FILES = {"runs.csv", "curves.csv", "provenance.jsonl"}
 TABLE = {
+    *(f"claims/{name}.md" for name in ("msam-over-sam", "msam-over-base", "sam-over-base")),
     "tables/table1.md",
     "tables/table1.csv",
     "tables/table1.tex",

@@ -7,6 +7,8 @@ An experiment is a module of `experiments/` with a docstring and
     TUNING    profile -> cells: the grid that chose the hyper-parameters in RUNS (optional)
     VARIES    the fields that a study varies, for example ("batch_size",) (optional). Two cells are compared
               if they differ only in the fields that define their arms; if there is no such pair, these may differ too
+    PRIMARY   the two arms whose comparison on this experiment's network on CIFAR-10 is the primary one of every
+              profile, for example ("msam", "shared") (in one experiment at most, written before its runs)
 
 A target is an experiment's name, a table's name, either of them followed by "-tuning", or "all": every table, without
 the grids.
@@ -23,6 +25,7 @@ from typing import Any
 import experiments
 from experiments.harness.runs.checks import PROFILES, SpecError, unknown
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.run import Run, from_dict, names
 
 SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
@@ -37,6 +40,9 @@ PUBLISHED_SEEDS = {"cpu": {"table1": 16, "placebo": 16, "table4": 3, "theory": 3
 TUNING_SEEDS = 2
 """Number of seeds of a grid, in every profile."""
 
+MARGINS = {"smoke": 1.0, "cpu": 1.0, "gpu": 0.2, "paper": 0.2}
+"""The margin of equivalence of each profile, in points of accuracy, fixed before the runs: a smaller effect is none."""
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -48,6 +54,18 @@ class Experiment:
     runs: Mapping[str, Sequence[Run]]
     tuning: Mapping[str, Sequence[Run]]
     varies: tuple[str, ...] = ()
+    primary: tuple[str, str] | None = None
+    """The two arms of the primary comparison, if it is on this experiment's network."""
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The primary comparison of a profile: the first arm over the second, on one network."""
+
+    table: str
+    model: str
+    dataset: str
+    arms: tuple[str, str]
 
 
 def catalogue() -> dict[str, Experiment]:
@@ -64,7 +82,10 @@ def catalogue() -> dict[str, Experiment]:
             runs=module.RUNS,
             tuning=getattr(module, "TUNING", {}),
             varies=_varies(module),
+            primary=_primary(module),
         )
+    if len(several := [name for name, experiment in by_name.items() if experiment.primary]) > 1:
+        raise SpecError(f"{' and '.join(several)} declare PRIMARY, but a profile has one primary comparison: keep one.")
     return dict(sorted(by_name.items(), key=lambda item: (item[1].table, item[0])))
 
 
@@ -140,6 +161,28 @@ def varies(target: str) -> tuple[str, ...]:
     name = target.removesuffix("-tuning")
     chosen = [e for e in catalogue().values() if name in (e.name, e.table)]
     return tuple(dict.fromkeys(field for e in chosen for field in e.varies))
+
+
+def primary(profile: str) -> Primary | None:
+    """The primary comparison of a profile; None if no experiment declares one for a network on CIFAR-10."""
+    for experiment in catalogue().values():
+        for cell in experiment.runs.get(profile, ()):
+            if experiment.primary and cell.dataset == "cifar10":
+                return Primary(experiment.table, cell.model, cell.dataset, experiment.primary)
+    return None
+
+
+def _primary(module: ModuleType) -> tuple[str, str] | None:
+    declared = getattr(module, "PRIMARY", None)
+    if declared is None:
+        return None
+    if not isinstance(declared, tuple | list) or len(declared) != 2:
+        raise SpecError(f"{module.__name__} has PRIMARY {declared!r}, but it must be two arms: {', '.join(ARMS)}.")
+    for name in declared:
+        if name not in ARMS:
+            raise unknown("arm", name, list(ARMS))
+    first, second = declared
+    return first, second
 
 
 def _varies(module: ModuleType) -> tuple[str, ...]:

@@ -132,8 +132,8 @@ ARMS = {
             line="--",
             mark="s",
             has={"rho": positive, "micro_batches": one},
-            against=("base",),
-            claimed=("base",),
+            against=("base", "twice"),
+            claimed=("base", "twice"),
         ),
         Arm(
             name="shared",
@@ -156,8 +156,8 @@ ARMS = {
             line="-.",
             mark="D",
             has={"rho": positive, "micro_batches": several},
-            against=("base", "sam", "control", "shared"),
-            claimed=("sam", "control", "shared"),
+            against=("base", "twice", "sam", "control", "shared"),
+            claimed=("sam", "control", "shared", "twice"),
         ),
         Arm(
             name="asam",

@@ -19,7 +19,7 @@ from experiments.harness.runs.command_line import Mistake
 KINDS = {"INT": "a whole number", "N": "a whole number", "FLOAT": "a number", "PATH": "a path", "DIR": "a folder"}
 """What an option takes, by its placeholder in the help text."""
 
-EXAMPLES = {"TARGET": "table1", "RUN": "0c43d2"}
+EXAMPLES = {"TARGET": "table1", "RUN": "0c43d2", "CLAIM": "msam-over-sam"}
 
 
 def not_one_of(kind: str, word: str, known: Sequence[str]) -> str:
