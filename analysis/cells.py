@@ -5,7 +5,7 @@ Accuracies and their differences are in percent; everything else keeps the unit 
 
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -194,12 +194,9 @@ def identity(cell: Run, runs: pd.DataFrame, seeds: int) -> dict[str, Any]:
     }
 
 
-def _difference(name: str, cell: Run, other: Run | None, runs: pd.DataFrame, seeds: int) -> dict[str, float | int]:
-    """The paired difference of two cells' scores; empty if there is no other cell."""
-    empty = pd.Series(dtype=float)
-    theirs = empty if other is None else scores(other, runs, seeds)
-    difference = paired_difference(scores(cell, runs, seeds), theirs)
-    return {name: difference.mean, f"{name}_half_width": difference.half_width, f"{name}_n": difference.n}
+def difference(cell: Run, other: Run | None, by_seed: Callable[[Run], pd.Series]) -> Interval:
+    """The paired difference of two cells' values, indexed by seed; without values if there is no other cell."""
+    return paired_difference(by_seed(cell), pd.Series(dtype=float) if other is None else by_seed(other))
 
 
 def compared(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
@@ -212,7 +209,8 @@ def compared(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequ
             row = {"block": number, "label": labels[cell], **identity(cell, runs, seeds), "method": arms[cell].name}
             row |= {name: cell.flat[name] for name in varies if name not in row}
             for name, other in others[cell].items():
-                row |= _difference(name, cell, other, runs, seeds)
+                over = difference(cell, other, lambda c: scores(c, runs, seeds))
+                row |= {name: over.mean, f"{name}_half_width": over.half_width, f"{name}_n": over.n}
             rows.append(row)
     return rounded(pd.DataFrame(rows))
 
@@ -362,7 +360,10 @@ def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
         if block["data_checksum"].nunique() > 1:
             lines.append(f"Warning: the runs of {model} on {dataset} read data with different checksums.")
     if len(machines(rows)) > 1:
-        lines.append(f"Times come from several machines ({'; '.join(machines(rows))}) and cannot be compared.")
+        lines.append(
+            f"These runs come from several machines ({'; '.join(machines(rows))}): times cannot be compared, and the "
+            "same spec gives slightly different networks on each."
+        )
     return lines
 
 

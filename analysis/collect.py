@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.predictions import NAME
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record
 from experiments.harness.runs.spec import Run
@@ -38,6 +39,8 @@ class Finished:
     summary: dict[str, Any]
     metrics: Lines | Sequence[Mapping[str, Any]]
     sessions: list[dict[str, Any]]
+    predictions: Path | None = None
+    """The file with its predictions, if it has one; it is read when it is needed."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def _read(record: Record, with_curves: bool) -> Finished | Unfinished:
         sessions = record.environments()
     except RecordError:
         sessions = []
-    return Finished(spec, record.summary(), Lines(record.metrics() if with_curves else ()), sessions)
+    lines, predictions = Lines(record.metrics() if with_curves else ()), record.folder / NAME
+    return Finished(spec, record.summary(), lines, sessions, predictions if predictions.exists() else None)
 
 
 def plain_keys(values: Mapping[str, Any]) -> dict[str, Any]:

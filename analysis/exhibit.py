@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from analysis.cells import references, retrained, warnings
 from analysis.contrasts import Contrast
 from analysis.document import Document, origin, row_notes
+from analysis.predictions import Predictions
 from analysis.statistics import Interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
@@ -185,6 +186,9 @@ class Exhibit:
     numbers: Callable[[pd.DataFrame, Sequence[Run], int, Sequence[str]], pd.DataFrame]
     """Takes the frame of finished runs, the cells at seed 0, the number of seeds, and the fields declared to vary;
     returns one row for each row of the table."""
+    with_predictions: Callable[[pd.DataFrame, Target, pd.DataFrame, Predictions], pd.DataFrame] | None = None
+    """Adds columns that need the predictions of the runs: takes the numbers, the target, the frame and the predictions.
+    """
     text: Callable[[View], pd.DataFrame]
     """The columns of the table as text."""
     sentences: Callable[[View], Iterable[str]] = _none
@@ -197,13 +201,20 @@ class Exhibit:
     """Its place among the exhibits; at equal places they are sorted by name."""
     form: type[Document] = Document
 
-    def document(self, target: Target, frame: pd.DataFrame, states: Mapping[str, str] | None = None) -> Document:
+    def document(
+        self,
+        target: Target,
+        frame: pd.DataFrame,
+        states: Mapping[str, str] | None = None,
+        predictions: Predictions | None = None,
+    ) -> Document:
         """The table of the target's cells, ready to be written.
 
         Args:
             target: The cells.
             frame: One row for each finished run.
             states: Why runs failed or how far they are, by run_id.
+            predictions: The predictions of the runs, if any.
 
         Raises:
             SpecError: if this exhibit cannot show one of the cells.
@@ -214,6 +225,8 @@ class Exhibit:
                 f"show: use another TABLE, or add an exhibit to analysis/exhibits/."
             )
         numbers = self.numbers(frame, target.cells, target.seeds, target.varies)
+        if self.with_predictions and predictions:
+            numbers = self.with_predictions(numbers, target, frame, predictions)
         marks, missing = row_notes(numbers, states or {})
         view = View(target, frame, numbers, tuple(marks))
         return self.form(

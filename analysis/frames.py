@@ -3,6 +3,7 @@
 runs.csv           one row for each run: its spec, its results, its code and its machine
 curves.csv         one row for each epoch of a run
 provenance.jsonl   one line for each run: all its sessions
+predictions.npz    the predicted classes of each run, if any run has them; only in published results
 """
 
 import json
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pandas as pd
 from analysis.arms import METHODS
 from analysis.collect import Finished, Lines, Unfinished, plain, plain_keys
 from analysis.columns import PROVENANCE, column_of, csv_text, joined_column, known_dtypes, parse
+from analysis.predictions import NAME, Predictions, of_record, published
 from experiments.harness.runs.files import RecordError, replacing
 from experiments.harness.runs.run import defaults, in_order
 
@@ -38,6 +41,9 @@ SUMMARY = (
     "test_accuracy",
     "test_score",
     "test_loss",
+    "test_ece",
+    "test_int8_accuracy",
+    "test_int8_score",
     "holdout_accuracy",
     "holdout_score",
     "holdout_loss",
@@ -59,27 +65,34 @@ _PRIVATE = ("host", "hostname", "node", "user", "cwd", "path", "paths", "executa
 
 @dataclass(frozen=True)
 class Results:
-    """The contents of runs.csv, curves.csv and provenance.jsonl."""
+    """The contents of runs.csv, curves.csv, provenance.jsonl and predictions.npz."""
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     provenance: dict[str, list[dict[str, Any]]]
     under_way: pd.DataFrame = field(default_factory=lambda: _curves([]))
     """The curves of runs that are not finished, so far; they are in curves.csv, but never committed."""
+    predictions: Predictions = field(default_factory=Predictions)
+    """The predictions of finished training runs on the test set, read when they are asked for."""
 
     @classmethod
     def of(cls, runs: Iterable[Finished], under_way: Iterable[Unfinished] = ()) -> "Results":
-        """The contents of the three files for these runs."""
+        """The contents of the files for these runs."""
         runs = list(runs)
         sessions = {run.spec.run_id: [_public(s) for s in run.sessions] for run in runs}
-        return cls(frame(runs), curves(runs), sessions, curves(under_way))
+        sources = {
+            run.spec.run_id: partial(of_record, run.predictions, run.summary)
+            for run in runs
+            if run.predictions and run.spec.kind == "train" and not run.spec.flat["holdout_examples"]
+        }
+        return cls(frame(runs), curves(runs), sessions, curves(under_way), Predictions(sources))
 
     @classmethod
     def read(cls, folder: Path) -> "Results":
-        """Read the three files.
+        """Read the files; results without predictions.npz have no predictions.
 
         Raises:
-            RecordError: if one of them is missing or damaged.
+            RecordError: if one of the others is missing, or one is damaged.
         """
         try:
             lines = [json.loads(line) for line in _text(folder / "provenance.jsonl").splitlines()]
@@ -87,7 +100,8 @@ class Results:
             runs, curves = (parse(_text(folder / f"{name}.csv")) for name in ("runs", "curves"))
             if absent := sorted(set(FIRST) - set(runs.columns)):
                 raise ValueError(f"runs.csv has no column {absent[0]!r}")
-            return cls(_as_before(runs, provenance), curves, provenance)
+            runs = _as_before(runs, provenance)
+            return cls(runs, curves, provenance, predictions=_predictions(folder / NAME, runs))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(
                 f"The published files of {folder} cannot be read ({plain(str(error))}): restore them with git."
@@ -100,6 +114,7 @@ class Results:
             self.curves[self.curves["run_id"].isin(run_ids)],
             {k: v for k, v in self.provenance.items() if k in run_ids},
             self.under_way[self.under_way["run_id"].isin(run_ids)],
+            self.predictions.only(run_ids),
         )
 
     def joined(self, other: "Results") -> "Results":
@@ -108,10 +123,15 @@ class Results:
             _runs([*rows_of(self.runs), *rows_of(other.runs)]),
             _curves([*_by_run(self.curves), *_by_run(other.curves)]),
             self.provenance | other.provenance,
+            predictions=self.predictions.joined(other.predictions),
         )
 
+    def predicted(self) -> bytes:
+        """The content of predictions.npz; all predictions are read."""
+        return self.predictions.content(dict(zip(self.runs["run_id"], self.runs["dataset"], strict=True)))
+
     def texts(self) -> dict[str, str]:
-        """The texts of the three files by name; equal contents give equal bytes."""
+        """The texts of the three text files by name; equal contents give equal bytes."""
         lines = [
             json.dumps({"run_id": run_id, "sessions": self.provenance[run_id]}, sort_keys=True) + "\n"
             for run_id in sorted(self.provenance)
@@ -153,6 +173,15 @@ def write_files(folder: Path, texts: Mapping[str, str | bytes]) -> None:
         raise RecordError(
             f"{folder} cannot be written ({error.strerror}): free some space, or give another folder with --results."
         ) from error
+
+
+def _predictions(path: Path, runs: pd.DataFrame) -> Predictions:
+    """The published predictions of these runs; none without the file."""
+    if not path.exists():
+        return Predictions()
+    accuracies = [name for name in runs if str(name).endswith("_accuracy")]
+    rows = rows_of(runs[["run_id", "dataset", *accuracies]])
+    return published(path, {row["run_id"]: row for row in rows})
 
 
 def _as_before(runs: pd.DataFrame, provenance: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame:

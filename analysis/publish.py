@@ -107,7 +107,7 @@ def documents_of(
     profile: str, targets: Sequence[Target], results: Results, states: Mapping[str, str] | None = None
 ) -> list[Document]:
     """The tables, followed by the summary of the claims if they have any evidence."""
-    documents = [exhibit_of(t.name).document(t, results.runs, states) for t in targets]
+    documents = [exhibit_of(t.name).document(t, results.runs, states, results.predictions) for t in targets]
     claims = document_claims(profile, results, _shown(targets))
     return [*documents, claims] if len(claims.numbers) else documents
 

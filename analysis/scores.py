@@ -10,11 +10,12 @@ import pandas as pd
 from analysis.cells import (
     averages,
     block_sentences,
-    blocks,
     cells_in_order,
     compared,
+    difference,
     interval,
     mean_columns,
+    references,
     rounded,
     run_ids,
     unmatched,
@@ -33,7 +34,7 @@ from analysis.document import (
 )
 from analysis.evidence import claim
 from analysis.exhibit import View
-from analysis.statistics import mean_interval
+from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run, in_percent
 
@@ -46,8 +47,9 @@ class Column:
     """A further column of a table of scores, after the score and its differences."""
 
     title: str
-    numbers: Callable[[pd.DataFrame, Cells, int], Mapping[str, Sequence[Any]]]
-    """Takes the runs by id, the cell of each row and the number of seeds; returns columns of the table's numbers."""
+    numbers: Callable[[pd.DataFrame, Cells, int, Sequence[str]], Mapping[str, Sequence[Any]]]
+    """Takes the runs by id, the cell of each row, the number of seeds and the fields declared to vary; returns columns
+    of the table's numbers."""
     text: Callable[[pd.DataFrame], Sequence[str]]
     """Takes the table's numbers; returns the text of the column."""
     measured: bool = False
@@ -68,34 +70,48 @@ def mean_column(
         digits: `significant` for three significant digits, or `score` for two decimals.
     """
 
-    def numbers(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[Any]]:
+    def numbers(runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]) -> Mapping[str, Sequence[Any]]:
         return mean_columns(name, averages(runs, cells, seeds, source or name, factor), counted=True)
 
     written = percent if digits == "score" else measure
     return Column(title, numbers, lambda table: written(table, name), measured)
 
 
-def _train_accuracy(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[float]]:
+def compared_column(title: str, name: str, source: str, *, factor: float = 1, digits: str = "significant") -> Column:
+    """As `mean_column`; the table's CSV also has the paired differences to other arms, as `<name>_over_sam` and so on.
+
+    Args:
+        title: The heading.
+        name: The name of the column in the table's CSV.
+        source: The name of the number in the summaries.
+        factor: The factor applied to the numbers.
+        digits: As in `mean_column`.
+    """
+    means = mean_column(title, name, source, factor=factor, digits=digits)
+
+    def numbers(runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+        networks = [cell for cell in cells if cell]
+        return {**means.numbers(runs, cells, seeds, varies), **differences(runs, networks, seeds, varies)}
+
+    def differences(
+        runs: pd.DataFrame, networks: Sequence[Run], seeds: int, varies: Sequence[str]
+    ) -> Mapping[str, Sequence[Any]]:
+        columns: dict[str, list[Interval | None]] = {}
+        for cell, others in references(networks, varies).items():
+            for over, other in others.items():
+                one = difference(cell, other, lambda c: factor * values(runs, c, seeds, source))
+                columns.setdefault(over, []).append(one)
+        by_name = (mean_columns(f"{name}_{over}", ones, counted=True) for over, ones in columns.items())
+        return {key: column for each in by_name for key, column in each.items()}
+
+    return Column(title, numbers, means.text)
+
+
+def _train_accuracy(
+    runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]
+) -> Mapping[str, Sequence[float]]:
     means = averages(runs, cells, seeds, "train_accuracy", 100)
     return {"train_accuracy": [mean.mean for mean in means if mean]}
-
-
-def _times(runs: pd.DataFrame, cells: Cells, seeds: int) -> Mapping[str, Sequence[float]]:
-    """Seconds of a run, and their ratio to the seconds of the block's base optimizer."""
-    seconds, ratios = [], []
-    for block in blocks([cell for cell in cells if cell]):
-        base = next((cell for cell in block if cell.method == "base"), None)
-        base_seconds = mean_interval(values(runs, base, seeds, "wall_seconds")).mean if base else float("nan")
-        for cell in block:
-            seconds.append(mean_interval(values(runs, cell, seeds, "wall_seconds")).mean)
-            ratios.append(seconds[-1] / base_seconds if base_seconds else float("nan"))
-    return {"wall_seconds": seconds, "relative_time": ratios}
-
-
-def _time(row: Any) -> str:
-    seconds = formatted(row.wall_seconds, ".0f" if row.wall_seconds >= 10 else ".1f")
-    ratio = "" if pd.isna(row.relative_time) else f" (x{row.relative_time:.2f})"
-    return f"{seconds} s{ratio}" if seconds else ""
 
 
 COLUMNS = (
@@ -113,7 +129,6 @@ COLUMNS = (
         measured=True,
         digits="score",
     ),
-    Column("time", _times, lambda table: [_time(row) for row in table.itertuples()]),
 )
 """The further columns of every table of scores."""
 
@@ -121,13 +136,16 @@ LINEAR = "linear model (floor)"
 
 NOTES = (
     f"{SCORE_NOTE}; differences are in percentage points and paired by seed. {SIGNIFICANCE_NOTE} "
-    "Time is the mean time of a run, including other load on the machine, and its ratio to the base optimizer; use "
-    "Table 4 to compare costs.",
+    "Table 4 compares costs.",
     "Test accuracies are those of the last epoch, not of the best epoch.",
     "Seeds differ in initial weights and batch order. All seeds use the same subset of images, and the same wrong "
     "labels if there are any: the intervals do not cover the choice of images.",
 )
 NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho, if there is one."
+NOTE_SHARED = (
+    "Over shared: over SAM over the same micro-batches with one perturbation for all of them. The two differ only in "
+    "who shares a perturbation, which is the paper's idea."
+)
 NOTE_MEASURED = (
     "Lambda 1 is the largest Hessian eigenvalue of the training loss, measured as in Table 3. Re-estimated: the test "
     "accuracy after BatchNorm's statistics are averaged over one more epoch of mini-batches at the final weights."
@@ -165,7 +183,7 @@ def numbers(
     networks, measured = _networks(cells, varies), _measured(cells, varies)
     table, runs = compared(frame, networks, seeds, varies), frame.set_index("run_id")
     for column in [c for c in columns if not c.measured] + [c for c in columns if c.measured and any(measured)]:
-        added = column.numbers(runs, measured if column.measured else networks, seeds)
+        added = column.numbers(runs, measured if column.measured else networks, seeds, varies)
         table = table.join(rounded(pd.DataFrame(added)))
     more = [" ".join(run_ids(cell, runs, seeds)) if cell else "" for cell in measured]
     table["run_ids"] = [" ".join(filter(None, both)) for both in zip(table["run_ids"], more, strict=True)]
@@ -186,6 +204,7 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
             "test accuracy %": [score_text(row) + mark for row, mark in zip(rows, view.marks, strict=True)],
             "over base": [signed(interval(row, "over_base")) for row in rows],
             "over SAM": [signed(interval(row, "over_sam")) for row in rows],
+            **({"over shared": [signed(interval(row, "over_shared")) for row in rows]} if _shared(table) else {}),
             **{column.title: column.text(table) for column in columns if measured or not column.measured},
         }
     )
@@ -205,8 +224,15 @@ def notes(view: View) -> Iterable[str]:
     yield from NOTES
     if sams.groupby("block")["rho"].nunique().gt(1).any():
         yield NOTE_SAME_RHO
+    if _shared(view.numbers):
+        yield NOTE_SHARED
     if any(_measured(view.target.cells)):
         yield NOTE_MEASURED
+
+
+def _shared(table: pd.DataFrame) -> bool:
+    """Whether a row is compared with SAM over micro-batches."""
+    return "over_shared" in table and bool(table["over_shared_n"].any())
 
 
 def _networks(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run]:

@@ -34,7 +34,7 @@ def fingerprint(root: Path, arguments: Any) -> str:
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         digest.update(f"\0{name}".encode("utf-8", "surrogateescape"))
         for entry in sorted(_entries(folder / name), key=lambda entry: entry.name):
-            if entry.name.endswith((".json", ".jsonl")):
+            if entry.name.endswith((".json", ".jsonl", ".npz")):
                 status = entry.stat()
                 digest.update(f"\0{entry.name} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
