@@ -1,23 +1,113 @@
 """Table 1: test accuracy of each method, and its training curves."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import scores
-from analysis.exhibit import Exhibit, Picture, Target
+from analysis.cells import block_sentences, ids, references, rounded
+from analysis.cells import scores as test_scores
+from analysis.chances import scales, tries
+from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend, draw_band, draw_under_way, panels_of, seeds_of, set_logarithmic
+from analysis.predictions import Predictions
 from analysis.statistics import Interval
-from experiments.harness.runs.spec import in_percent
+from analysis.two_way import two_way_interval
+from experiments.harness.runs.methods import ARMS
+from experiments.harness.runs.spec import Run, in_percent
 
-COLUMNS = (*scores.COLUMNS,)
+MEASURES = {"nll": "test NLL", "ece": "calibration error, points"}
+"""Further measures of the test set, by their columns in the CSV; lower is better."""
+
+COLUMNS = (
+    *scores.COLUMNS,
+    scores.compared_column("NLL", "nll", "test_loss"),
+    scores.compared_column("ECE %", "ece", "test_ece", factor=100, digits="score"),
+)
 """The columns after the score and its differences. To add a column, add an entry, such as
 
-    scores.mean_column("test loss", "test_loss")
+    scores.mean_column("train loss", "train_loss")
 """
+
+NOTES = (
+    "NLL is the mean negative log likelihood of the test images, ECE their expected calibration error (15 bins); lower "
+    "is better. table1.csv has the paired differences of both.",
+)
+NOTE_TWO_WAY = (
+    "Two-way intervals draw seeds and test images together (95 % bootstrap, 2,000 resamples of the kept predictions); "
+    "all other intervals are over seeds alone, for these test images."
+)
+
+
+def with_two_way(
+    numbers: pd.DataFrame, target: Target, frame: pd.DataFrame, predictions: Predictions
+) -> pd.DataFrame:
+    """Add the two-way interval of each difference whose runs all have predictions: `over_sam_two_way_low`, `_high`."""
+    trainings = [cell for cell in target.cells if not cell.network]
+    runs, columns = frame.set_index("run_id"), {}
+    for row, (cell, others) in enumerate(references(trainings, target.varies).items()):
+        for over, other in others.items():
+            ends = _two_way(cell, other, runs, target.seeds, predictions) if other else (float("nan"),) * 2
+            for end, value in zip(("low", "high"), ends, strict=True):
+                columns.setdefault(f"{over}_two_way_{end}", [float("nan")] * len(numbers))[row] = value
+    added = rounded(pd.DataFrame(columns, index=numbers.index))
+    return numbers.join(added) if added.notna().to_numpy().any() else numbers
+
+
+def _two_way(
+    cell: Run, other: Run, runs: pd.DataFrame, seeds: int, predictions: Predictions
+) -> tuple[float, float]:
+    """The two-way interval of a paired difference; NaN unless every run behind the difference has predictions."""
+    common = sorted(set.intersection(*(set(test_scores(one, runs, seeds).index) for one in (cell, other))))
+    mine, theirs = (
+        [predictions.of(ids(one, seeds)[seed - one.seed]) for seed in common] for one in (cell, other)
+    )
+    known = [one for one in (*mine, *theirs) if one is not None]
+    labels = [one.labels[""] for one in known]
+    if len(known) < 2 * len(common) or not all(np.array_equal(labels[0], y) for y in labels[1:]):
+        return float("nan"), float("nan")
+    a, b = ([one.classes[""] for one in arm if one] for arm in (mine, theirs))
+    return two_way_interval(a, b, labels[0]) if known else (float("nan"), float("nan"))
+
+
+def sentences(view: View) -> list[str]:
+    """The differences of the scores, those of the other measures, and the two-way intervals."""
+    lines = scores.sentences(view)
+    for measure, words in MEASURES.items():
+        lines += block_sentences(view.numbers, -1, measure, words)
+    return lines + two_way_sentences(view.numbers)
+
+
+def two_way_sentences(numbers: pd.DataFrame) -> list[str]:
+    """One sentence for each block with two-way intervals: those of the differences that are printed for each arm."""
+    lines = []
+    for _, block in numbers.groupby("block", sort=True):
+        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
+        parts = []
+        for row in block.itertuples():
+            for other in ARMS[row.method].claimed:
+                low, high = (getattr(row, f"over_{other}_two_way_{end}", float("nan")) for end in ("low", "high"))
+                if not pd.isna(low):
+                    parts.append(f"{row.label} over {names[other]} {low:+.2f} to {high:+.2f}")
+        if parts:
+            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}"
+            lines.append(f"{where}, two-way intervals over seeds and test images: {'; '.join(parts)}.")
+    return lines
+
+
+def notes(view: View) -> Iterable[str]:
+    """The scale of each block, the values that its arms tried, and how to read the numbers."""
+    yield from scales(view)
+    yield from tries(view)
+    yield from scores.notes(view)
+    yield from NOTES
+    if any(str(name).endswith("_two_way_low") for name in view.numbers):
+        yield NOTE_TWO_WAY
 
 
 def curves(results: Results, target: Target) -> Figure:
@@ -61,8 +151,9 @@ EXHIBIT = Exhibit(
     shows=scores.shows,
     numbers=partial(scores.numbers, columns=COLUMNS),
     text=partial(scores.text, columns=COLUMNS),
-    sentences=scores.sentences,
-    notes=scores.notes,
+    with_predictions=with_two_way,
+    sentences=sentences,
+    notes=notes,
     claims=scores.CLAIMS,
     figures=(
         Picture(
