@@ -19,6 +19,7 @@ ALPHA = 0.05
 FAMILIES = {
     "primary": "the primary comparison of the profile, alone",
     "accuracy": "all other comparisons of test scores in Tables 1 and 2",
+    "int8": "all comparisons of scores after int8 quantisation in Table 2",
     "flatness": "all comparisons of flatness in Table 3",
     "cost": "all comparisons of the time of a step in Table 4",
     "theory": "all comparisons of simulated boundaries",
@@ -201,6 +202,35 @@ FLATNESS = (
 )
 """The measures of flatness that claims are tested by, all but one on training data: smaller is flatter."""
 
+_QUANTISED: dict[str, Any] = {
+    **{"tables": ("table2",), "family": "int8", "column": "test_int8_score", "further": True},
+}
+
+QUANTISED = (
+    Contrast(
+        name="int8-msam-over-base",
+        text="(ours) mSAM's score after int8 quantisation is better than plain training's",
+        arms=("msam", "base"),
+        isolates=EVERYTHING,
+        **_QUANTISED,
+    ),
+    Contrast(
+        name="int8-msam-over-sam",
+        text="(ours) mSAM's score after int8 quantisation is better than SAM's",
+        arms=("msam", "sam"),
+        isolates=SPLITTING,
+        **_QUANTISED,
+    ),
+    Contrast(
+        name="int8-sam-over-base",
+        text="(ours) SAM's score after int8 quantisation is better than plain training's",
+        arms=("sam", "base"),
+        isolates=PERTURBATION,
+        **_QUANTISED,
+    ),
+)
+"""The claims on the scores of Table 2 after dynamic int8 quantisation."""
+
 _MEASURED: dict[str, Any] = {
     **{"tables": ("table3",), "family": "flatness", "unit": "each measure by the natural log of its ratio"},
     **{"expected": -1, "margin": math.nan, "measures": FLATNESS},
@@ -299,4 +329,4 @@ THEORY = (
 )
 """The claims of the theory: theorems checked by simulation. Each compares mSAM with SAM, and SAM with the base."""
 
-ALL = (*ACCURACY, *FLATTER, *COST, *THEORY)
+ALL = (*ACCURACY, *QUANTISED, *FLATTER, *COST, *THEORY)

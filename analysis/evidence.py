@@ -67,7 +67,8 @@ def differences(
     Returns:
         The differences at the seeds that all cells have, and whether they are differences of logarithms.
     """
-    by_seed = [values(runs, cell, seeds, column) if column else scores(cell, runs, seeds) for cell in cells]
+    factor = 100 if in_percent(column) else 1
+    by_seed = [factor * values(runs, cell, seeds, column) if column else scores(cell, runs, seeds) for cell in cells]
     common = sorted(set.intersection(*(set(one.index) for one in by_seed)))
     parts = [one.loc[common].to_numpy(dtype=float) for one in by_seed]
     logarithmic = logarithmic and all((part > 0).all() for part in parts)

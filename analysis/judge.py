@@ -126,7 +126,7 @@ def _count(cell: Run, rows: Rows) -> int:
 def _numbers(cell: Run, rows: Rows, seeds: int, column: str = "") -> dict[int, float]:
     """A column of a cell's runs by seed, by default their score; scores in percent."""
     name = column or cell.score
-    factor = 100 if in_percent(name) and not column else 1
+    factor = 100 if in_percent(name) else 1
     texts = {run.seed: rows.get(run.run_id, {}).get(name) for run in with_seeds([cell], seeds)}
     numbers = {seed: float(text) for seed, text in texts.items() if text}
     return {seed: factor * number for seed, number in numbers.items() if not math.isnan(number)}

@@ -150,6 +150,7 @@ def published(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> Predictions:
         names = set(arrays.files)
     except (zipfile.BadZipFile, AttributeError, EOFError) as error:
         raise ValueError(f"{path.name} is not an archive of arrays") from error
+
     def read(run_id: str) -> Predicted:
         parts = ("", "_mismatched")
         given = {part + end for part in parts for end in ("", _INT8) if run_id + part + end in names}
@@ -203,7 +204,12 @@ def _checked(arrays: Mapping[str, Any], summary: Mapping[str, Any]) -> Predicted
         if truth is None or not name.startswith(_PART):
             raise ValueError(f"its array {name!r} has no labels")
         for one in (array, truth):
-            if not isinstance(one, np.ndarray) or one.dtype not in _TYPES or one.ndim != 1 or not np.isfinite(one).all():
+            if (
+                not isinstance(one, np.ndarray)
+                or one.dtype not in _TYPES
+                or one.ndim != 1
+                or not np.isfinite(one).all()
+            ):
                 raise ValueError(f"its array {name!r} or its labels are not one row of uint8 or of finite float32")
         if len(array) != len(truth) or array.dtype != truth.dtype or not len(array):
             raise ValueError(f"its array {name!r} has {len(array)} values of {array.dtype} for {len(truth)} labels")

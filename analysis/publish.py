@@ -1,8 +1,10 @@
 """The committed results: which runs may be published, and the tables drawn from them."""
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from analysis.cells import run_ids
 from analysis.claim_pages import claim_pages, page_files
@@ -11,13 +13,14 @@ from analysis.document import Document, table_files
 from analysis.exhibit import Shown, Target
 from analysis.exhibits import exhibit_of, pages, tables
 from analysis.frames import UNKNOWN, Results, write_files
+from analysis.predictions import LARGEST_PUBLISHED, NAME
 from analysis.report import report
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.command_line import Mistake
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.grids import with_ranks, with_seeds
 from experiments.harness.runs.provenance import checkout, code_hash
-from experiments.harness.runs.record import DEFAULT_ROOT
+from experiments.harness.runs.record import DEFAULT_ROOT, in_bytes
 from experiments.harness.runs.spec import Run
 
 
@@ -62,13 +65,15 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
 
     Raises:
         Refused: if a run is missing; if the runs of a model come from several versions of the training code, of torch
-            or of the data; or if a run comes from an unknown commit or, except for grids, an unclean tree.
+            or of the data, or from several types of processor unless the committed ones do; if a run comes from an
+            unknown commit or, except for grids, an unclean tree; or if the predictions are too large.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
     wanted = {run.run_id for t in chosen for run in t.runs}
     fresh = results.only(wanted).joined(before.only(wanted - set(results.runs["run_id"])))
     reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, fresh), *mixed(t, fresh)]]
+    reasons += [reason for t in chosen for reason in _processors(t, fresh, before)]
     if reasons:
         raise Refused("\n".join(reasons))
     after = before.only(_kept(folder, before, profile, chosen)).joined(fresh)
@@ -76,9 +81,18 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
     for other in tables_now:
         if mixed(other, after) and not mixed(other, before):
             reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
+        if other.name not in {t.name for t in chosen}:
+            reasons += _processors(other, after, before)
+    predictions = after.predicted() if after.predictions.sources or (folder / NAME).exists() else b""
+    if len(predictions) > LARGEST_PUBLISHED:
+        reasons.append(
+            f"{folder / NAME} would have {in_bytes(len(predictions))}, more than {in_bytes(LARGEST_PUBLISHED)}: "
+            "publish fewer seeds or fewer tables."
+        )
     if reasons:
         raise Refused("\n".join(reasons))
     files = {**after.texts(), **output_files(profile, tables_now, after)}
+    files |= {NAME: predictions} if predictions else {}
     write_files(folder, files)
     return [folder / name for name in files]
 
@@ -180,6 +194,43 @@ def mixed(t: Target, results: Results) -> list[str]:
     if not t.tuning and (unclean := int((rows["dirty"].fillna(True) & (rows["commit"] != UNKNOWN)).sum())):
         reasons.append(f"{t.name} has {unclean} runs from a tree with uncommitted changes: {remedy}.")
     return reasons
+
+
+def _processors(t: Target, results: Results, before: Results) -> list[str]:
+    """The reasons why a table's runs may not be published together: the types of machine that made a model's runs.
+
+    The same spec gives other networks on other processors, so the rows that are compared must come from one type. A
+    table whose committed runs come from several types may stay so.
+    """
+    ids = {run.run_id for run in t.runs}
+    types, known = (_machine_types(t, one.only(ids)) for one in (results, before))
+    reasons = []
+    for model, counts in types.items():
+        if len(counts) > 1 and not (len(known.get(model, {})) > 1 and counts.keys() <= known[model].keys()):
+            shown = ", ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
+            reasons.append(
+                f"{t.name} ({model}) has runs from several types of processor ({shown}), whose networks cannot be "
+                f"compared: train all runs of {model} on one type with `{command(t)} --redo`."
+            )
+    return reasons
+
+
+def _machine_types(t: Target, results: Results) -> dict[str, Counter[str]]:
+    """For each model, the number of runs with a session on each type of GPU or processor; `all` for timing runs."""
+    types: dict[str, Counter[str]] = defaultdict(Counter)
+    one_block = any(cell.kind == "cost" for cell in t.cells)
+    for row in results.runs.itertuples():
+        sessions = results.provenance.get(row.run_id, [])
+        types["all" if one_block else row.model].update({_machine_type(session) for session in sessions} - {""})
+    return types
+
+
+def _machine_type(session: Mapping[str, Any]) -> str:
+    """The GPU of a session, or its processor with the instruction set that torch used; empty if unknown."""
+    flags = session.get("torch_flags")
+    capability = flags.get("cpu_capability") if isinstance(flags, Mapping) else None
+    processor = f"{session.get('cpu') or ''}{f' ({capability})' if capability else ''}"
+    return str(session.get("gpu") or processor)
 
 
 def _committed_code() -> str | None:

@@ -13,8 +13,10 @@ from analysis.cells import (
     cells_in_order,
     compared,
     difference,
+    difference_in_words,
     interval,
     mean_columns,
+    of_blocks,
     references,
     rounded,
     run_ids,
@@ -36,6 +38,7 @@ from analysis.evidence import claim
 from analysis.exhibit import View
 from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run, in_percent
 
 Cells = Sequence[Run | None]
@@ -216,6 +219,29 @@ def sentences(view: View, expected: int = 1) -> list[str]:
     trainings = [cell for cell in cells if not cell.network] or cells
     margin = MARGINS[cells[0].profile] if in_percent(trainings[0].score) else math.nan
     return [*block_sentences(view.numbers, expected, margin), *unmatched(trainings, view.target.varies)]
+
+
+def measure_sentences(numbers: pd.DataFrame, measure: str, words: str, expected: int) -> list[str]:
+    """One sentence for each block with values: the paired differences of a further measure.
+
+    Args:
+        numbers: A table with a column of `compared_column`.
+        measure: The name of that column.
+        words: The measure in words.
+        expected: The sign of the differences that the paper claims.
+    """
+    lines, places = [], of_blocks(numbers)
+    for number, block in numbers.groupby("block", sort=True):
+        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
+        parts = []
+        for row in block.itertuples():
+            for other in (other for other in ARMS[row.method].claimed if other in names):
+                size = difference_in_words(interval(row, f"{measure}_over_{other}"), expected)
+                parts.append(f"{row.label} over {names[other]}: {size}")
+        if parts and block[f"{measure}_n"].any():
+            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
+            lines.append(f"{where}, {words}: {'; '.join(parts)}.")
+    return lines
 
 
 def notes(view: View) -> Iterable[str]:

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import scores
-from analysis.cells import block_sentences, ids, references, rounded
+from analysis.cells import ids, references, rounded
 from analysis.cells import scores as test_scores
 from analysis.chances import scales, tries
 from analysis.exhibit import Exhibit, Picture, Target, View
@@ -44,12 +44,11 @@ NOTE_TWO_WAY = (
 )
 
 
-def with_two_way(
-    numbers: pd.DataFrame, target: Target, frame: pd.DataFrame, predictions: Predictions
-) -> pd.DataFrame:
+def with_two_way(numbers: pd.DataFrame, target: Target, frame: pd.DataFrame, predictions: Predictions) -> pd.DataFrame:
     """Add the two-way interval of each difference whose runs all have predictions: `over_sam_two_way_low`, `_high`."""
     trainings = [cell for cell in target.cells if not cell.network]
-    runs, columns = frame.set_index("run_id"), {}
+    columns: dict[str, list[float]] = {}
+    runs = frame.set_index("run_id")
     for row, (cell, others) in enumerate(references(trainings, target.varies).items()):
         for over, other in others.items():
             ends = _two_way(cell, other, runs, target.seeds, predictions) if other else (float("nan"),) * 2
@@ -59,14 +58,10 @@ def with_two_way(
     return numbers.join(added) if added.notna().to_numpy().any() else numbers
 
 
-def _two_way(
-    cell: Run, other: Run, runs: pd.DataFrame, seeds: int, predictions: Predictions
-) -> tuple[float, float]:
+def _two_way(cell: Run, other: Run, runs: pd.DataFrame, seeds: int, predictions: Predictions) -> tuple[float, float]:
     """The two-way interval of a paired difference; NaN unless every run behind the difference has predictions."""
     common = sorted(set.intersection(*(set(test_scores(one, runs, seeds).index) for one in (cell, other))))
-    mine, theirs = (
-        [predictions.of(ids(one, seeds)[seed - one.seed]) for seed in common] for one in (cell, other)
-    )
+    mine, theirs = ([predictions.of(ids(one, seeds)[seed - one.seed]) for seed in common] for one in (cell, other))
     known = [one for one in (*mine, *theirs) if one is not None]
     labels = [one.labels[""] for one in known]
     if len(known) < 2 * len(common) or not all(np.array_equal(labels[0], y) for y in labels[1:]):
@@ -79,7 +74,7 @@ def sentences(view: View) -> list[str]:
     """The differences of the scores, those of the other measures, and the two-way intervals."""
     lines = scores.sentences(view)
     for measure, words in MEASURES.items():
-        lines += block_sentences(view.numbers, -1, measure, words)
+        lines += scores.measure_sentences(view.numbers, measure, words, -1)
     return lines + two_way_sentences(view.numbers)
 
 
@@ -93,7 +88,7 @@ def two_way_sentences(numbers: pd.DataFrame) -> list[str]:
             for other in ARMS[row.method].claimed:
                 low, high = (getattr(row, f"over_{other}_two_way_{end}", float("nan")) for end in ("low", "high"))
                 if not pd.isna(low):
-                    parts.append(f"{row.label} over {names[other]} {low:+.2f} to {high:+.2f}")
+                    parts.append(f"{row.label} over {names[other]}: {low:+.2f} to {high:+.2f}")
         if parts:
             where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}"
             lines.append(f"{where}, two-way intervals over seeds and test images: {'; '.join(parts)}.")

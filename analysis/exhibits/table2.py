@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import scores
-from analysis.cells import DIGITS, difference_in_words, interval, values
-from analysis.document import SIGNIFICANCE_NOTE, Document, formatted, plain_table, score_text, signed
+from analysis.cells import DIGITS, cells_in_order, difference_in_words, interval, mean_columns, rounded, values
+from analysis.chances import scales, tries
+from analysis.contrasts import QUANTISED
+from analysis.document import SIGNIFICANCE_NOTE, Document, formatted, plain_table, score_text, signed, spread
+from analysis.evidence import claim
 from analysis.exhibit import Exhibit, View
-from analysis.statistics import Interval, mean_interval
+from analysis.statistics import Interval, mean_interval, paired_difference
 from experiments.harness.runs.facts import DATASETS, is_images, text_set
 from experiments.harness.runs.spec import Run
 
@@ -19,6 +22,16 @@ NOTES = (
     "after the last epoch: {metrics}. Differences are paired by seed. " + SIGNIFICANCE_NOTE,
     "The majority row always predicts the most frequent label of the training set.",
 )
+NOTE_INT8 = (
+    "Int8: the same networks after dynamic int8 quantisation of their linear layers, on the CPU. Int8 over float32 is "
+    "the loss by quantisation, paired by network."
+)
+
+INT8 = scores.compared_column("int8", "int8", "test_int8_score", factor=100, digits="score")
+"""The score after quantisation, and its paired differences to other arms."""
+
+_QUANTISED = ", int8"
+"""The end of the labels of quantised networks."""
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
@@ -27,7 +40,16 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     majorities = {cell: values(runs, cell, seeds, "test_majority") for cell in cells}
     by_dataset = {cell.dataset: 100 * majority.mean() for cell, majority in majorities.items() if len(majority)}
     table["majority"] = table["dataset"].map(by_dataset).astype(float).round(DIGITS)
-    return table
+    ordered = cells_in_order(cells, varies)
+    by_quantisation = [difference_to_float32(runs, cell, seeds) for cell in ordered]
+    added = {**INT8.numbers(runs, ordered, seeds, varies), **mean_columns("int8_loss", by_quantisation, counted=True)}
+    return table.join(rounded(pd.DataFrame(added)))
+
+
+def difference_to_float32(runs: pd.DataFrame, cell: Run, seeds: int) -> Interval:
+    """The score after quantisation minus the score before, in points, paired by network."""
+    after, before = (100 * values(runs, cell, seeds, name) for name in ("test_int8_score", "test_score"))
+    return paired_difference(after, before)
 
 
 def further_metrics(view: View) -> list[str]:
@@ -62,7 +84,8 @@ class WideDocument(Document):
         """For each row, the ids of the runs behind the score of each task."""
         ids = {(row.model, row.label, row.dataset): row.run_ids for row in self.numbers.itertuples()}
         tasks = list(self.cells.columns[2:])
-        return [{task: ids.get((row.model, row.method, task), "") for task in tasks} for row in self.cells.itertuples()]
+        rows = [(row.model, row.method.removesuffix(_QUANTISED)) for row in self.cells.itertuples()]
+        return [{task: ids.get((*row, task), "") for task in tasks} for row in rows]
 
     def terminal(self, committed: pd.DataFrame | None = None) -> str:
         """Plain text, with the committed numbers as a second table."""
@@ -73,7 +96,7 @@ class WideDocument(Document):
 
 
 def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows with a column for each task: scores first, then differences."""
+    """The rows with a column for each task: scores first, then differences; then the same after quantisation."""
     tasks = list(dict.fromkeys(numbers["dataset"]))
     marks = marks or [""] * len(numbers)
     texts: dict[tuple[str, str], dict[str, str]] = {}
@@ -85,12 +108,21 @@ def wide(numbers: pd.DataFrame, marks: Sequence[str] = ()) -> pd.DataFrame:
             texts.setdefault((model, "majority class"), {})[row.dataset] = formatted(row.majority, ".2f")
         for row, mark in rows:
             texts.setdefault((model, row.label), {})[row.dataset] = score_text(row) + mark
-        for column, other in (("over_base", base), ("over_sam", sam)):
-            for row, _ in rows:
-                if other != row.label and (column == "over_base" or row.method == "msam"):
-                    texts.setdefault((model, f"{row.label} over {other}"), {})[row.dataset] = signed(
-                        interval(row, column)
-                    )
+        measures = {"": ""}
+        if "int8_n" in block and block["int8_n"].any():
+            measures["int8_"] = _QUANTISED
+        for prefix, end in measures.items():
+            for row, _ in rows if prefix else ():
+                score = Interval(row.int8, row.int8_half_width, int(row.int8_n))
+                texts.setdefault((model, f"{row.label}{end}"), {})[row.dataset] = spread(score)
+            for row, _ in rows if prefix else ():
+                loss = signed(interval(row, "int8_loss"))
+                texts.setdefault((model, f"{row.label}: int8 over float32"), {})[row.dataset] = loss
+            for column, other in (("over_base", base), ("over_sam", sam)):
+                for row, _ in rows:
+                    if other != row.label and (column == "over_base" or row.method == "msam"):
+                        name = f"{row.label} over {other}{end}"
+                        texts.setdefault((model, name), {})[row.dataset] = signed(interval(row, prefix + column))
     rows_of_text = [
         {"model": model, "method": label, **{t: by_task.get(t, "") for t in tasks}}
         for (model, label), by_task in texts.items()
@@ -105,13 +137,15 @@ def sentences(view: View) -> list[str]:
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
         for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
-    return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view)]
+    quantised = scores.measure_sentences(table, "int8", "after int8 quantisation", 1)
+    return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view), *quantised]
 
 
 def notes(view: View) -> list[str]:
     """Explain how to read the scores."""
     metrics = ", ".join(f"{dataset} {DATASETS[dataset].metric}" for dataset in dict.fromkeys(view.numbers["dataset"]))
-    return [note.format(metrics=metrics) for note in NOTES]
+    quantised = [NOTE_INT8] if view.numbers["int8_n"].any() else []
+    return [*(note.format(metrics=metrics) for note in NOTES), *quantised, *scales(view), *tries(view)]
 
 
 EXHIBIT = Exhibit(
@@ -123,7 +157,7 @@ EXHIBIT = Exhibit(
     text=lambda view: wide(view.numbers, view.marks),
     sentences=sentences,
     notes=notes,
-    claims=scores.CLAIMS,
+    claims=(*scores.CLAIMS, *(claim(contrast) for contrast in QUANTISED)),
     place=20,
     form=WideDocument,
 )
