@@ -26,7 +26,7 @@ def scales(view: View) -> list[str]:
         test = fields["test_examples"] or DATASETS[base.dataset].test
         parts = [
             f"{base.examples:,} training {noun}",
-            f"{fields['epochs']} epochs" + (f" ({known['steps']})" if "steps" in known else ""),
+            f"{fields['epochs']} epoch{'s' if fields['epochs'] > 1 else ''}" + (f" ({known['steps']})" if "steps" in known else ""),
             f"mini-batches of {fields['batch_size']}",
             *([_augmentation(base)] if is_images(base.dataset) else []),
             *([known["parameters"]] if "parameters" in known else []),
