@@ -1,7 +1,7 @@
 """python -m analysis: write the tables of the finished runs, or redraw the committed ones."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +22,6 @@ from experiments.harness.runs.spec import PROFILES, Run, SpecError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.collect import Collected
     from analysis.exhibit import Target
     from analysis.frames import Results
 
@@ -84,6 +83,7 @@ def run(arguments: Arguments) -> str:
     results = Results.of(ours, () if arguments.publish else under_way)
     if not arguments.publish:
         _reject_nothing(targets, results, root)
+    predictions = results.predictions
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
@@ -93,8 +93,9 @@ def run(arguments: Arguments) -> str:
     if not arguments.publish:
         files = {**results.texts(), **output_files(arguments.profile, targets, results, documents)}
         write_files(folder, files)
+    problems = [*collected.problems, *predictions.problems.values()]
     parts = [document.terminal(committed.get(document.name)) for document in documents]
-    printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, collected), f"Written to {folder}"])
+    printed = "\n\n".join([*parts, *_neighbours(targets), *_gaps(targets, results, problems), f"Written to {folder}"])
     if stamp:
         remember(local, stamp, files, printed)
     return printed
@@ -183,8 +184,8 @@ def _neighbours(targets: "list[Target]") -> list[str]:
     return ["Published elsewhere\n" + "\n".join(lines)] if lines else []
 
 
-def _gaps(targets: "list[Target]", results: "Results", collected: "Collected") -> list[str]:
-    """A line for each table with missing or further runs, and for each folder that could not be read."""
+def _gaps(targets: "list[Target]", results: "Results", problems: Sequence[str]) -> list[str]:
+    """A line for each table with missing or further runs, and for each folder or file that could not be read."""
     from analysis.publish import missing, missing_line
 
     lines = []
@@ -193,7 +194,7 @@ def _gaps(targets: "list[Target]", results: "Results", collected: "Collected") -
             lines.append(missing_line(target, gaps))
         if further := _with_higher_seeds(target, results):
             lines.append(f"{target.name} leaves out {further} runs with higher seeds: add them with --seeds.")
-    lines += [f"Warning: {problem}" for problem in collected.problems]
+    lines += [f"Warning: {problem}" for problem in problems]
     return ["\n".join(lines)] if lines else []
 
 

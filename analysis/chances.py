@@ -23,10 +23,11 @@ def scales(view: View) -> list[str]:
         noun = "images" if is_images(base.dataset) else "texts"
         of_runs = {name: values(runs, base, view.target.seeds, name) for name in ("steps", "parameters")}
         known = {name: f"{int(one.iloc[0]):,} {name}" for name, one in of_runs.items() if one.nunique() == 1}
+        epochs = f"{fields['epochs']} epoch{'s' if fields['epochs'] > 1 else ''}"
         test = fields["test_examples"] or DATASETS[base.dataset].test
         parts = [
             f"{base.examples:,} training {noun}",
-            f"{fields['epochs']} epoch{'s' if fields['epochs'] > 1 else ''}" + (f" ({known['steps']})" if "steps" in known else ""),
+            epochs + (f" ({known['steps']})" if "steps" in known else ""),
             f"mini-batches of {fields['batch_size']}",
             *([_augmentation(base)] if is_images(base.dataset) else []),
             *([known["parameters"]] if "parameters" in known else []),

@@ -58,7 +58,7 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         folder: `results/<profile>`.
         profile: the profile.
         chosen: the tables to publish.
-        results: all finished runs.
+        results: all finished runs. Runs whose predictions cannot be published are reported in its `predictions`.
 
     Returns:
         The files written.
@@ -84,6 +84,7 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         if other.name not in {t.name for t in chosen}:
             reasons += _processors(other, after, before)
     predictions = after.predicted() if after.predictions.sources or (folder / NAME).exists() else b""
+    results.predictions.problems.update(after.predictions.problems)
     if len(predictions) > LARGEST_PUBLISHED:
         reasons.append(
             f"{folder / NAME} would have {in_bytes(len(predictions))}, more than {in_bytes(LARGEST_PUBLISHED)}: "

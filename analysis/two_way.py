@@ -41,7 +41,7 @@ def two_way_interval(
     if len(a) < 2:
         return float("nan"), float("nan")
     gains = np.stack([(x == labels).astype(np.float32) - (y == labels) for x, y in zip(a, b, strict=True)])
-    seeds, examples = (_counts(size, resamples) for size in gains.shape)
+    seeds, examples = (_counts(axis, size, resamples) for axis, size in enumerate(gains.shape))
     # Sums of whole numbers are exact, so the order in which a processor adds them does not matter.
     sums = (seeds.astype(float) * (gains @ examples)).sum(axis=0)
     ends = (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
@@ -50,9 +50,9 @@ def two_way_interval(
 
 
 @lru_cache(maxsize=4)
-def _counts(size: int, resamples: int) -> np.ndarray:
-    """How often each resample draws each of `size` seeds or examples, (size, resamples), as float32."""
-    random = np.random.default_rng(size)
+def _counts(axis: int, size: int, resamples: int) -> np.ndarray:
+    """How often each resample draws each of `size` seeds (axis 0) or examples (axis 1), (size, resamples), as float32."""
+    random = np.random.default_rng(axis)
     counts = np.empty((resamples, size), dtype=np.float32)
     for row in counts:
         row[:] = np.bincount(random.integers(size, size=size), minlength=size)
