@@ -51,7 +51,7 @@ def two_way_interval(
 
 @lru_cache(maxsize=4)
 def _counts(axis: int, size: int, resamples: int) -> np.ndarray:
-    """How often each resample draws each of `size` seeds (axis 0) or examples (axis 1), (size, resamples), as float32."""
+    """How often each resample draws each seed (axis 0) or example (axis 1): (size, resamples), float32."""
     random = np.random.default_rng(axis)
     counts = np.empty((resamples, size), dtype=np.float32)
     for row in counts:

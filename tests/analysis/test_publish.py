@@ -229,6 +229,59 @@ def test_a_block_of_a_table_can_be_retrained_alone(tmp_path, known):
     assert len(runs) == 12
 
 
+AVX2, AVX512 = ({"cpu": "EPYC", "torch_flags": {"cpu_capability": name}} for name in ("AVX2", "AVX512"))
+
+
+def test_a_model_whose_runs_come_from_several_types_of_processor_is_rejected_unless_it_was_so(tmp_path, known):
+    known["one"] = experiment("one", "table1", [SGD, SAM, MSAM, OTHER])
+    fill(tmp_path, [SGD, SAM, OTHER], **AVX2)
+    fill(tmp_path, [MSAM], **AVX512)
+    with pytest.raises(Refused) as refusal:
+        published(tmp_path, "table1")
+    words = "several types of processor (EPYC (AVX2) (4 runs), EPYC (AVX512) (2 runs))"
+    assert f"table1 (resnet8) has runs from {words}" in str(refusal.value)
+    assert "train all runs of resnet8 on one type with `python -m experiments run table1" in str(refusal.value)
+    assert "wrn-10-1" not in str(refusal.value)
+    another = tmp_path / "another"
+    fill(another, [SGD, SAM, MSAM], **AVX512)
+    fill(another, [OTHER], **AVX2)  # another model may come from another type
+    assert "tables/table1.md" in published(another, "table1")
+
+
+def test_what_was_committed_from_several_types_of_processor_may_stay_so(tmp_path, monkeypatch):
+    fill(tmp_path, [SGD, SAM], **AVX2)
+    fill(tmp_path, [MSAM], **AVX512)
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "_processors", lambda *_: [])
+        before = published(tmp_path, "table1")
+    assert published(tmp_path, "table1") == before
+    write_run(tmp_path, SGD, 0.5, cpu="Xeon")  # its second session, on a third type
+    with pytest.raises(Refused, match=r"Xeon \(1 runs\)"):
+        published(tmp_path, "table1")
+
+
+def test_seeds_are_published_one_machine_after_another(tmp_path):
+    """The first four are only in the committed files when the next four come, and all eight stand in the table."""
+    cells, folder = [SGD, SAM, MSAM], tmp_path / "results/smoke"
+    fill(tmp_path / "first", cells, seeds=4, **AVX2)
+    publish(folder, "smoke", [target("table1", "smoke", seeds=4)], Results.of(collect(tmp_path / "first").finished))
+    first = Results.read(folder).runs
+    later = [replace(cell, seed=4) for cell in cells]
+    for root, session in (("other", AVX512), ("second", AVX2)):
+        fill(tmp_path / root, later, seeds=4, **session)
+    eight = [target("table1", "smoke", seeds=8)]
+    with pytest.raises(Refused, match="several types of processor"):
+        publish(folder, "smoke", eight, Results.of(collect(tmp_path / "other").finished))
+    publish(folder, "smoke", eight, Results.of(collect(tmp_path / "second").finished))
+    assert "(8)" in (folder / "tables/table1.md").read_text()
+    assert ids(folder) == {run.run_id for run in with_seeds(cells, 8)}
+    after = Results.read(folder).runs
+    pd.testing.assert_frame_equal(
+        after[after["seed"] < 4].reset_index(drop=True), first.reset_index(drop=True), check_dtype=False
+    )
+    assert [t.seeds for t in drawn(folder, "smoke", Results.read(folder))] == [8]
+
+
 def test_models_of_a_table_may_come_from_different_training_code(tmp_path, two_tables):
     fill(tmp_path, [SGD, SAM, MSAM])
     published(tmp_path, "table1")

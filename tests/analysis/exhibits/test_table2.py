@@ -7,7 +7,8 @@ import pytest
 from analysis.__main__ import Arguments, run
 from analysis.collect import collect
 from analysis.columns import csv_text, parse
-from analysis.exhibits.table2 import WideDocument, wide
+from analysis.exhibit import Target
+from analysis.exhibits.table2 import EXHIBIT, WideDocument, wide
 from analysis.frames import Results
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import four_methods
@@ -103,6 +104,53 @@ def test_a_second_official_metric_is_reported(root):
     shown = document("table2", Results.of(collect(root).finished).runs, [*CELLS, mrpc], 2)
     assert "minilm, mrpc, F1: AdamW 82.00 ± 25.41 (2)." in shown.claims
     assert not any("sst2, F1" in line for line in shown.claims)
+
+
+INT8 = {CELLS[0]: (0.78, 0.79), CELLS[2]: (0.80, 0.81), CELLS[3]: (0.84, 0.83)}
+"""Scores after quantisation on SST-2; the control has none."""
+
+
+@pytest.fixture
+def quantised(root) -> WideDocument:
+    for cell, of_seeds in INT8.items():
+        for seed, score in enumerate(of_seeds):
+            record = record_of(replace(cell, seed=seed), root)
+            record.finish({**record.summary(), "test_int8_score": score})
+    return document("table2", Results.of(collect(root).finished).runs, CELLS, 2)
+
+
+def test_scores_after_quantisation_have_rows_and_paired_differences(quantised):
+    rows = {row.method: row.sst2 for row in quantised.cells.itertuples()}
+    assert {method: text for method, text in rows.items() if "int8" in method} == {
+        "AdamW, int8": "78.50 ± 6.35 (2)",
+        "AdamW, m=4 micro-batches, int8": "not run",
+        "SAM, int8": "80.50 ± 6.35 (2)",
+        "mSAM, m=4, int8": "83.50 ± 6.35 (2)",
+        "AdamW: int8 over float32": "-2.50 ± 6.35 (2)",
+        "AdamW, m=4 micro-batches: int8 over float32": "",
+        "SAM: int8 over float32": "-2.50 ± 19.06 (2)",
+        "mSAM, m=4: int8 over float32": "-1.50 ± 6.35 (2)",
+        "AdamW, m=4 micro-batches over AdamW, int8": "",
+        "SAM over AdamW, int8": "+2.00 ± 0.00 (2)",
+        "mSAM, m=4 over AdamW, int8": "+5.00 ± 12.71 (2)",
+        "mSAM, m=4 over SAM, int8": "+3.00 ± 12.71 (2)",
+    }
+    assert any("after int8 quantisation: " in line and "SAM over AdamW: +2.00" in line for line in quantised.claims)
+    assert any(note.startswith("Int8: the same networks") for note in quantised.notes)
+    places = [row.method for row in quantised.cells.itertuples()]
+    assert quantised.run_ids()[places.index("SAM, int8")]["sst2"].split() == [
+        replace(CELLS[2], seed=seed).run_id for seed in range(2)
+    ]
+
+
+def test_claims_on_quantised_scores_compare_that_column_in_points(quantised, root):
+    runs = Results.of(collect(root).finished).runs.set_index("run_id")
+    target = Target("table2", tuple(CELLS), 2)
+    claims = {claim.contrast.name: claim for claim in EXHIBIT.claims}
+    sst2, cola = claims["int8-msam-over-base"].evidence(target, runs, {"table2": target})
+    assert (sst2.difference.mean, sst2.difference.n, sst2.family) == (pytest.approx(5.0), 2, "int8")
+    assert cola.difference.n == 0
+    assert EXHIBIT.claims[0].contrast.column == ""
 
 
 def test_the_committed_table_follows_ours(shown):
