@@ -44,8 +44,11 @@ def values(runs: pd.DataFrame, cell: Run, seeds: int, column: str) -> pd.Series:
     finished = {seed: run_id for seed, run_id in enumerate(ids(cell, seeds), cell.seed) if run_id in runs.index}
     if column not in runs or not finished:
         return pd.Series(dtype=float)
-    numbers = pd.to_numeric(runs.loc[list(finished.values()), column], errors="coerce")
-    return pd.Series(numbers.to_numpy(dtype=float, na_value=float("nan")), index=list(finished)).dropna()
+    texts = runs[column].array[[runs.index.get_loc(run_id) for run_id in finished.values()]]
+    numbers = pd.to_numeric(texts, errors="coerce")
+    numbers = np.array([math.nan if pd.isna(number) else number for number in numbers], dtype=float)
+    known = ~np.isnan(numbers)
+    return pd.Series(numbers[known], index=np.array(list(finished))[known])
 
 
 def run_ids(cell: Run, runs: pd.DataFrame, seeds: int) -> list[str]:

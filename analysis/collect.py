@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from analysis.predictions import NAME
 from experiments.harness.runs.files import RecordError
 from experiments.harness.runs.record import Record
 from experiments.harness.runs.spec import Run
@@ -149,7 +148,7 @@ def _read(record: Record, with_curves: bool) -> Finished | Unfinished:
         sessions = record.environments()
     except RecordError:
         sessions = []
-    lines, predictions = Lines(record.metrics() if with_curves else ()), record.folder / NAME
+    lines, predictions = Lines(record.metrics() if with_curves else ()), record.predictions
     return Finished(spec, record.summary(), lines, sessions, predictions if predictions.exists() else None)
 
 
