@@ -79,7 +79,7 @@ def _panel(claim: Claim, rows: Sequence[Any], runs: pd.DataFrame) -> Panel:
     drawn = []
     for row in rows:
         effect = three_digits(Interval(row.difference, row.half_width, int(row.n)), signed=True).partition(" (")[0]
-        about = (row.where, row.what, _scale(row, runs), effect or "not run", int(row.n), row.verdict)
+        about = (row.where, row.what, scale(row, runs), effect or "not run", int(row.n), row.verdict)
         drawn.append(Row(*about, place(row.difference), *map(place, _ends(row))) if row.n else Row(*about))
     side = "right" if claim.expected > 0 else "left"
     axis = f"{claim.unit}; an interval wholly to the {side} of the line at {claim.line:g} supports the claim"
@@ -103,23 +103,31 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(step * k, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _scale(row: Any, runs: pd.DataFrame) -> str:
-    """What the runs of a comparison were trained on, or what was timed."""
-    words = dict.fromkeys(_scales(runs.loc[[i for i in str(row.run_ids).split() if i in runs.index]]))
-    return "; ".join(words)
+def scale(row: Any, runs: pd.DataFrame) -> str:
+    """What the runs of a comparison were trained on, or what was timed.
+
+    Args:
+        row: A comparison, a row of the claims' numbers.
+        runs: The finished runs by id.
+    """
+    rows = runs.loc[[run_id for run_id in str(row.run_ids).split() if run_id in runs.index]]
+    lengths: dict[str, list[str]] = {}
+    for what, length in _scales(rows):
+        lengths[what] = [*lengths.get(what, ()), *([length] if length not in lengths.get(what, ()) else [])]
+    return "; ".join(", ".join(filter(None, (what, " or ".join(several)))) for what, several in lengths.items())
 
 
-def _scales(rows: pd.DataFrame) -> Iterator[str]:
+def _scales(rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """For each run, what it was trained on, and for how long."""
     for row in rows.itertuples():
         if row.kind in ("train", "curvature"):
-            examples = int(row.train_examples) if not pd.isna(row.train_examples) else None
             unit = "images" if is_images(row.dataset) else "texts"
-            if examples is None:
-                yield f"all {unit}, {row.epochs:g} epochs"
+            if pd.isna(row.train_examples):
+                yield f"all {unit}", f"{row.epochs:g} epochs"
             else:
-                steps = examples // int(row.batch_size) * int(row.epochs)
-                yield f"{examples:,} {unit}, {steps:,} steps"
+                examples = int(row.train_examples)
+                yield f"{examples:,} {unit}", f"{examples // int(row.batch_size) * int(row.epochs):,} steps"
         elif row.kind == "cost":
-            yield f"{row.epochs:g} rounds on {'a GPU' if row.device == 'cuda' else 'CPUs'}"
+            yield f"{row.epochs:g} rounds on {'a GPU' if row.device == 'cuda' else 'CPUs'}", ""
         else:
-            yield "simulated"
+            yield "simulated", ""
