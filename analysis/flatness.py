@@ -81,8 +81,7 @@ def eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str,
 
 def shown_references(numbers: pd.DataFrame, name: str) -> dict[str, str]:
     """The arms whose comparisons a table has columns for, with their words: base, SAM and, if it is there, shared."""
-    shared = ARMS["shared"].legend
-    words = {"base": "base", "sam": "SAM"} | ({"shared": shared} if f"{name}over_shared" in numbers else {})
+    words = {"base": "base", "sam": "SAM", "shared": "shared"}
     return {arm: words[arm] for arm in words if f"{name}over_{arm}" in numbers}
 
 

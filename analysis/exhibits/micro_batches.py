@@ -1,76 +1,151 @@
-"""The study of m: accuracy and flatness against the number of micro-batches."""
+"""The study of m: what mSAM gains over SAM, the control and the shared perturbation, by the number of micro-batches."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.arms import base_name
-from analysis.cells import scores
-from analysis.exhibit import Target
+from analysis import scores
+from analysis.cells import interval
+from analysis.cells import scores as scores_of
+from analysis.document import signed
+from analysis.exhibit import Target, View
 from analysis.exhibits.studies import study
 from analysis.frames import Results
-from analysis.plots import Series, draw_points, draw_zero, limit_to_most, over_base, panels_of, seeds_of, set_ticks
+from analysis.plots import Series, draw_points, limit_to_most, panels_of, row_of_panels, seeds_of, set_ticks
 from analysis.statistics import mean_interval
-from experiments.harness.runs.methods import Arm
+from experiments.harness.runs import catalogue
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
+
+OVER = {
+    "sam": "mSAM over SAM",
+    "control": "mSAM over plain gradients of the same micro-batches",
+    "shared": "mSAM over SAM of the same micro-batches",
+}
+"""The arms that mSAM is compared with, and the names of these differences in the legend."""
+
+NOTE = (
+    "m is the number of micro-batches of a mini-batch, and B/m that of the examples in each, which some papers call m. "
+    "At m = 1 mSAM is SAM, and the control is the base optimizer."
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The cells of one network: mSAM's at each m, and what each is compared with."""
+
+    msam: Mapping[int, Run]
+    """SAM's at m = 1."""
+    others: Mapping[str, Mapping[Run, Run]]
+    """By the name of an arm, the cell of it that each of mSAM's is compared with."""
 
 
 def against_m(results: Results, target: Target) -> Figure:
-    """Accuracy, accuracy with re-estimated BatchNorm, and the largest eigenvalue against m, one row for each network.
+    """Paired differences of mSAM's accuracy to SAM's and, at the same m, to those of the control and of shared SAM.
 
-    All are differences to the base optimizer, paired by seed. Lines use SAM's rho; open markers are values of m for
-    which the grid chose another rho. Points at the same m are drawn next to each other.
+    One panel for each network. Every cell is at the rho that was chosen for it. The axis has numbers of micro-batches
+    below and their sizes above. The band is the margin of equivalence. Points at the same m are drawn side by side.
     """
-    measured = {cell.network: cell for cell in target.cells if cell.network}
     panels, frame = panels_of(cell for cell in target.cells if not cell.network), results.runs.set_index("run_id")
-    bases = over_base(target.cells, target.varies)
-    figure = Figure(figsize=(10, 3 * len(panels)), layout="constrained")
-    for line, (title, rows) in zip(figure.subplots(len(panels), 3, squeeze=False), panels.items(), strict=True):
-        score, reestimated, curvature = line
-        for axes in line:
-            draw_zero(axes, (cell for cell in rows if target.arms[cell].name == "base"), target.arms)
-        for group, series in _series(rows, target.arms, bases):
-            draw_points(score, frame, group, target.seeds, series, target.arms)
-            measurements = [measured[cell] for cell in group if cell in measured]
-            for axes, column, factor in (
-                (reestimated, "test_reestimated_accuracy", 100),
-                (curvature, "train_lambda_1", 1),
-            ):
-                shown = replace(series, column=column, factor=factor)
-                draw_points(axes, frame, measurements, target.seeds, shown, target.arms)
-        counted = seeds_of(mean_interval(scores(cell, frame, target.seeds)) for cell in rows)
-        base = base_name(rows[0])
-        score.set(title=f"{title}{counted}", ylabel=f"accuracy over {base}, points")
-        reestimated.set(title="BatchNorm re-estimated", ylabel=f"accuracy over {base}, points")
-        curvature.set(title="flatness, training data", ylabel=f"lambda 1 over {base}")
-        for axes in line:
-            axes.set_xlabel("m, micro-batches of a mini-batch")
-            if axes.containers:
-                limit_to_most(axes)
-                set_ticks(axes, (cell.micro_batches for cell in rows))
-            else:
-                axes.clear()
-                axes.set_axis_off()
-    keys = [axes.get_legend_handles_labels() for axes in figure.axes]
+    figure, row = row_of_panels(len(panels), 4.8, 3.8)
+    for axes, (title, rows) in zip(row, panels.items(), strict=True):
+        compared = compared_cells(rows, target)
+        axes.axhline(0, lw=1, color="#444444", ls="--", zorder=1)
+        if margin := catalogue.MARGINS.get(rows[0].profile):
+            axes.axhspan(-margin, margin, color="#e8eef5", lw=0, zorder=0)
+        for shift, (name, references) in zip((0.93, 1.0, 1.07), compared.others.items(), strict=True):
+            series = Series("micro_batches", OVER[name], shift=shift, over=references)
+            arms = dict.fromkeys(references, ARMS[name])  # in the colour of what mSAM is compared with
+            draw_points(axes, frame, list(references), target.seeds, series, arms)
+        counted = seeds_of(mean_interval(scores_of(cell, frame, target.seeds)) for cell in compared.msam.values())
+        axes.set(title=f"{title}{counted}", ylabel="difference of accuracy, points")
+        axes.set_xlabel("m, number of micro-batches")
+        limit_to_most(axes)
+        _draw_both_readings(axes, compared.msam.values())
+    keys = [axes.get_legend_handles_labels() for axes in row]
     handles = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), len(row) + 1)
+        )
     return figure
 
 
-def _series(rows: Sequence[Run], arms: Mapping[Run, Arm], bases: Mapping[Run, Run]) -> list[tuple[list[Run], Series]]:
-    """A network's cells without a perturbation, at SAM's rho, and at another rho, each with the style of its points."""
-    unperturbed = [cell for cell in rows if not cell.rho]
-    rho = next((cell.rho for cell in rows if arms[cell].name == "sam"), 0.0)
-    at_sams_rho = [cell for cell in rows if cell.rho and cell.rho == rho]
-    at_other_rho = [cell for cell in rows if cell.rho and cell.rho != rho]
-    name = base_name(rows[0])
-    label = f"{name} over m micro-batches" if len(unperturbed) > 1 else name
-    return [
-        (unperturbed, Series("micro_batches", label, shift=0.93, over=bases)),
-        (at_sams_rho, Series("micro_batches", f"mSAM, rho {rho:g}", over=bases)),
-        (at_other_rho, Series("micro_batches", "mSAM, rho chosen for this m", style="", shift=1.07, over=bases)),
-    ]
+def compared_cells(rows: Sequence[Run], target: Target) -> Compared:
+    """The cells of one network that the figure compares.
+
+    At m = 1, and where a network has no control because it has no BatchNorm, the base optimizer is the control.
+
+    Args:
+        rows: The training cells of the network.
+        target: The cells of the study.
+    """
+    msam = chosen(cell for cell in rows if target.arms[cell].name in ("sam", "msam"))
+    without = all(target.arms[cell].name != "control" for cell in rows)
+    others: dict[str, dict[Run, Run]] = {name: {} for name in OVER}
+    for m, cell in msam.items():
+        for name in OVER:
+            arm = "base" if name == "control" and (without or m == 1) else name
+            other = target.references[cell].get(f"over_{arm}")
+            if other is not None:
+                others[name][cell] = other
+    return Compared(msam, others)
 
 
-EXHIBIT = study("micro_batches", "Accuracy and flatness against m", draw=against_m, place=60)
+def chosen(cells: Iterable[Run]) -> dict[int, Run]:
+    """By m, the cell at the rho that was chosen for this m.
+
+    Where there are several, those at a rho that every m has are left out: they show one rho at all m.
+    """
+    by_m: dict[int, list[Run]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.micro_batches):
+        by_m.setdefault(cell.micro_batches, []).append(cell)
+    common = set.intersection(*({cell.rho for cell in group} for group in by_m.values())) if by_m else set()
+    return {m: next((cell for cell in group if cell.rho not in common), group[0]) for m, group in by_m.items()}
+
+
+def _draw_both_readings(axes: Axes, cells: Iterable[Run]) -> None:
+    """Ticks at the numbers of micro-batches below, and above them the examples in each."""
+    sizes = {cell.micro_batches: cell.batch_size / cell.micro_batches for cell in cells}
+    if not sizes:
+        return
+    set_ticks(axes, sizes)
+    axes.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(list(sizes), [f"{size:g}" for size in sizes.values()])
+    above.minorticks_off()
+    above.set_xlabel("B/m, examples in a micro-batch")
+
+
+def text(view: View) -> pd.DataFrame:
+    """The columns of every table of scores, both readings of m, and the differences to control and shared SAM."""
+    shown, numbers = scores.text(view), view.numbers
+    place = list(shown).index("method") + 1
+    shown.insert(place, "m", [f"{m}" for m in numbers["micro_batches"]])
+    shown.insert(
+        place + 1, "B/m", [f"{b / m:g}" for b, m in zip(numbers["batch_size"], numbers["micro_batches"], strict=True)]
+    )
+    place = list(shown).index("over SAM") + 1
+    for name in ("control", "shared"):
+        if f"over_{name}" in numbers and f"over {name}" not in shown:
+            shown.insert(place, f"over {name}", [signed(interval(row, f"over_{name}")) for row in view.rows])
+            place += 1
+    return shown
+
+
+EXHIBIT = replace(
+    study(
+        "micro_batches",
+        "Accuracy against m",
+        "What mSAM gains over SAM and, at the same m, over plain gradients and over SAM of the same micro-batches, by "
+        "the number of micro-batches m (below) and their size B/m (above). Rho is chosen for each. Bars are 95 % "
+        "intervals of differences paired by seed; the band is the margin of equivalence.",
+        draw=against_m,
+        place=60,
+    ),
+    text=text,
+    notes=lambda view: [*scores.notes(view), NOTE],
+)

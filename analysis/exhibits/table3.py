@@ -60,6 +60,8 @@ NOTES = (
     "1703.04933). They can be compared between methods on one network and training setup, but not between networks.",
 )
 
+NOTE_SHARED = "Shared is SAM over the same micro-batches, with one perturbation for all of them."
+
 PUBLISHED = (
     "Published elsewhere, in other settings: Foret et al. 2021, section 4.2 (read in the source): WRN-40-10 without "
     "BatchNorm on CIFAR-10, lambda 1 about 24 with SGD and 1.0 with SAM, lambda 1 / lambda 5 up to 11.4 and 2.6."
@@ -167,7 +169,8 @@ def notes(view: View) -> list[str]:
         "rho": ", ".join(dict.fromkeys(f"{c.flat['measured_rho']:g}" for c in view.target.cells)),
         "residual": view.numbers["residual"].max(),
     }
-    return [*(note.format(**words) for note in NOTES), PUBLISHED]
+    shared = [NOTE_SHARED] if "log_over_shared" in view.numbers else []
+    return [*(note.format(**words) for note in NOTES), *shared, PUBLISHED]
 
 
 def flatness(results: Results, target: Target) -> Figure:

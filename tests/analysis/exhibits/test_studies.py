@@ -9,13 +9,14 @@ from matplotlib.image import imread
 
 from analysis.exhibit import Target
 from analysis.exhibits import exhibit_of
-from analysis.exhibits.micro_batches import against_m
+from analysis.exhibits.micro_batches import against_m, chosen
 from analysis.exhibits.rho import against_rho
 from analysis.exhibits.studies import against
 from analysis.frames import Results
 from analysis.publish import target
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.grids import perturbed, with_seeds
+from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import SpecError
 from tests.analysis.invented import document, pictures, published_twice, results_of, study_run
 
@@ -98,30 +99,82 @@ def test_a_collapse_at_one_rho_is_named_and_does_not_flatten_the_others():
     assert not axes.texts
 
 
-def test_the_figure_of_m_has_its_numbers_and_open_marks_at_another_rho():
-    other_rho = [replace(c, rho=0.3) for c in M if c.method == "msam" and c.micro_batches == 4 and c.kind == "train"]
-    cells = [*M, *(c for c in other_rho if c.model == "resnet8")]
-    figure = against_m(results_of(cells, 2, study_run), Target("", tuple(cells), 2))
-    score, reestimated, flat = figure.axes[:3]
-    assert score.get_title() == "resnet8, cifar10\nn = 2 seeds"
-    lines = {c.get_label(): c.lines[0] for c in score.containers}
-    assert lines["mSAM, rho 0.1"].get_xydata() == pytest.approx(np.array([[1, 3.0], [2, 5.0], [4, 5.0]]))
-    control = lines["SGD over m micro-batches"]
-    assert control.get_ydata() == pytest.approx([0, 1, 1])
-    open_marks = lines["mSAM, rho chosen for this m"]
-    assert open_marks.get_ydata() == pytest.approx([7.0])
-    left, right = control.get_xdata()[-1], open_marks.get_xdata()[0]
-    assert 3.5 < left < 3.9 < 4.1 < right < 4.5, "no point hides the interval of another"
-    own_marks = {line.get_label(): line for line in score.lines if line.get_label() in ("SGD", "SAM")}
-    assert own_marks["SAM"].get_xydata() == pytest.approx(np.array([[1, 3.0]]))
-    assert own_marks["SGD"].get_ydata() == pytest.approx([0])
-    (legend,) = figure.legends
-    assert sorted(text.get_text() for text in legend.get_texts()) == sorted({*lines, *own_marks})
-    assert (open_marks.get_linestyle(), open_marks.get_markerfacecolor()) == ("None", "none")
-    for axes, expected in ((reestimated, [0, 0, 0]), (flat, [0, -10, -30])):
-        drawn = {c.get_label(): c.lines[0] for c in axes.containers}
-        assert drawn["mSAM, rho 0.1"].get_ydata() == pytest.approx(expected)
-    assert [label.get_text() for label in flat.get_xticklabels()] == ["1", "2", "4"]
+def networks_by_m(rhos=(0.1, 0.3)):
+    """A network with base, control, shared SAM and mSAM at m = 2 and 4, and one without BatchNorm; rho differs by m."""
+    base = next(c for c in M if c.method == "base" and c.model == "resnet8" and c.kind == "train")
+    cells = []
+    for model in ("resnet8", "resnet8-groupnorm"):
+        plain = replace(base, model=model)
+        cells += [plain, perturbed(plain, "sam", 1, 0.1)]
+        for m, rho in zip((2, 4), rhos, strict=True):
+            if model == "resnet8":
+                cells += [replace(plain, micro_batches=m), perturbed(plain, "shared", m, 0.1)]
+            cells.append(perturbed(plain, "msam", m, rho))
+    return cells
+
+
+def drawn_points(axes):
+    """The points of each difference: m, mean, and half-width of the interval."""
+    return {
+        container.get_label(): [(round(x), y, end - y) for (x, y), (_, (_, end)) in zip(xy, segments, strict=True)]
+        for container in axes.containers
+        for xy in [container.lines[0].get_xydata()]
+        for segments in [container.lines[2][0].get_segments()]
+    }
+
+
+def test_the_figure_of_m_has_paired_differences_to_sam_the_control_and_shared_sam():
+    def run(spec):
+        """The gain of mSAM over the others grows by half a point from one seed to the next."""
+        return study_run(spec, 0.005 * spec.seed * (spec.method == "msam"))
+
+    cells = networks_by_m()
+    with_batchnorm, without = against_m(results_of(cells, 2, run), Target("", tuple(cells), 2)).axes
+    # 0.25 points on average, with 12.706205 * 0.25 as half the width of the interval.
+    half = pytest.approx(12.706205 * 0.25)
+    assert drawn_points(with_batchnorm) == {
+        "mSAM over SAM": [(2, pytest.approx(2.25), half), (4, pytest.approx(4.25), half)],
+        "mSAM over plain gradients of the same micro-batches": [
+            (1, pytest.approx(3.0), pytest.approx(0.0, abs=1e-9)),
+            (2, pytest.approx(4.25), half),
+            (4, pytest.approx(6.25), half),
+        ],
+        "mSAM over SAM of the same micro-batches": [(2, pytest.approx(1.25), half), (4, pytest.approx(3.25), half)],
+    }
+    assert {name: [m for m, *_ in points] for name, points in drawn_points(without).items()} == {
+        "mSAM over SAM": [2, 4],
+        "mSAM over plain gradients of the same micro-batches": [1, 2, 4],
+    }
+    colours = {c.get_label(): c.lines[0].get_color() for c in (*with_batchnorm.containers, *without.containers)}
+    assert list(colours.values()) == [ARMS[name].colour for name in ("sam", "control", "shared")]
+    assert with_batchnorm.get_title() == "resnet8, cifar10\nn = 2 seeds"
+
+
+def test_the_axis_of_m_has_both_readings_and_the_band_is_the_margin():
+    cells = networks_by_m()
+    axes, _ = against_m(results_of(cells, 2, study_run), Target("", tuple(cells), 2)).axes
+    (above,) = axes.child_axes
+    for ticks, texts in ((axes, ["1", "2", "4"]), (above, ["32", "16", "8"])):
+        assert [label.get_text() for label in ticks.get_xticklabels()] == texts
+        assert list(ticks.get_xticks()) == [1, 2, 4]
+    assert "number of micro-batches" in axes.get_xlabel()
+    assert "examples in a micro-batch" in above.get_xlabel()
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_height()) == (-1.0, 2.0)
+    shown = exhibit_of("micro_batches").document(Target("m", tuple(cells), 2), results_of(cells, 2, study_run).runs)
+    row = shown.cells[shown.cells["method"] == "mSAM, m=4"].iloc[0]
+    assert row[["m", "B/m", "over SAM", "over control", "over shared"]].tolist() == [
+        *("4", "8", "+4.00 ± 0.00 (2)", "+6.00 ± 0.00 (2)", "+3.00 ± 0.00 (2)")
+    ]
+
+
+def test_each_m_is_drawn_at_the_rho_that_was_chosen_for_it():
+    """Cells of the same m at a rho that every m has are left out, if there is another."""
+    cells = networks_by_m(rhos=(0.1, 0.3))
+    also = replace(next(c for c in cells if c.method == "msam" and c.micro_batches == 4), rho=0.1)
+    assert {m: cell.rho for m, cell in chosen([also, *(c for c in cells if c.method in ("sam", "msam"))]).items()} == {
+        **{1: 0.1, 2: 0.1, 4: 0.3}
+    }
 
 
 def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():

@@ -122,7 +122,7 @@ def test_msam_is_compared_with_sam_over_the_same_micro_batches():
     results = results_of(cells, 2, curvature_run)
     shown = document("table3", results.runs, cells, 2)
     row = shown.cells.set_index("method").loc["mSAM, m=4"]
-    assert row["ratio to SAM over micro-batches"] == as_ratio(mean_interval([log(40 / 50), log(41 / 51)]))
+    assert row["ratio to shared"] == as_ratio(mean_interval([log(40 / 50), log(41 / 51)]))
     claim = next(claim for claim in table3.EXHIBIT.claims if "share one perturbation" in claim.text)
     found = claim.evidence(Target("table3", tuple(cells), 2), results.runs.set_index("run_id"), {})
     assert {c.what.partition(" over ")[2].partition(", lambda")[0] for c in found if "lambda" in c.what} == {
