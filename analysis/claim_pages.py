@@ -162,7 +162,7 @@ def _scale(rows: pd.DataFrame) -> str:
             if pd.isna(row.train_examples):
                 words[f"all {unit}, {row.epochs:g} epochs of batches of {row.batch_size}"] = None
             else:
-                steps = math.ceil(int(row.train_examples) / int(row.batch_size)) * int(row.epochs)
+                steps = int(row.train_examples) // int(row.batch_size) * int(row.epochs)
                 words[f"{int(row.train_examples):,} {unit}, {row.epochs:g} epochs, {steps:,} steps"] = None
     parameters = rows["parameters"].dropna().unique() if "parameters" in rows else ()
     words |= {f"{int(number):,} parameters": None for number in parameters}

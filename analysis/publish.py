@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from analysis import forest_figure
 from analysis.cells import run_ids
 from analysis.claim_pages import claim_pages, page_files
 from analysis.claims import document_claims
@@ -134,10 +135,11 @@ def output_files(
     documents = documents_of(profile, targets, results) if documents is None else documents
     pictures = pages(results, _shown(targets))
     shown = results.only({run.run_id for t in targets for run in t.runs})
-    page = report(profile, documents, pictures, targets, shown)
     image_files = {path: picture for one in pictures for path, picture in one.files.items()}
     claims = next((d.numbers for d in documents if d.name == "claims"), None)
-    claimed = {} if claims is None else page_files(claim_pages(claims, results.runs, targets))
+    about = [] if claims is None else claim_pages(claims, results.runs, targets)
+    claimed = page_files(about) | ({} if claims is None else forest_figure.files(claims, results.runs, profile))
+    page = report(profile, documents, pictures, targets, shown, about)
     return {**table_files(documents), **claimed, **image_files, "report.html": page}
 
 

@@ -13,11 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from analysis.arms import method_name
+from analysis.claim_pages import ClaimPage
 from analysis.columns import PROVENANCE
-from analysis.document import Document
+from analysis.document import Document, plain_text
 from analysis.exhibit import Target
 from analysis.exhibits import Page
-from analysis.forest import panels
+from analysis.forest import opening, panels
 from analysis.frames import Results
 from experiments.harness.runs.catalogue import catalogue
 from experiments.harness.runs.run import defaults, in_order
@@ -52,7 +53,12 @@ class Section:
 
 
 def report(
-    profile: str, documents: Sequence[Document], figures: Sequence[Page], targets: Sequence[Target], results: Results
+    profile: str,
+    documents: Sequence[Document],
+    figures: Sequence[Page],
+    targets: Sequence[Target],
+    results: Results,
+    pages: Sequence[ClaimPage] = (),
 ) -> str:
     """The page as HTML; equal contents give equal bytes.
 
@@ -62,6 +68,7 @@ def report(
         figures: the figures, shown as PNG.
         targets: the tables, for the hyper-parameters and the runs that are not finished.
         results: the runs, with their provenance.
+        pages: the pages of the claims, folded below their comparisons.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -88,7 +95,14 @@ def report(
         runs=runs,
         environments=environments,
         panels=[] if numbers is None else panels(numbers, results.runs),
+        opening=[] if numbers is None else opening(numbers, results.runs, profile),
+        pages={page.name: _plain_page(page) for page in pages},
     )
+
+
+def _plain_page(page: ClaimPage) -> dict[str, list[str]]:
+    """The paragraphs of a claim's page by heading, without Markdown."""
+    return {heading: list(map(plain_text, paragraphs)) for heading, paragraphs in page.text.items()}
 
 
 def section(document: Document, runs: pd.DataFrame) -> Section:
