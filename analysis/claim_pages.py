@@ -17,6 +17,9 @@ from analysis.exhibits import declared
 from analysis.statistics import LARGEST, Interval
 from experiments.harness.runs.facts import is_images
 
+_SCALE = ("kind", "dataset", "train_examples", "batch_size", "epochs", "parameters")
+"""The columns that say how large a run is."""
+
 LONG = 12
 """With more comparisons, only a sentence for all says what would change the verdict."""
 
@@ -136,7 +139,7 @@ def _row(contrast: Contrast, row: Any, runs: pd.DataFrame, families: Mapping[str
         family=f"{row.family} ({families.get(row.family, 0)})",
         margin="" if math.isnan(row.margin) else f"{row.margin:g}",
         verdict=f"{row.verdict}{', primary comparison' if row.primary else ''}",
-        scale=_scale(runs.loc[_ids(row, runs)]),
+        scale=_scale(runs[[name for name in _SCALE if name in runs]].loc[_ids(row, runs)]),
         change=_change(contrast, row),
     )
 

@@ -4,7 +4,7 @@ Comparisons of flatness, cost and theory have other units and are left out: repo
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from analysis import plots
 from analysis.claims import in_digits
 from analysis.contrasts import ACCURACY, Contrast
 from analysis.document import signed
-from analysis.forest import scale
+from analysis.forest import scale, trained_on
 from analysis.statistics import Interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.methods import ARMS
@@ -74,7 +74,7 @@ def draw(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Figure:
         runs: One row for each finished run.
         profile: The profile of the results.
     """
-    lines = list(_lines(numbers, runs.set_index("run_id"), profile))
+    lines = list(_lines(numbers, trained_on(runs), profile))
     width, height = LEFT + MIDDLE + RIGHT, LINE * (len(lines) + 1) + 0.85
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((LEFT / width, 0.5 / height, MIDDLE / width, LINE * (len(lines) + 1) / height))
@@ -90,7 +90,7 @@ def draw(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Figure:
     return figure
 
 
-def _lines(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Iterator[Line]:
+def _lines(numbers: pd.DataFrame, scales: Mapping[str, tuple[str, str]], profile: str) -> Iterator[Line]:
     """All lines from top to bottom, the primary comparison first."""
     known = {contrast.text: contrast for contrast in ACCURACY}
     groups = {str(text): list(rows.itertuples()) for text, rows in numbers.groupby("claim", sort=False)}
@@ -105,7 +105,7 @@ def _lines(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Iterator[
         yield Line(f"isolates {contrast.isolates}", "remark")
         for row in sorted(rows, key=lambda row: not row.primary):
             mark = "★ primary: " if row.primary else ""
-            about = scale(row, runs)
+            about = scale(row, scales)
             label = f"{mark}{row.where}" + (f" ({about})" if about else "")
             yield Line(label, row.verdict, row if row.n else None)
 
