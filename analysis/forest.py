@@ -223,4 +223,9 @@ def scale(row: Any, scales: Mapping[str, tuple[str, str]]) -> str:
         if run_id in scales:
             what, length = scales[run_id]
             lengths.setdefault(what, {})[length] = None
-    return "; ".join(", ".join(filter(None, (what, " or ".join(several)))) for what, several in lengths.items())
+    return "; ".join(", ".join(filter(None, (what, _joined(list(several))))) for what, several in lengths.items())
+
+
+def _joined(lengths: Sequence[str]) -> str:
+    """The lengths with their unit once: `288 or 576 steps`."""
+    return " or ".join([*(length.rpartition(" ")[0] for length in lengths[:-1]), lengths[-1]])
