@@ -215,6 +215,14 @@ def add_legend(axes: Axes, **options: Any) -> None:
         axes.legend(**options)
 
 
+def add_common_legend(figure: Figure, columns: int) -> None:
+    """Add one legend below all panels, with each label once, if anything is drawn."""
+    keys = [axes.get_legend_handles_labels() for axes in figure.axes]
+    handles = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns))
+
+
 def six_digits(values: np.ndarray) -> np.ndarray:
     """Round to six significant digits: the last bits of exponentials differ between processors."""
     return np.array([float(f"{value:.6g}") for value in values])

@@ -14,7 +14,16 @@ from analysis.document import signed
 from analysis.exhibit import Target, View
 from analysis.exhibits.studies import study
 from analysis.frames import Results
-from analysis.plots import Series, draw_points, limit_to_most, panels_of, row_of_panels, seeds_of, set_ticks
+from analysis.plots import (
+    Series,
+    add_common_legend,
+    draw_points,
+    limit_to_most,
+    panels_of,
+    row_of_panels,
+    seeds_of,
+    set_ticks,
+)
 from analysis.statistics import mean_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.methods import ARMS
@@ -65,12 +74,7 @@ def against_m(results: Results, target: Target) -> Figure:
         axes.set_xlabel("m, number of micro-batches")
         limit_to_most(axes)
         _draw_both_readings(axes, compared.msam.values())
-    keys = [axes.get_legend_handles_labels() for axes in row]
-    handles = {label: mark for marks, labels in keys for mark, label in zip(marks, labels, strict=True)}
-    if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), len(row) + 1)
-        )
+    add_common_legend(figure, 2 * len(row) - 1)
     return figure
 
 

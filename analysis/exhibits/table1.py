@@ -14,7 +14,7 @@ from analysis.cells import scores as test_scores
 from analysis.chances import scales, tries
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
-from analysis.plots import add_legend, draw_band, draw_under_way, panels_of, seeds_of, set_logarithmic
+from analysis.plots import add_common_legend, draw_band, draw_under_way, panels_of, seeds_of, set_logarithmic
 from analysis.predictions import Predictions
 from analysis.statistics import Interval
 from analysis.two_way import two_way_interval
@@ -131,7 +131,7 @@ def curves(results: Results, target: Target) -> Figure:
             axes.set(xlabel="epoch", ylabel=words)
             if "accuracy" not in words:
                 set_logarithmic(axes)
-            add_legend(axes)
+    add_common_legend(figure, len(panels))
     return figure
 
 
