@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from scipy import stats
 
 from analysis.cells import (
@@ -33,7 +34,7 @@ from analysis.flatness import (
     shown_references,
 )
 from analysis.frames import Results
-from analysis.plots import add_legend, line_of, panels_of, row_of_panels, six_digits
+from analysis.plots import add_common_legend, line_of, panels_of, row_of_panels, six_digits
 from analysis.statistics import mean_interval
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
@@ -180,7 +181,7 @@ def flatness(results: Results, target: Target) -> Figure:
     """
     frame = results.runs.set_index("run_id")
     panels = panels_of(target.cells)
-    figure, row = row_of_panels(len(panels), 3.9, 3)
+    figure, row = row_of_panels(len(panels), 3.9, 3.4)
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
         points: dict[int, list[tuple[float, float]]] = {seed: [] for seed in range(target.seeds)}
         for cell in rows:
@@ -196,15 +197,19 @@ def flatness(results: Results, target: Target) -> Figure:
                 axes.plot(eigenvalues[common], scores[common], arm.mark, **style)
         ranks = mean_interval(stats.spearmanr(pairs).statistic for pairs in points.values() if len(pairs) > 2)
         correlation = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
-        axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data", ylabel="test accuracy %")
-        add_legend(axes)
+        axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data (log)", ylabel="test accuracy %")
+        if axes.lines:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(LogFormatter())
+            axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    add_common_legend(figure, len(panels))
     return figure
 
 
 def spectra(results: Results, target: Target) -> Figure:
     """Spectral densities at seed 0, one panel for each model; each quadrature node is a narrow bump."""
     panels = panels_of(target.cells)
-    figure, row = row_of_panels(len(panels), 3.4, 2.8)
+    figure, row = row_of_panels(len(panels), 3.4, 3.4)
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
         greatest: dict[str, float] = {}
         for cell in rows:
@@ -220,14 +225,14 @@ def spectra(results: Results, target: Target) -> Figure:
             axes.semilogy(grid, density, label=arm.called(cell), color=arm.colour, ls=arm.line, lw=1)
             greatest[arm.called(cell)] = nodes.max()
         axes.set(title=f"{title}{_reach(greatest)}", xlabel="eigenvalue", ylabel="density", ylim=(1e-7, None))
-        add_legend(axes)
+    add_common_legend(figure, len(panels))
     return figure
 
 
 def slices(results: Results, target: Target) -> Figure:
     """Training loss at seed 0 along a filter-normalised direction (top) and on the plane of two (bottom), by model."""
     panels = panels_of(target.cells)
-    figure = Figure(figsize=(3.4 * len(panels), 5.4), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(panels), 6), layout="constrained")
     top, bottom = figure.subplots(2, len(panels), squeeze=False)
     for axes, plane, (title, rows) in zip(top, bottom, panels.items(), strict=True):
         levels: Any = []  # from the first surface, so that equal lines are equal losses
@@ -247,7 +252,7 @@ def slices(results: Results, target: Target) -> Figure:
                 plane.contour(coarse, coarse, surface.T, levels, colors=arm.colour, linewidths=0.7)
         axes.set(title=f"{title}, seed 0", xlabel="position", ylabel="training loss")
         plane.set(xlabel="first direction", ylabel="second direction", aspect="equal")
-        add_legend(axes)
+    add_common_legend(figure, len(panels))
     return figure
 
 

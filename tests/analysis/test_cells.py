@@ -73,8 +73,8 @@ def test_mixed_commits_dirty_trees_data_and_machines_give_warnings(tmp_path):
         "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
         "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
         "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
-        "These runs come from several machines (Invented CPU; Invented CPU (AVX512)): times cannot be compared, and the "
-        "same spec gives slightly different networks on each.",
+        "These runs come from several machines (Invented CPU; Invented CPU (AVX512)): times cannot be compared, and "
+        "the same spec gives slightly different networks on each.",
     ]
     alone = table1.EXHIBIT.numbers(table, [SGD], 1)
     assert cells.warnings(table, alone) == []
