@@ -16,7 +16,7 @@ from matplotlib.text import Text
 
 from analysis import plots
 from analysis.claims import in_digits
-from analysis.contrasts import ACCURACY, Contrast
+from analysis.contrasts import ALL, Contrast
 from analysis.document import signed
 from analysis.forest import scale, trained_on
 from analysis.statistics import Interval
@@ -92,7 +92,7 @@ def draw(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Figure:
 
 def _lines(numbers: pd.DataFrame, scales: Mapping[str, tuple[str, str]], profile: str) -> Iterator[Line]:
     """All lines from top to bottom, the primary comparison first."""
-    known = {contrast.text: contrast for contrast in ACCURACY}
+    known = {contrast.text: contrast for contrast in ALL}
     groups = {str(text): list(rows.itertuples()) for text, rows in numbers.groupby("claim", sort=False)}
     primary = catalogue.primary(profile)
     if primary and not numbers["primary"].any():
