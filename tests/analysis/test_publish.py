@@ -28,6 +28,8 @@ TABLE = {
     "tables/table1.csv",
     "tables/table1.tex",
     "tables/published.md",
+    "figures/contrasts.pdf",
+    "figures/contrasts.png",
     "figures/curves.pdf",
     "figures/curves.png",
     *(f"tables/claims.{form}" for form in ("md", "csv", "tex")),
