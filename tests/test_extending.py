@@ -111,8 +111,8 @@ def test_the_data_set_and_the_model_have_rows(results):
 
 @pytest.mark.slow
 def test_the_column_is_in_table_1_alone(results):
-    assert "| test loss" in read(results, "table1.md")
-    assert "| test loss" not in read(results, "momentum.md")
+    assert "| train loss" in read(results, "table1.md")
+    assert "| train loss" not in read(results, "momentum.md")
 
 
 @pytest.mark.slow
