@@ -110,12 +110,10 @@ def _reject_nothing(targets: "list[Target]", results: "Results", root: Path) -> 
     expected = [run.run_id for target in targets for run in target.runs]
     if not {*results.runs["run_id"], *results.under_way["run_id"]}.isdisjoint(expected):
         return
-    from analysis.publish import command
-
     names = ", ".join(target.name for target in targets)
     raise RecordError(
         f"{root / 'runs'} has none of the {len(expected)} runs of {names} ({targets[0].cells[0].profile}): make them "
-        f"with `{command(targets[0])}`, or give the folder that holds runs/ with --results."
+        f"with `{targets[0].command}`, or give the folder that holds runs/ with --results."
     )
 
 

@@ -4,8 +4,8 @@ Accuracies and their differences are in percent; everything else keeps the unit 
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics import ALPHA, Interval, holm, mean_interval, paired_difference
+from analysis.contrasts import ALPHA
+from analysis.statistics import Interval, holm, mean_interval, paired_difference
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS, Arm, arms_of, differing, reference
 from experiments.harness.runs.run import hints, names
@@ -269,14 +270,18 @@ def difference_in_words(difference: Interval, expected: int = 1, margin: float =
     return f"{size}: {'equivalent' if difference.equivalent(margin) else 'inconclusive'}"
 
 
-def claimed_differences(row: Any, known: Container[str]) -> dict[str, Interval]:
-    """The differences of a table's row that are printed under it, by the arm that it is compared with.
+def claimed_by_block(numbers: pd.DataFrame) -> Iterator[tuple[str, list[tuple[Any, str, str]]]]:
+    """For each block, its name and the comparisons that are printed under a table: row, other arm, and its label.
 
     Args:
-        row: A row of a table that begins with what `compared` returns.
-        known: The arms of its block.
+        numbers: A table that begins with what `compared` returns.
     """
-    return {other: interval(row, f"over_{other}") for other in ARMS[row.method].claimed if other in known}
+    places = of_blocks(numbers)
+    for number, block in numbers.groupby("block", sort=True):
+        rows = list(block.itertuples())
+        names = {row.method: row.label for row in reversed(rows)}
+        pairs = [(row, other, names[other]) for row in rows for other in ARMS[row.method].claimed if other in names]
+        yield f"{rows[0].model}, {rows[0].dataset}{places[number]}", pairs
 
 
 def block_sentences(numbers: pd.DataFrame, expected: int = 1, margin: float = math.nan) -> list[str]:
@@ -287,19 +292,16 @@ def block_sentences(numbers: pd.DataFrame, expected: int = 1, margin: float = ma
         expected: the sign of the differences that the paper claims.
         margin: the margin of equivalence; NaN if none is declared.
     """
-    lines, places = [], of_blocks(numbers)
-    for number, block in numbers.groupby("block", sort=True):
-        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
-        several = {label for label, count in block["label"].value_counts().items() if count > 1}
+    lines = []
+    for where, pairs in claimed_by_block(numbers):
+        rows = Counter({row.Index: row.label for row, _, _ in pairs}.values())  # of equal labels
         parts, differences = [], []
-        for row in block.itertuples():
-            name = f"{row.label}, rho {row.rho:g}" if row.label in several else row.label
-            for other, difference in claimed_differences(row, names).items():
-                what = "over the control" if other == "control" else f"{name} over {names[other]}"
-                parts.append(f"{what}: {difference_in_words(difference, expected, margin)}")
-                differences.append(difference)
+        for row, other, label in pairs:
+            name = f"{row.label}, rho {row.rho:g}" if rows[row.label] > 1 else row.label
+            what = "over the control" if other == "control" else f"{name} over {label}"
+            differences.append(interval(row, f"over_{other}"))
+            parts.append(f"{what}: {difference_in_words(differences[-1], expected, margin)}")
         if parts:
-            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
             lines.append(f"{where}: {'; '.join(parts)}.{_detectable(differences)}")
     return lines
 
@@ -316,13 +318,8 @@ def _detectable(differences: Sequence[Interval]) -> str:
 
 def family_sentence(numbers: pd.DataFrame) -> list[str]:
     """How many of the differences printed under a table stay significant if they are taken as one family."""
-    differences = [
-        one
-        for _, block in numbers.groupby("block", sort=True)
-        for row in block.itertuples()
-        for one in claimed_differences(row, set(block["method"])).values()
-        if one.n > 1
-    ]
+    pairs = [pair for _, of_block in claimed_by_block(numbers) for pair in of_block]
+    differences = [one for row, other, _ in pairs if (one := interval(row, f"over_{other}")).n > 1]
     if not differences:
         return []
     before = sum(one.significant for one in differences)

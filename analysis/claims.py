@@ -31,8 +31,8 @@ NOTES = (
     "Accuracies are in percentage points. The bootstrap interval is for the mean over the same seeds; with few seeds "
     "it is too narrow. Claims marked (ours) are not in the abstract: they name what mSAM's effect consists of, or "
     "concern the method as used instead of the one that the theory covers.",
-    "Flatness is the largest Hessian eigenvalue on training data, one of several measures: Table 3 has others, and "
-    "they do not all agree with it. Cost: we read the claim as at most "
+    "Flatness is compared by six measures of Table 3, each a comparison of its own: by the natural log of the ratio "
+    "or, where that is said, by the difference. Cost: we read the claim as at most "
     f"{COST_WITHIN:g} percent more time than SAM on the same number of workers, so its intervals are compared with "
     f"{COST_WITHIN:g} percent instead of zero. Times are ratios within a round; the median over rounds is used.",
     "Theory: largest stable sharpness in simulations with all data in each step. These rows check theorems and are no "

@@ -7,7 +7,6 @@ share nothing else.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from experiments.harness.runs import catalogue
@@ -85,18 +84,13 @@ class Contrast:
 
     def is_primary(self, profile: str, model: str, dataset: str) -> bool:
         """Whether its comparison on this network and data set is the profile's primary one."""
-        primary = _primary(profile)
+        primary = catalogue.primary(profile)
         return (
             primary is not None
             and self.family == "accuracy"
             and primary.table in self.tables
             and (self.arms, model, dataset) == (primary.arms, primary.model, primary.dataset)
         )
-
-
-@cache
-def _primary(profile: str) -> catalogue.Primary | None:
-    return catalogue.primary(profile)
 
 
 def usual_m(model: str, profile: str) -> int:

@@ -13,7 +13,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from analysis import published
-from analysis.cells import block_words, interval, machines, of_blocks, short, studied, used
+from analysis.cells import block_words, machines, of_blocks, short, studied, used
 from analysis.frames import csv_text
 from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
@@ -183,18 +183,6 @@ def studied_columns(numbers: pd.DataFrame) -> dict[str, list[str]]:
     if varied and "edge" not in numbers:  # a grid always has this column
         varied["learning rate"] = "learning_rate"
     return {words: [short(value) for value in numbers[name]] for words, name in varied.items()}
-
-
-def eigenvalue_columns(numbers: pd.DataFrame, marks: Sequence[str]) -> dict[str, list[str]]:
-    """The columns of a table whose score is an eigenvalue: the score and its differences to base optimizer and SAM."""
-    rows = list(numbers.itertuples())
-    return {
-        "lambda 1": [
-            three_digits(Interval(r.mean, r.half_width, int(r.n))) + m for r, m in zip(rows, marks, strict=True)
-        ],
-        "over base": [three_digits(interval(row, "over_base"), signed=True) for row in rows],
-        "over SAM": [three_digits(interval(row, "over_sam"), signed=True) for row in rows],
-    }
 
 
 def measure(numbers: pd.DataFrame, column: str, factor: float = 1.0) -> list[str]:

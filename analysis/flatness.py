@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.cells import compared, interval, of_blocks, references
+from analysis.cells import claimed_by_block, compared, interval, references
 from analysis.document import three_digits
 from analysis.evidence import differences
 from analysis.statistics import Interval, mean_interval
-from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
 Compared = Mapping[Run, Mapping[str, Run | None]]
@@ -87,17 +86,12 @@ def shown_references(numbers: pd.DataFrame, name: str) -> dict[str, str]:
 
 def eigenvalue_sentences(numbers: pd.DataFrame) -> list[str]:
     """One sentence for each block: the ratios of its arms' eigenvalues, and whether they are significant."""
-    lines, places = [], of_blocks(numbers)
-    for number, block in numbers.groupby("block", sort=True):
-        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
+    lines = []
+    for where, pairs in claimed_by_block(numbers):
         parts = [
-            f"{row.label} over {names[other]}: {_in_words(interval(row, f'log_over_{other}'))}"
-            for row in block.itertuples()
-            for other in ARMS[row.method].claimed
-            if other in names
+            f"{row.label} over {label}: {_in_words(interval(row, f'log_over_{other}'))}" for row, other, label in pairs
         ]
         if parts:
-            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
             lines.append(f"{where}: lambda 1 of {'; '.join(parts)}.")
     return lines
 

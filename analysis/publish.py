@@ -167,7 +167,7 @@ def mixed(t: Target, results: Results) -> list[str]:
     # The runs of a model are compared, so they must come from the same training code. It is identified by a hash, not
     # by the commit: a study that shares Table 1's baselines is added by a later commit that only changes a list of
     # runs. The tree of a grid may be unclean, because its second stage needs the result of its first in the source.
-    remedy = f"commit your changes and retrain them with `{command(t)} --redo`"
+    remedy = f"commit your changes and retrain them with `{t.command} --redo`"
     reasons = []
     # Table 4 also compares times between models.
     one_block = any(cell.kind == "cost" for cell in t.cells)
@@ -213,7 +213,7 @@ def _processors(t: Target, results: Results, before: Results) -> list[str]:
             shown = ", ".join(f"{name} ({count} runs)" for name, count in sorted(counts.items()))
             reasons.append(
                 f"{t.name} ({model}) has runs from several types of processor ({shown}), whose networks cannot be "
-                f"compared: train all runs of {model} on one type with `{command(t)} --redo`."
+                f"compared: train all runs of {model} on one type with `{t.command} --redo`."
             )
     return reasons
 
@@ -251,7 +251,7 @@ def missing(t: Target, results: Results) -> list[Run]:
 def missing_line(t: Target, gaps: Sequence[Run]) -> str:
     """A sentence with the number of missing runs and the command that makes them."""
     count = f"{len(gaps)} of its {len(t.runs)} runs"
-    return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{command(t)}`."
+    return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{t.command}`."
 
 
 def _missing(t: Target, results: Results) -> list[str]:
@@ -282,8 +282,3 @@ def _seeds(cell: Run, ids: set[str]) -> int:
     while replace(cell, seed=cell.seed + seeds).run_id in ids:
         seeds += 1
     return seeds
-
-
-def command(t: Target) -> str:
-    """The command that makes the runs of a table."""
-    return t.command

@@ -11,12 +11,12 @@ from analysis.cells import (
     averages,
     block_sentences,
     cells_in_order,
+    claimed_by_block,
     compared,
     difference,
     difference_in_words,
     interval,
     mean_columns,
-    of_blocks,
     references,
     rounded,
     run_ids,
@@ -38,7 +38,6 @@ from analysis.evidence import claim
 from analysis.exhibit import View
 from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
-from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run, in_percent
 
 Cells = Sequence[Run | None]
@@ -119,7 +118,7 @@ def _train_accuracy(
 
 COLUMNS = (
     Column(
-        "train accuracy %",
+        "train %",
         _train_accuracy,
         lambda table: [formatted(value, ".2f") for value in table["train_accuracy"]],
     ),
@@ -230,16 +229,13 @@ def measure_sentences(numbers: pd.DataFrame, measure: str, words: str, expected:
         words: The measure in words.
         expected: The sign of the differences that the paper claims.
     """
-    lines, places = [], of_blocks(numbers)
-    for number, block in numbers.groupby("block", sort=True):
-        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
-        parts = []
-        for row in block.itertuples():
-            for other in (other for other in ARMS[row.method].claimed if other in names):
-                size = difference_in_words(interval(row, f"{measure}_over_{other}"), expected)
-                parts.append(f"{row.label} over {names[other]}: {size}")
-        if parts and block[f"{measure}_n"].any():
-            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
+    lines = []
+    for where, pairs in claimed_by_block(numbers):
+        differences = [(row, label, interval(row, f"{measure}_over_{other}")) for row, other, label in pairs]
+        if any(difference.n for _, _, difference in differences):
+            parts = (
+                f"{row.label} over {label}: {difference_in_words(one, expected)}" for row, label, one in differences
+            )
             lines.append(f"{where}, {words}: {'; '.join(parts)}.")
     return lines
 

@@ -16,8 +16,9 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-CONFIDENCE = 0.95
-ALPHA = 1 - CONFIDENCE
+from analysis.contrasts import ALPHA
+
+CONFIDENCE = 1 - ALPHA
 POWER = 0.8
 LARGEST = 10_000
 

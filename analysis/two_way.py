@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import numpy as np
 
-RESAMPLES = 2000
+from analysis.statistics import CONFIDENCE
 
-CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 
 def two_way_interval(

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -21,9 +21,6 @@ from experiments.harness.runs.record import DEFAULT_ROOT, Record, duration, reco
 from experiments.harness.runs.selection import Runs
 from experiments.harness.runs.spec import PROFILES, Run, SpecError
 from experiments.harness.work.session import Session
-
-if TYPE_CHECKING:
-    pass
 
 OUT_OF_TIME = 75
 """Exit status of a `run --minutes` that has not finished: sysexits' "temporary failure, try again"."""

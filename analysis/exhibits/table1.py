@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import scores
-from analysis.cells import ids, references, rounded
+from analysis.cells import claimed_by_block, ids, references, rounded
 from analysis.cells import scores as test_scores
 from analysis.chances import scales, tries
 from analysis.exhibit import Exhibit, Picture, Target, View
@@ -18,7 +18,6 @@ from analysis.plots import add_common_legend, draw_band, draw_under_way, panels_
 from analysis.predictions import Predictions
 from analysis.statistics import Interval
 from analysis.two_way import two_way_interval
-from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run, in_percent
 
 MEASURES = {"nll": "test NLL", "ece": "calibration error, points"}
@@ -81,18 +80,17 @@ def sentences(view: View) -> list[str]:
 def two_way_sentences(numbers: pd.DataFrame) -> list[str]:
     """One sentence for each block with two-way intervals: those of the differences that are printed for each arm."""
     lines = []
-    for _, block in numbers.groupby("block", sort=True):
-        names = {row.method: row.label for row in reversed(list(block.itertuples()))}
-        parts = []
-        for row in block.itertuples():
-            for other in ARMS[row.method].claimed:
-                low, high = (getattr(row, f"over_{other}_two_way_{end}", float("nan")) for end in ("low", "high"))
-                if not pd.isna(low):
-                    parts.append(f"{row.label} over {names[other]}: {low:+.2f} to {high:+.2f}")
+    for where, pairs in claimed_by_block(numbers):
+        ends = [(row.label, label, *_ends(row, other)) for row, other, label in pairs]
+        parts = [f"{a} over {b}: {low:+.2f} to {high:+.2f}" for a, b, low, high in ends if not pd.isna(low)]
         if parts:
-            where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}"
             lines.append(f"{where}, two-way intervals over seeds and test images: {'; '.join(parts)}.")
     return lines
+
+
+def _ends(row: Any, other: str) -> tuple[float, float]:
+    low, high = (getattr(row, f"over_{other}_two_way_{end}", float("nan")) for end in ("low", "high"))
+    return low, high
 
 
 def notes(view: View) -> Iterable[str]:

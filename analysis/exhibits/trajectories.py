@@ -5,19 +5,19 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.cells import averages, cells_in_order, compared, family_sentence, mean_columns, rounded_relative
-from analysis.document import SIGNIFICANCE_NOTE, eigenvalue_columns, measure, percent
+from analysis.cells import averages, cells_in_order, mean_columns, rounded_relative
+from analysis.document import SIGNIFICANCE_NOTE, measure, percent
 from analysis.exhibit import Exhibit, Picture, Target, View
+from analysis.flatness import eigenvalue_columns, eigenvalue_numbers, eigenvalue_sentences
 from analysis.frames import Results
 from analysis.plots import add_legend, draw_band, panels_of, row_of_panels, seeds_of, set_logarithmic
-from analysis.scores import sentences
 from experiments.harness.runs.spec import Run
 
 NOTE = (
     "Lambda 1 is the largest Hessian eigenvalue of the training loss on the first 256 training examples (all if there "
     "are fewer), in eval mode, relative tolerance 0.01: after the last epoch, and its largest value among the measured "
-    "epochs. Means ± half-width of the 95 % Student t interval (number of seeds); differences are paired by seed, and "
-    "negative is flatter. " + SIGNIFICANCE_NOTE
+    "epochs. Means ± half-width of the 95 % Student t interval (number of seeds); a ratio is the mean "
+    "difference of natural logarithms, paired by seed; below 1 is flatter. " + SIGNIFICANCE_NOTE
 )
 
 
@@ -30,7 +30,7 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
         seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
     """
-    table, runs = compared(frame, cells, seeds, varies), frame.set_index("run_id")
+    table, runs = eigenvalue_numbers(frame, cells, seeds, varies), frame.set_index("run_id")
     for name, factor in (("greatest_lambda_1", 1), ("test_accuracy", 100)):
         means = averages(runs, cells_in_order(cells, varies), seeds, name, factor)
         table = table.join(pd.DataFrame(mean_columns(name, means)))
@@ -74,7 +74,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
-    sentences=lambda view: [*sentences(view, expected=-1), *family_sentence(view.numbers)],
+    sentences=lambda view: eigenvalue_sentences(view.numbers),
     notes=lambda view: (NOTE,),
     figures=(
         Picture(

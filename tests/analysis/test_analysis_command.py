@@ -27,7 +27,7 @@ def python(*arguments):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
 
 

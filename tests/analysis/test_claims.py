@@ -193,7 +193,7 @@ def test_an_effect_within_the_margin_is_equivalent_to_none(p, mean, half_width, 
 def test_the_primary_comparison_is_a_family_of_its_own(monkeypatch):
     cells = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
     monkeypatch.setattr(
-        "analysis.contrasts._primary",
+        "analysis.contrasts.catalogue.primary",
         lambda profile: catalogue.Primary("table1", "resnet8", "cifar10", ("msam", "sam")),
     )
     runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(cells, 3)])

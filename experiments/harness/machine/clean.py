@@ -9,8 +9,6 @@ from experiments.harness.runs.files import RecordError, printable
 from experiments.harness.runs.record import Record, RunLocked, in_bytes, record_of
 from experiments.harness.runs.spec import PROFILES, Run
 
-LEFT_BY_KILLED = (".checkpoint.pt.*", ".env.json.*", ".metrics.jsonl.*", ".predictions.npz.*", ".summary.json.*")
-
 
 @dataclass(frozen=True)
 class Unneeded:
@@ -65,8 +63,7 @@ def remove(files: list[Unneeded], root: Path) -> int:
 
 
 def _files(record: Record, measuring: dict[Run, list[Run]]) -> Iterator[tuple[Path, str]]:
-    for pattern in LEFT_BY_KILLED:
-        yield from ((path, "left by a process that was killed") for path in sorted(record.folder.glob(pattern)))
+    yield from ((path, "left by a process that was killed") for path in record.left_by_killed())
     if not record.done:
         return
     spec, _ = record.spec(), record.summary()

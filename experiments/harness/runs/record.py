@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 """Format of the files above. A record of a newer format is rejected by name."""
 
+REPLACED = ("checkpoint.pt", "env.json", "metrics.jsonl", "predictions.npz", "summary.json")
+"""The files that are written under a temporary name and renamed; a killed process leaves `.NAME.*`."""
 
 LARGEST_CHECKPOINT = 64 * 2**30
 """The largest checkpoint that is read, in bytes."""
@@ -132,10 +134,9 @@ class Record:
         if redo:
             self.remove()
             self.create(spec)
-        for name in ("checkpoint.pt", "env.json", "metrics.jsonl", "predictions.npz", "summary.json"):
-            for path in self.folder.glob(f".{name}.*"):  # temporary files of processes that were killed
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        for path in self.left_by_killed():
+            with contextlib.suppress(OSError):
+                path.unlink()
         if self.done:
             self.previous_checkpoint.unlink(missing_ok=True)
         else:
@@ -217,11 +218,7 @@ class Record:
             temporary.write_bytes(content)
 
     def write_predictions(self, content: bytes) -> None:
-        """Replace the predictions, an `.npz`.
-
-        Raises:
-            RecordError: if they cannot be written, for example on a full disk.
-        """
+        """Replace the predictions, an `.npz`; a `RecordError` says why they cannot be written."""
         with write_errors(self.predictions), replacing(self.predictions) as temporary:
             temporary.write_bytes(content)
 
@@ -305,6 +302,10 @@ class Record:
         """Why the last attempt failed, in one sentence, or None."""
         path = self.folder / "failure.json"
         return printable(str(read_json(path).get("message"))) if path.exists() else None
+
+    def left_by_killed(self) -> list[Path]:
+        """The temporary files of processes that were killed."""
+        return [path for name in REPLACED for path in sorted(self.folder.glob(f".{name}.*"))]
 
     def clear_failure(self) -> None:
         """Delete the last attempt's failure: a new attempt has started."""
