@@ -14,14 +14,14 @@ from analysis.document import markdown_table, markdown_text, three_digits
 from analysis.evidence import VERDICTS
 from analysis.exhibit import Target
 from analysis.exhibits import declared
+from analysis.scale import Scale, in_words, scales
 from analysis.statistics import LARGEST, Interval
-from experiments.harness.runs.facts import is_images
-
-_SCALE = ("kind", "dataset", "train_examples", "batch_size", "epochs", "parameters")
-"""The columns that say how large a run is."""
 
 LONG = 12
 """With more comparisons, only a sentence for all says what would change the verdict."""
+
+
+RUN_AGAIN = "Run it again; the last command works the verdict out of runs.csv alone"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class ClaimPage:
     verdict: str
     rows: tuple[ClaimRow, ...]
     text: Mapping[str, tuple[str, ...]]
-    """Paragraphs by heading, in order."""
+    """Sentences by heading, in order."""
+    commands: tuple[str, ...]
+    """What runs it again; the last works the verdict out of runs.csv alone."""
     run_ids: tuple[str, ...]
 
     def markdown(self) -> str:
@@ -72,9 +74,10 @@ class ClaimPage:
             }
         )
         parts = [f"# {markdown_text(self.claim)}", f"**Verdict:** {markdown_text(self.verdict)}", markdown_table(cells)]
-        for heading, paragraphs in self.text.items():
-            body = [f"- {one}" for one in paragraphs] if len(paragraphs) > 1 else list(paragraphs)
-            parts += [f"## {heading}", "\n".join(body)]
+        for heading, sentences in self.text.items():
+            lines = list(map(markdown_text, sentences))
+            parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines) if len(lines) > 1 else lines[0]]
+        parts += [f"## {RUN_AGAIN}", "\n".join(f"- `{command}`" for command in self.commands)]
         ids = ", ".join(self.run_ids)
         parts += ["## Runs", f"{len(self.run_ids)} rows of [runs.csv](../runs.csv): {ids}."]
         return "\n\n".join(parts) + "\n"
@@ -119,17 +122,19 @@ def _page(
     if contrast.line:
         about.append(f"The p values are those of a difference from {contrast.line:g} instead of zero.")
     text = {
-        "What is compared": tuple(map(markdown_text, about)),
-        "Hardware and cost": tuple(map(markdown_text, (*machines(used), _cost(used)))),
-        "Run it again": tuple(_commands(contrast, rows, targets)),
-        "What would change the verdict": tuple(map(markdown_text, _changes(contrast, rows))),
+        "What is compared": tuple(about),
+        "Hardware and cost": (*machines(used), _cost(used)),
+        "What would change the verdict": tuple(_changes(contrast, rows)),
     }
-    lines = [_row(contrast, row, runs, families) for row in rows]
+    sizes = scales(used.reset_index())
+    lines = tuple(_row(contrast, row, runs, sizes, families) for row in rows)
     verdict = sentence_of_verdicts([row.verdict for row in rows])
-    return ClaimPage(contrast.name, contrast.text, verdict, tuple(lines), text, ids)
+    return ClaimPage(contrast.name, contrast.text, verdict, lines, text, _commands(contrast, rows, targets), ids)
 
 
-def _row(contrast: Contrast, row: Any, runs: pd.DataFrame, families: Mapping[str, int]) -> ClaimRow:
+def _row(
+    contrast: Contrast, row: Any, runs: pd.DataFrame, sizes: Mapping[str, Scale], families: Mapping[str, int]
+) -> ClaimRow:
     return ClaimRow(
         where=row.where,
         what=row.what,
@@ -139,7 +144,7 @@ def _row(contrast: Contrast, row: Any, runs: pd.DataFrame, families: Mapping[str
         family=f"{row.family} ({families.get(row.family, 0)})",
         margin="" if math.isnan(row.margin) else f"{row.margin:g}",
         verdict=f"{row.verdict}{', primary comparison' if row.primary else ''}",
-        scale=_scale(runs[[name for name in _SCALE if name in runs]].loc[_ids(row, runs)]),
+        scale=_scale(row, runs, sizes),
         change=_change(contrast, row),
     )
 
@@ -152,24 +157,12 @@ def _ids(row: Any, runs: pd.DataFrame) -> list[str]:
     return [run_id for run_id in ("" if pd.isna(row.run_ids) else str(row.run_ids)).split() if run_id in runs.index]
 
 
-def _scale(rows: pd.DataFrame) -> str:
+def _scale(row: Any, runs: pd.DataFrame, sizes: Mapping[str, Scale]) -> str:
     """What the runs of a comparison were trained on, for how long, and with how many parameters."""
-    words: dict[str, None] = {}
-    for row in rows.itertuples():
-        if row.kind == "theory":
-            words["simulated"] = None
-        elif row.kind == "cost":
-            words[f"{row.epochs:g} rounds"] = None
-        else:
-            unit = "images" if is_images(row.dataset) else "texts"
-            if pd.isna(row.train_examples):
-                words[f"all {unit}, {row.epochs:g} epochs of batches of {row.batch_size}"] = None
-            else:
-                steps = int(row.train_examples) // int(row.batch_size) * int(row.epochs)
-                words[f"{int(row.train_examples):,} {unit}, {row.epochs:g} epochs, {steps:,} steps"] = None
-    parameters = rows["parameters"].dropna().unique() if "parameters" in rows else ()
-    words |= {f"{int(number):,} parameters": None for number in parameters}
-    return "; ".join(words)
+    ids = _ids(row, runs)
+    parameters = runs.loc[ids, "parameters"].dropna().unique() if "parameters" in runs else ()
+    trained = in_words(ids, sizes, with_epochs=True)
+    return "; ".join(filter(None, (trained, *(f"{int(number):,} parameters" for number in parameters))))
 
 
 def _cost(rows: pd.DataFrame) -> str:
@@ -182,16 +175,11 @@ def _cost(rows: pd.DataFrame) -> str:
     return f"{words}{', without training the networks that they measure' if trained else ''}."
 
 
-def _commands(contrast: Contrast, rows: Sequence[Any], targets: Mapping[str, Target]) -> list[str]:
+def _commands(contrast: Contrast, rows: Sequence[Any], targets: Mapping[str, Target]) -> tuple[str, ...]:
     """The commands that make the runs and the verdict."""
-    tables = dict.fromkeys(str(row.table) for row in rows)
-    commands, profiles = [], []
-    for table in tables:
-        if table in targets:
-            profiles.append(targets[table].cells[0].profile)
-            commands.append(f"`{targets[table].command}`")
-    where = f" --profile {profiles[0]}" if profiles else ""
-    return [*commands, f"`python -m analysis judge {contrast.name}{where}` works the verdict out of runs.csv alone."]
+    used = [targets[table] for table in dict.fromkeys(str(row.table) for row in rows) if table in targets]
+    where = f" --profile {used[0].cells[0].profile}" if used else ""
+    return *(target.command for target in used), f"python -m analysis judge {contrast.name}{where}"
 
 
 def _changes(contrast: Contrast, rows: Sequence[Any]) -> list[str]:

@@ -111,11 +111,6 @@ def markdown_text(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|~$])", r"\\\1", text.replace("&", "&amp;"))
 
 
-def plain_text(text: str) -> str:
-    """The inverse of `markdown_text`, which also removes the marks of code."""
-    return re.sub(r"\\([\\`*_{}\[\]<>|~$])", r"\1", re.sub(r"(?<!\\)`", "", text)).replace("&amp;", "&")
-
-
 def markdown_table(cells: pd.DataFrame) -> str:
     """The cells as a Markdown table, with all markup escaped."""
     texts = cells.map(markdown_text)

@@ -12,9 +12,9 @@ from analysis.contrasts import LOGARITHM, Contrast
 from analysis.document import three_digits
 from analysis.exhibits import declared
 from analysis.flatness import as_ratio
+from analysis.scale import Scale, in_words, scales
 from analysis.statistics import Interval
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.methods import ARMS
 
 LONG = 12
@@ -72,10 +72,10 @@ def panels(numbers: pd.DataFrame, runs: pd.DataFrame) -> list[Panel]:
         runs: One row for each finished run.
     """
     known = {claim.text: claim.contrast for exhibit in declared().values() for claim in exhibit.claims}
-    scales = trained_on(runs)
+    sizes = scales(runs)
     groups = [(str(text), list(rows.itertuples())) for text, rows in numbers.groupby("claim", sort=False)]
     groups.sort(key=lambda group: not any(row.primary for row in group[1]))
-    return [_panel(known[text], rows, scales) for text, rows in groups if text in known]
+    return [_panel(known[text], rows, sizes) for text, rows in groups if text in known]
 
 
 def opening(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> list[str]:
@@ -86,10 +86,10 @@ def opening(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> list[str
         runs: One row for each finished run.
         profile: The profile of the results.
     """
-    scales, networks = trained_on(runs), dict[str, str]()
+    sizes, networks = scales(runs), dict[str, str]()
     rows: list[Any] = list(numbers[numbers["family"].isin(("primary", "accuracy")) & (numbers["n"] > 0)].itertuples())
     for row in rows:
-        words = scale(row, scales)
+        words = in_words(str(row.run_ids).split(), sizes)
         networks[row.where] = min(networks.get(row.where, words), words, key=len)
     by_scale: dict[str, list[str]] = {}
     for where, words in networks.items():
@@ -111,7 +111,7 @@ def _in_words(row: Any) -> str:
     return f"{effect} points, {row.verdict}" + (f" (p {in_digits(row.adjusted_p)})" if row.n > 1 else "")
 
 
-def _panel(contrast: Contrast, rows: Sequence[Any], scales: Mapping[str, tuple[str, str]]) -> Panel:
+def _panel(contrast: Contrast, rows: Sequence[Any], sizes: Mapping[str, Scale]) -> Panel:
     drawn = [row for row in rows if row.n and not (contrast.measures and _by_difference(row))]
     margin = next((float(row.margin) for row in drawn if not math.isnan(row.margin)), math.nan)
     band = [] if math.isnan(margin) else [-margin, margin]
@@ -126,7 +126,7 @@ def _panel(contrast: Contrast, rows: Sequence[Any], scales: Mapping[str, tuple[s
     lines, placed = [], {row.Index for row in drawn}
     for row in sorted(rows, key=lambda row: not row.primary):
         at = zip(("middle", "low", "high"), map(place, (row.difference, *_ends(row))), strict=True)
-        lines.append(Row(**_about(contrast, row, scales) | (dict(at) if row.Index in placed else {})))
+        lines.append(Row(**_about(contrast, row, sizes) | (dict(at) if row.Index in placed else {})))
     return Panel(
         name=contrast.name,
         claim=contrast.text,
@@ -139,14 +139,20 @@ def _panel(contrast: Contrast, rows: Sequence[Any], scales: Mapping[str, tuple[s
     )
 
 
-def _about(contrast: Contrast, row: Any, scales: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+def _about(contrast: Contrast, row: Any, sizes: Mapping[str, Scale]) -> dict[str, Any]:
     """The words of a comparison."""
     difference = Interval(row.difference, row.half_width, int(row.n))
     log = contrast.measures and not _by_difference(row)
     effect = as_ratio(difference) if log else three_digits(difference, signed=True).partition(" (")[0]
     return {
-        **{"where": row.where, "what": row.what, "scale": scale(row, scales), "effect": effect or "not run"},
-        **{"n": int(row.n), "verdict": row.verdict, "p": in_digits(row.adjusted_p), "primary": bool(row.primary)},
+        "where": row.where,
+        "what": row.what,
+        "scale": in_words(str(row.run_ids).split(), sizes),
+        "effect": effect or "not run",
+        "n": int(row.n),
+        "verdict": row.verdict,
+        "p": in_digits(row.adjusted_p),
+        "primary": bool(row.primary),
     }
 
 
@@ -190,42 +196,3 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 2))
     step *= next(factor for factor in (5, 2, 1, 0.5) if (high - low) / (factor * step) >= 3)
     return [round(step * k, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def trained_on(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """By run_id, what a run was trained on and for how long, or what was timed or simulated."""
-    columns = ["run_id", "kind", "dataset", "train_examples", "batch_size", "epochs", "device"]
-    return {str(row.run_id): _scale_of_run(row) for row in runs[columns].itertuples()}
-
-
-def _scale_of_run(row: Any) -> tuple[str, str]:
-    if row.kind == "cost":
-        return f"{row.epochs:g} rounds on {'a GPU' if row.device == 'cuda' else 'CPUs'}", ""
-    if row.kind not in ("train", "curvature"):
-        return "simulated", ""
-    unit = "images" if is_images(row.dataset) else "texts"
-    if pd.isna(row.train_examples):
-        return f"all {unit}", f"{row.epochs:g} epochs"
-    examples = int(row.train_examples)
-    steps = examples // int(row.batch_size) * int(row.epochs)  # an incomplete last batch is left out
-    return f"{examples:,} {unit}", f"{steps:,} steps"
-
-
-def scale(row: Any, scales: Mapping[str, tuple[str, str]]) -> str:
-    """The scale of a comparison's runs in words.
-
-    Args:
-        row: A comparison, a row of the claims' numbers.
-        scales: What each run was trained on, from `trained_on`.
-    """
-    lengths: dict[str, dict[str, None]] = {}
-    for run_id in str(row.run_ids).split():
-        if run_id in scales:
-            what, length = scales[run_id]
-            lengths.setdefault(what, {})[length] = None
-    return "; ".join(", ".join(filter(None, (what, _joined(list(several))))) for what, several in lengths.items())
-
-
-def _joined(lengths: Sequence[str]) -> str:
-    """The lengths with their unit once: `288 or 576 steps`."""
-    return " or ".join([*(length.rpartition(" ")[0] for length in lengths[:-1]), lengths[-1]])

@@ -18,7 +18,7 @@ from analysis import plots
 from analysis.claims import in_digits
 from analysis.contrasts import ALL, Contrast
 from analysis.document import signed
-from analysis.forest import scale, trained_on
+from analysis.scale import Scale, in_words, scales
 from analysis.statistics import Interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.methods import ARMS
@@ -74,7 +74,7 @@ def draw(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Figure:
         runs: One row for each finished run.
         profile: The profile of the results.
     """
-    lines = list(_lines(numbers, trained_on(runs), profile))
+    lines = list(_lines(numbers, scales(runs), profile))
     width, height = LEFT + MIDDLE + RIGHT, LINE * (len(lines) + 1) + 0.85
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((LEFT / width, 0.5 / height, MIDDLE / width, LINE * (len(lines) + 1) / height))
@@ -90,7 +90,7 @@ def draw(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> Figure:
     return figure
 
 
-def _lines(numbers: pd.DataFrame, scales: Mapping[str, tuple[str, str]], profile: str) -> Iterator[Line]:
+def _lines(numbers: pd.DataFrame, sizes: Mapping[str, Scale], profile: str) -> Iterator[Line]:
     """All lines from top to bottom, the primary comparison first."""
     known = {contrast.text: contrast for contrast in ALL}
     groups = {str(text): list(rows.itertuples()) for text, rows in numbers.groupby("claim", sort=False)}
@@ -105,7 +105,7 @@ def _lines(numbers: pd.DataFrame, scales: Mapping[str, tuple[str, str]], profile
         yield Line(f"isolates {contrast.isolates}", "remark")
         for row in sorted(rows, key=lambda row: not row.primary):
             mark = "★ primary: " if row.primary else ""
-            about = scale(row, scales)
+            about = in_words(str(row.run_ids).split(), sizes)
             label = f"{mark}{row.where}" + (f" ({about})" if about else "")
             yield Line(label, row.verdict, row if row.n else None)
 

@@ -13,9 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from analysis.arms import method_name
-from analysis.claim_pages import ClaimPage
+from analysis.claim_pages import RUN_AGAIN, ClaimPage
 from analysis.columns import PROVENANCE
-from analysis.document import Document, plain_text
+from analysis.document import Document
 from analysis.exhibit import Target
 from analysis.exhibits import Page
 from analysis.forest import opening, panels
@@ -96,13 +96,9 @@ def report(
         environments=environments,
         panels=[] if numbers is None else panels(numbers, results.runs),
         opening=[] if numbers is None else opening(numbers, results.runs, profile),
-        pages={page.name: _plain_page(page) for page in pages},
+        pages={page.name: page for page in pages},
+        run_again=RUN_AGAIN,
     )
-
-
-def _plain_page(page: ClaimPage) -> dict[str, list[str]]:
-    """The paragraphs of a claim's page by heading, without Markdown."""
-    return {heading: list(map(plain_text, paragraphs)) for heading, paragraphs in page.text.items()}
 
 
 def section(document: Document, runs: pd.DataFrame) -> Section:

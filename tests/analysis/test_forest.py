@@ -6,11 +6,11 @@ import pytest
 
 from analysis.claims import document_claims
 from analysis.contrasts import ALL
-from analysis.document import markdown_text, plain_text
 from analysis.exhibit import Target
-from analysis.forest import opening, panels, scale, trained_on
+from analysis.forest import opening, panels
 from analysis.forest_figure import draw, files
 from analysis.publish import output_files
+from analysis.scale import in_words, scales
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import perturbed
 from tests.analysis.invented import any_run, results_of, study_run
@@ -145,14 +145,9 @@ def test_each_claim_has_its_page_folded_below_its_comparisons():
         assert "\\" not in text
 
 
-def test_markdown_is_undone():
-    text = r"a_b *c* [d] <e> & `f` g\h | $"
-    assert plain_text(markdown_text(text)) == text
-    assert plain_text(r"`python -m x run_y` and a\_b") == "python -m x run_y and a_b"
-
-
 def test_the_scale_leaves_out_an_incomplete_last_batch():
     cell = replace(BASE, train_examples=70)
     numbers, runs = claims_of([cell, perturbed(cell, "sam", 1, 0.1)])
     (row,) = numbers.itertuples()
-    assert scale(row, trained_on(runs)) == "70 images, 8 steps"
+    assert in_words(row.run_ids.split(), scales(runs)) == "70 images, 8 steps"
+    assert in_words(row.run_ids.split(), scales(runs), with_epochs=True) == "70 images, 4 epochs, 8 steps"
