@@ -21,9 +21,6 @@ LONG = 12
 """With more comparisons, only a sentence for all says what would change the verdict."""
 
 
-RUN_AGAIN = "Run it again; the last command works the verdict out of runs.csv alone"
-
-
 @dataclass(frozen=True)
 class ClaimRow:
     """One comparison of a claim."""
@@ -77,7 +74,8 @@ class ClaimPage:
         for heading, sentences in self.text.items():
             lines = list(map(markdown_text, sentences))
             parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines) if len(lines) > 1 else lines[0]]
-        parts += [f"## {RUN_AGAIN}", "\n".join(f"- `{command}`" for command in self.commands)]
+        parts += ["## Run it again", "\n".join(f"- `{command}`" for command in self.commands)]
+        parts.append("The last command works the verdict out of runs.csv alone.")
         ids = ", ".join(self.run_ids)
         parts += ["## Runs", f"{len(self.run_ids)} rows of [runs.csv](../runs.csv): {ids}."]
         return "\n\n".join(parts) + "\n"

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from analysis.arms import method_name
-from analysis.claim_pages import RUN_AGAIN, ClaimPage
+from analysis.claim_pages import ClaimPage
 from analysis.columns import PROVENANCE
 from analysis.document import Document
 from analysis.exhibit import Target
@@ -97,7 +97,6 @@ def report(
         panels=[] if numbers is None else panels(numbers, results.runs),
         opening=[] if numbers is None else opening(numbers, results.runs, profile),
         pages={page.name: page for page in pages},
-        run_again=RUN_AGAIN,
     )
 
 
