@@ -1,7 +1,9 @@
 """Shared by the figures: style, files, and lines, bands and points drawn from cells."""
 
 import io
+import multiprocessing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from matplotlib.figure import Figure
 from analysis.cells import ids, references, values
 from analysis.statistics import Interval, mean_interval, paired_difference
 from experiments.harness.runs.methods import Arm, arms_of
+from experiments.harness.runs.process import cores
 from experiments.harness.runs.spec import Run
 
 STYLE: dict[Any, Any] = {
@@ -26,6 +29,9 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "msam",
 }
 
+FEW = 4
+"""The number of figures from which on it pays to start further processes, which takes some seconds."""
+
 
 def files(name: str, figure: Figure) -> dict[str, bytes]:
     """The figure as PDF and PNG, by file name."""
@@ -36,6 +42,16 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
             figure.savefig(buffer, format=form, dpi=120, metadata=metadata)
         images[f"{name}.{form}"] = buffer.getvalue()
     return images
+
+
+def all_files(figures: Iterable[tuple[str, Figure]], count: int) -> Iterator[dict[str, bytes]]:
+    """The files of each of `count` named figures, in order; `FEW` of them or more are written by several processes."""
+    if count < FEW or (workers := cores()) < 2:
+        yield from (files(name, figure) for name, figure in figures)
+        return
+    with ProcessPoolExecutor(min(workers, count), multiprocessing.get_context("forkserver")) as pool:
+        written = [pool.submit(files, name, figure) for name, figure in figures]
+        yield from (future.result() for future in written)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ shown by `studies`. The grid of any table is shown by `tuning`.
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from analysis import plots
 from analysis.exhibit import Exhibit, Shown, Target
@@ -78,11 +79,15 @@ def pages(results: Results, shown: Shown) -> list[Page]:
             if any(name in shown for name in names):
                 place = exhibit.place if picture.place is None else picture.place
                 pictures.append((place, picture, names, exhibit.name))
+    pictures.sort(key=lambda entry: entry[0])
+
+    def drawn() -> Iterator[tuple[str, Figure]]:
+        for _, picture, names, _ in pictures:
+            with mpl.rc_context(plots.STYLE):
+                yield picture.name, picture.draw(results, *(shown.get(name, Target(name, (), 0)) for name in names))
+
     pages = []
-    for _, picture, names, owner in sorted(pictures, key=lambda entry: entry[0]):
-        with mpl.rc_context(plots.STYLE):
-            figure = picture.draw(results, *(shown.get(name, Target(name, (), 0)) for name in names))
-        files = plots.files(picture.name, figure)
+    for (_, picture, _, owner), files in zip(pictures, plots.all_files(drawn(), len(pictures)), strict=True):
         by_path = {f"figures/{name}": page for name, page in files.items()}
         pages.append(Page(picture.name, picture.caption, by_path, owner))
     return pages
