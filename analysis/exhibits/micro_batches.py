@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -118,7 +119,7 @@ def _draw_both_readings(axes: Axes, cells: Iterable[Run]) -> None:
         return
     set_ticks(axes, sizes)
     axes.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
-    above = axes.secondary_xaxis("top")
+    above = axes.secondary_xaxis("top", functions=(np.positive, np.positive))  # as by default, but it can be pickled
     above.set_xticks(list(sizes), [f"{size:g}" for size in sizes.values()])
     above.minorticks_off()
     above.set_xlabel("B/m, examples in a micro-batch")

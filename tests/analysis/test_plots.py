@@ -1,9 +1,17 @@
 """Writing figures."""
 
+import pickle
+
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from analysis import plots
+from analysis.exhibits import pages, tables
+from analysis.frames import Results
+from analysis.publish import target
+from experiments.harness.runs import catalogue
+from tests.analysis.conftest import contents
+from tests.analysis.invented import any_run
 
 
 def test_figures_that_several_processes_write_have_the_bytes_of_those_written_one_by_one(monkeypatch):
@@ -21,6 +29,23 @@ def test_figures_that_several_processes_write_have_the_bytes_of_those_written_on
     monkeypatch.setattr(plots, "cores", lambda: 2)
     monkeypatch.setattr(plots, "files", elsewhere)
     assert list(plots.all_files(drawn(), 2)) == one_by_one
+
+
+def test_every_figure_can_be_sent_to_another_process(monkeypatch):
+    sent = []
+
+    def send(figures, count):
+        for name, figure in figures:
+            received = pickle.loads(pickle.dumps(figure))
+            assert repr([*contents(received)]) == repr([*contents(figure)]), name
+            sent.append(name)
+            yield {}
+
+    monkeypatch.setattr(plots, "all_files", send)
+    targets = {name: target(name, "smoke") for name in tables() if catalogue.cells(name, "smoke")}
+    runs = dict.fromkeys(run for one in targets.values() for run in one.runs)
+    assert [page.name for page in pages(Results.of(map(any_run, runs)), targets)] == sent
+    assert {"curves", "flatness", "micro_batches", "rho"} < set(sent)
 
 
 def elsewhere(name, figure):
