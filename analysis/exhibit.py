@@ -59,8 +59,7 @@ class Target:
     def command(self) -> str:
         """The command that makes its runs."""
         profile = self.cells[0].profile
-        usual = catalogue.TUNING_SEEDS if self.tuning else catalogue.SEEDS.get(profile)
-        seeds = "" if self.seeds == usual else f" --seeds {self.seeds}"
+        seeds = "" if self.seeds == catalogue.usual_seeds(self.name, profile) else f" --seeds {self.seeds}"
         where = "" if self.root == DEFAULT_ROOT else f" --results {shlex.quote(str(self.root))}"
         return f"python -m experiments run {self.name} --profile {profile}{seeds}{where}"
 

@@ -35,11 +35,11 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
     Raises:
         SpecError: for an unknown name, or one without cells in this profile.
     """
-    runs = with_ranks(catalogue.runs(name, profile, seeds), ranks)
+    catalogue.runs(name, profile, seeds)  # which rejects names and numbers
+    cells = tuple(with_ranks(catalogue.cells(name, profile), ranks))
     used = catalogue.cells(name.removesuffix("-tuning"), profile) if name.endswith("-tuning") else []
-    first = min(run.seed for run in runs)
-    cells = tuple(run for run in runs if run.seed == first)
-    return Target(name, cells, 1 + max(run.seed for run in runs) - first, tuple(used), root, catalogue.varies(name))
+    count = catalogue.usual_seeds(name, profile) if seeds is None else seeds
+    return Target(name, cells, count, tuple(used), root, catalogue.varies(name))
 
 
 def publishable(profile: str) -> list[Target]:

@@ -119,6 +119,12 @@ def test_grid_and_table_share_the_files_and_keep_each_others_rows(tmp_path):
     assert ids(tmp_path / "smoke") == grid | {run.run_id for run in with_seeds([SGD, SAM, MSAM], 2)}
 
 
+def test_the_blocks_of_a_grid_may_begin_at_different_seeds(known):
+    grid = [*GRID, replace(OTHER, holdout_examples=50, seed=100)]
+    known["one"] = experiment("one", "table1", [SGD], grid)
+    assert target("table1-tuning", "smoke").runs == with_seeds(grid, catalogue.TUNING_SEEDS)
+
+
 def test_stale_rows_of_the_table_are_removed(tmp_path, known):
     fill(tmp_path, [SGD, SAM, MSAM], seeds=3)
     published(tmp_path, "table1", seeds=3)

@@ -125,19 +125,23 @@ def runs(target: str, profile: str, seeds: int | str | None = None, changes: Seq
     Raises:
         SpecError: for an unknown name, a spec that cannot be run, or a target without runs in the profile.
     """
-    default = TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
     if isinstance(seeds, int) and seeds < 1:
         raise SpecError(f"seeds is {seeds}, but must be 1 or more.")
     if seeds == PUBLISHED and not target.endswith("-tuning"):
         specs = _published(target, profile)
     else:
-        specs = with_seeds(cells(target, profile), seeds if isinstance(seeds, int) else default)
+        specs = with_seeds(cells(target, profile), seeds if isinstance(seeds, int) else usual_seeds(target, profile))
     if not specs:
         raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another profile with --profile.")
     if not changes:
         return specs
     fields = dict(_change(text) for text in changes)
     return list(dict.fromkeys(from_dict({**spec.to_dict(), **fields}) for spec in specs))
+
+
+def usual_seeds(target: str, profile: str) -> int:
+    """The number of seeds of a table, an experiment or a grid unless another one is asked for."""
+    return TUNING_SEEDS if target.endswith("-tuning") else SEEDS.get(profile, 1)
 
 
 def published_seeds(table: str, profile: str) -> int:
