@@ -20,8 +20,9 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
 
     Args:
         frame: one row for each finished run.
-        cells: the grid at seed 0. A method's cells differ only in learning rate, weight decay and rho.
-        seeds: the seeds 0, ..., seeds - 1 are expected and used.
+        cells: the grid. A method's cells differ only in learning rate, weight decay and rho; those that differ in their
+            seed alone, by `seeds`, are one row.
+        seeds: the number of seeds of each cell.
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
@@ -34,18 +35,24 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     for cell in cells:
         if not cell.flat["holdout_examples"]:
             raise SpecError(f"The grid's cell {cell.title!r} has no held-out examples: give it holdout_examples.")
-    runs, rows = frame.set_index("run_id"), []
-    labels = labels_of(cells, ("dataset", "model", "batch_size", "label_noise", *TUNED))
-    for number, group in enumerate(blocks_of(cells, ("seed", *TUNED), by_method=True)):
+    runs, rows, counts = frame.set_index("run_id"), [], _seeds(cells, seeds)
+    labels = labels_of([*counts], ("dataset", "model", "batch_size", "label_noise", *TUNED))
+    for number, group in enumerate(blocks_of([*counts], ("seed", *TUNED), by_method=True)):
         group = sorted(group, key=lambda cell: [cell.flat[name] for name in TUNED])
-        identities = [identity(cell, runs, seeds) for cell in group]
+        identities = [identity(cell, runs, counts[cell]) for cell in group]
         means = [row["mean"] for row in identities if row["n"]]
         best = next((i for i, row in enumerate(identities) if row["n"] and row["mean"] == max(means)), None)
-        complete = all(row["n"] == seeds for row in identities)
+        complete = all(row["n"] == row["expected"] for row in identities)
         for i, (cell, row) in enumerate(zip(group, identities, strict=True)):
             marks = {"best": i == best, "chosen": complete and i == best, "edge": _edge(cell, group)}
             rows.append({"block": number, "label": labels[cell], **row, **marks})
     return rounded(pd.DataFrame(rows))
+
+
+def _seeds(cells: Sequence[Run], seeds: int) -> dict[Run, int]:
+    """The cells that differ in more than the seed, each at its first seed, with their numbers of seeds."""
+    alike = blocks_of(cells, ("seed",))
+    return {min(group, key=lambda cell: cell.seed): seeds * len(group) for group in alike}
 
 
 def choices(table: pd.DataFrame, cells: Sequence[Run], used: Iterable[Run] = ()) -> list[str]:

@@ -38,7 +38,7 @@ PUBLISHED_SEEDS = {"cpu": {"table1": 16, "placebo": 16, "table4": 3, "theory": 3
 """Seeds of committed tables by profile, where they differ from `SEEDS`; other tables of the cpu profile have 8."""
 
 TUNING_SEEDS = 2
-"""Number of seeds of a grid, in every profile."""
+"""Number of seeds of each cell of a grid, in every profile; see `pairs` of `grids.grid_of_arms`."""
 
 MARGINS = {"smoke": 1.0, "cpu": 1.0, "gpu": 0.2, "paper": 0.2}
 """The margin of equivalence of each profile, in points of accuracy, fixed before the runs: a smaller effect is none."""

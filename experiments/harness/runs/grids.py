@@ -74,6 +74,7 @@ def grid_of_arms(
     micro_batches: int,
     rhos: Mapping[str, Sequence[float]],
     learning_rates: Sequence[float] = (),
+    pairs: int = 1,
     holdout_examples: int = 5000,
 ) -> list[Training]:
     """The grid for a block of `all_arms`: the base optimizer's learning rate, then the rhos of each perturbed arm.
@@ -86,11 +87,12 @@ def grid_of_arms(
         micro_batches: m of the arms that split the mini-batch.
         rhos: By arm, as many values for each.
         learning_rates: Those tried without a perturbation; none if a published one is used.
+        pairs: How many pairs of seeds try each learning rate, on which every arm depends; a rho has one pair.
         holdout_examples: The number of held-out examples.
     """
     base = replace(base, holdout_examples=holdout_examples, seed=GRID_SEED)
     return [
-        *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
+        *(replace(base, learning_rate=rate, seed=base.seed + 2 * k) for k in range(pairs) for rate in learning_rates),
         *(perturbed(base, arm, micro_batches, rho) for arm, values in rhos.items() for rho in values),
     ]
 
