@@ -70,9 +70,10 @@ def joined_column(
 
 def _typed(texts: pd.Series, dtype: str | None) -> pd.Series:
     """Convert a column to its type or, if that is unknown, to the narrowest type that fits all of its text."""
+    cells = texts.to_numpy(dtype=object, na_value=None)
     for name in [dtype] if dtype else ["Int64", "Float64", "boolean"]:
         try:
-            return pd.Series([pd.NA if pd.isna(t) else _PYTHON[name](t) for t in texts], dtype=name)
+            return pd.Series([pd.NA if cell is None else _PYTHON[name](cell) for cell in cells], dtype=name)
         except (ValueError, OverflowError):
             if dtype:
                 raise

@@ -2,8 +2,9 @@
 
 import io
 import multiprocessing
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,28 @@ def files(name: str, figure: Figure) -> dict[str, bytes]:
 
 
 def all_files(figures: Iterable[tuple[str, Figure]], count: int) -> Iterator[dict[str, bytes]]:
-    """The files of each of `count` named figures, in order; `FEW` of them or more are written by several processes."""
+    """The files of each of `count` named figures, in order.
+
+    `FEW` of them or more are written by several processes, except for a figure that cannot be sent to one.
+    """
     if count < FEW or (workers := cores()) < 2:
         yield from (files(name, figure) for name, figure in figures)
         return
     with ProcessPoolExecutor(min(workers, count), multiprocessing.get_context("forkserver")) as pool:
-        written = [pool.submit(files, name, figure) for name, figure in figures]
-        yield from (future.result() for future in written)
+        written = [
+            pool.submit(files, name, figure) if _can_be_sent(figure) else files(name, figure)
+            for name, figure in figures
+        ]
+        yield from (one.result() if isinstance(one, Future) else one for one in written)
+
+
+def _can_be_sent(figure: Figure) -> bool:
+    """Whether a figure can be pickled: not if it has a lambda, such as a formatter of ticks."""
+    try:
+        pickle.dumps(figure)
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -210,8 +226,11 @@ def _points_of(container: ErrorbarContainer) -> Iterator[tuple[float, float, flo
 
 
 def set_logarithmic(axes: Axes) -> None:
-    """Make the y axis logarithmic, down to half the lowest mean: bands that reach below 0 would stretch it."""
-    means = [y for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float)]
+    """Make the y axis logarithmic, down to half the lowest mean above 0: bands that reach below would stretch it.
+
+    A rise of the loss, or an eigenvalue, may be 0 or below; such a mean has no place on this axis.
+    """
+    means = [y for line in axes.lines for y in np.asarray(line.get_ydata(), dtype=float) if y > 0]
     if means:
         axes.set_yscale("log")
         axes.set_ylim(bottom=min(means) / 2)

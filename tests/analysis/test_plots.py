@@ -1,8 +1,10 @@
 """Writing figures."""
 
+import math
 import pickle
 
 import matplotlib as mpl
+import pytest
 from matplotlib.figure import Figure
 
 from analysis import plots
@@ -29,6 +31,29 @@ def test_figures_that_several_processes_write_have_the_bytes_of_those_written_on
     monkeypatch.setattr(plots, "cores", lambda: 2)
     monkeypatch.setattr(plots, "files", elsewhere)
     assert list(plots.all_files(drawn(), 2)) == one_by_one
+
+
+def test_a_figure_that_cannot_be_sent_to_another_process_is_written_in_this_one(monkeypatch):
+    def drawn():
+        for name in ("first", "second"):
+            figure = Figure(figsize=(2, 2))
+            figure.subplots().xaxis.set_major_formatter(lambda x, _: f"{x:.3f}")
+            figure.suptitle(name)
+            yield name, figure
+
+    one_by_one = list(plots.all_files(drawn(), 2))
+    monkeypatch.setattr(plots, "FEW", 2)
+    monkeypatch.setattr(plots, "cores", lambda: 2)
+    assert list(plots.all_files(drawn(), 2)) == one_by_one
+
+
+@pytest.mark.parametrize("lowest", [0.0, -0.5, math.nan])
+def test_a_logarithmic_axis_begins_at_half_the_lowest_mean_above_0(lowest):
+    axes = Figure().subplots()
+    axes.plot([1, 2, 3], [lowest, 4.0, 2.0])
+    plots.set_logarithmic(axes)
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] == 1.0
 
 
 def test_every_figure_can_be_sent_to_another_process(monkeypatch):
