@@ -54,20 +54,23 @@ def all_files(figures: Iterable[tuple[str, Figure]], count: int) -> Iterator[dic
         yield from (files(name, figure) for name, figure in figures)
         return
     with ProcessPoolExecutor(min(workers, count), multiprocessing.get_context("forkserver")) as pool:
+        sent = ((name, figure, _pickled(figure)) for name, figure in figures)
         written = [
-            pool.submit(files, name, figure) if _can_be_sent(figure) else files(name, figure)
-            for name, figure in figures
+            pool.submit(_files_of, name, content) if content else files(name, figure) for name, figure, content in sent
         ]
         yield from (one.result() if isinstance(one, Future) else one for one in written)
 
 
-def _can_be_sent(figure: Figure) -> bool:
-    """Whether a figure can be pickled: not if it has a lambda, such as a formatter of ticks."""
+def _pickled(figure: Figure) -> bytes:
+    """The figure for another process; empty if it cannot be pickled: it may have a lambda as a formatter of ticks."""
     try:
-        pickle.dumps(figure)
+        return pickle.dumps(figure)
     except (AttributeError, TypeError, pickle.PicklingError):
-        return False
-    return True
+        return b""
+
+
+def _files_of(name: str, pickled: bytes) -> dict[str, bytes]:
+    return files(name, pickle.loads(pickled))
 
 
 @dataclass(frozen=True)
