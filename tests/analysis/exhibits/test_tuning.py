@@ -7,6 +7,7 @@ import pytest
 from analysis.collect import collect
 from analysis.exhibits.tuning import choices, numbers
 from analysis.frames import frame
+from experiments.harness.runs.grids import GRID_SEED, grid_of_arms, with_seeds
 from experiments.harness.runs.spec import SpecError
 from tests.analysis.invented import document
 from tests.fixtures.make_runs import BASE, MSAM, SAM, SGD, write_run
@@ -47,6 +48,19 @@ def test_best_mean_is_chosen_and_its_place_is_reported(table):
     )
     assert shown.title == "The grid of Table 1: held-out accuracy"
     assert "12.71 (2)" in shown.markdown()
+
+
+def test_further_pairs_of_seeds_count_in_the_same_row(tmp_path):
+    """The first pair alone would choose another learning rate."""
+    grid = grid_of_arms(BASE, micro_batches=4, rhos={}, learning_rates=(0.1, 0.2), pairs=2, holdout_examples=50)
+    scores = {0.1: (0.60, 0.62, 0.60, 0.62), 0.2: (0.63, 0.63, 0.55, 0.55)}
+    for run in with_seeds(grid, 2):
+        write_run(tmp_path, run, scores[run.learning_rate][run.seed - GRID_SEED])
+    table = numbers(frame(collect(tmp_path).finished), grid, 2)
+    assert table[["learning_rate", "n", "mean", "chosen"]].to_numpy().tolist() == [
+        [0.1, 4, pytest.approx(61.0), True],
+        [0.2, 4, pytest.approx(59.0), False],
+    ]
 
 
 def test_incomplete_grid_chooses_nothing(table):
