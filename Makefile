@@ -57,7 +57,7 @@ reproduce-table3: setup ## Measure the flatness of Table 1's networks (trains mi
 reproduce-table4: setup ## Time the steps of all methods, then write and print the table
 	@$(call train_and_tabulate,table4)
 
-#=      study-NAME         The same for a side study: micro_batches, rho, batch_size, label_noise or trajectories
+#=      study-NAME         The same for a side study: micro_batches or rho; PROFILE=paper has more, see docs/results.md
 study-%: setup
 	@$(call train_and_tabulate,$*)
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +40,8 @@ class Arguments:
     profile: Annotated[str, arg(metavar="PROFILE")] = "cpu"
     """Size of the runs: smoke, cpu, gpu or paper."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
-    """Use the seeds 0, ..., N - 1 of each cell. Default: the profile's number of seeds."""
+    """Use the seeds 0, ..., N - 1 of each cell. Default: the profile's number of seeds; with --publish, the number that
+    each committed table is to have."""
     results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT
     """The results root."""
     gpus: Annotated[int, arg(metavar="N")] = 1
@@ -48,6 +49,8 @@ class Arguments:
     publish: bool = False
     """Write the committed files. Rejected if a run is missing or comes from a tree with uncommitted changes, or if the
     runs of one model come from several versions of the training code."""
+    partial: bool = False
+    """Publish what has been trained so far: runs may be missing. Their rows show fewer seeds, or `not run`."""
     from_committed: bool = False
     """Redraw the committed tables from the committed runs, and do nothing else."""
 
@@ -67,6 +70,8 @@ def run(arguments: Arguments) -> str:
     if arguments.from_committed:
         return _from_committed(arguments, root)
 
+    if arguments.partial and not arguments.publish:
+        raise SpecError("--partial is for --publish: without it, tables are always written with the runs there are.")
     local = root / "local" / arguments.profile
     stamp = "" if arguments.publish else fingerprint(root, arguments)
     if stamp and (printed := remembered(local, stamp)) is not None:
@@ -87,7 +92,7 @@ def run(arguments: Arguments) -> str:
     committed = {t.name: _committed(root / arguments.profile, t.name) for t in targets}
     folder = root / arguments.profile if arguments.publish else local
     if arguments.publish:
-        publish(folder, arguments.profile, targets, results)
+        publish(folder, arguments.profile, targets, results, arguments.partial)
         results = Results.read(folder)
     documents = documents_of(arguments.profile, targets, results, collected.states)
     if not arguments.publish:
@@ -118,8 +123,10 @@ def _reject_nothing(targets: "list[Target]", results: "Results", root: Path) -> 
 
 
 def _from_committed(arguments: Arguments, root: Path) -> str:
-    if arguments.publish or arguments.targets or arguments.seeds is not None:
-        raise SpecError("--from-committed redraws all committed tables: leave out targets, --seeds and --publish.")
+    if arguments.publish or arguments.partial or arguments.targets or arguments.seeds is not None:
+        raise SpecError(
+            "--from-committed redraws all committed tables: leave out targets, --seeds, --publish and --partial."
+        )
 
     from analysis.publish import redraw
 
@@ -139,11 +146,12 @@ def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
     if arguments.targets:
         every = [name for name in tables() if catalogue.cells(name, arguments.profile)]
         names = dict.fromkeys(n for name in arguments.targets for n in (every if name == "all" else [name]))
-        return [target(*_with_seeds(name, arguments.seeds, where), arguments.gpus) for name in names]
+        return [target(*_with_seeds(name, arguments, where), arguments.gpus) for name in names]
     known, chosen, shared = catalogue.targets(), [], set[Run]()
     for name in (name for table in tables() for name in (table, f"{table}-tuning")):
         if name in known and catalogue.cells(name, arguments.profile):
-            candidate = target(name, *where, None if name.endswith("-tuning") else arguments.seeds)
+            seeds = None if name.endswith("-tuning") else arguments.seeds
+            candidate = target(*_with_seeds(name, replace(arguments, seeds=seeds), where))
             own = set(candidate.runs) - shared
             if name == "table1" or any(run.run_id in done for run in own):
                 chosen.append(candidate)
@@ -151,12 +159,15 @@ def _targets(arguments: Arguments, done: Collection[str]) -> "list[Target]":
     return chosen
 
 
-def _with_seeds(name: str, seeds: int | None, where: tuple[str, Path]) -> tuple[str, str, Path, int | None]:
+def _with_seeds(name: str, arguments: Arguments, where: tuple[str, Path]) -> tuple[str, str, Path, int | None]:
     """Split a target such as `table1:8` into the arguments of `target`: name, profile, root, number of seeds."""
     name, colon, count = name.partition(":")
     if colon and not count.isdecimal():
         raise SpecError(f"{count!r} is not a number of seeds: write a target with its seeds as table1:8.")
-    return name, *where, int(count) if colon else seeds
+    seeds = int(count) if colon else arguments.seeds
+    if seeds is None and arguments.publish:
+        seeds = catalogue.published_seeds(name, arguments.profile)
+    return name, *where, seeds
 
 
 def _committed(folder: Path, name: str) -> "pd.DataFrame | None":

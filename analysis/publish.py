@@ -1,7 +1,7 @@
 """The committed results: which runs may be published, and the tables drawn from them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,15 @@ def target(name: str, profile: str, root: Path = DEFAULT_ROOT, seeds: int | None
 
 
 def publishable(profile: str) -> list[Target]:
-    """The tables and grids with cells in this profile, at the profile's number of seeds."""
+    """The tables and grids with cells in this profile, at the number of seeds that they are to have."""
     names = [name + end for name in tables() for end in ("", "-tuning") if name + end in catalogue.targets()]
-    return [target(name, profile) for name in names if catalogue.cells(name, profile)]
+    wanted = {name: catalogue.published_seeds(name, profile) for name in names if catalogue.cells(name, profile)}
+    return [target(name, profile, seeds=seeds) for name, seeds in wanted.items()]
 
 
-def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Results) -> list[Path]:
+def publish(
+    folder: Path, profile: str, chosen: Sequence[Target], results: Results, partial: bool = False
+) -> list[Path]:
     """Write the chosen tables and their runs into the committed folder of a profile, all or nothing.
 
     Committed rows of other tables stay. So do committed rows of the chosen tables whose runs are not among the results,
@@ -60,25 +63,28 @@ def publish(folder: Path, profile: str, chosen: Sequence[Target], results: Resul
         profile: the profile.
         chosen: the tables to publish.
         results: all finished runs. Runs whose predictions cannot be published are reported in its `predictions`.
+        partial: whether runs may be missing, so that blocks and seeds are published as they are trained.
 
     Returns:
         The files written.
 
     Raises:
-        Refused: if a run is missing; if the runs of a model come from several versions of the training code, of torch
-            or of the data, or from several types of processor unless the committed ones do; if a run comes from an
-            unknown commit or, except for grids, an unclean tree; or if the predictions are too large.
+        Refused: if a run is missing and `partial` is False, or if all are; if the runs of a model come from several
+            versions of the training code, of torch or of the data, or from several types of processor unless the
+            committed ones do; if a run comes from an unknown commit or, except for grids, an unclean tree; or if the
+            predictions are too large.
         RecordError: if the committed files are damaged, or the folder cannot be written.
     """
     before = Results.read(folder) if (folder / "runs.csv").exists() else Results.of([])
     wanted = {run.run_id for t in chosen for run in t.runs}
     fresh = results.only(wanted).joined(before.only(wanted - set(results.runs["run_id"])))
-    reasons = [reason for t in chosen for reason in [*_not_a_table(t), *_missing(t, fresh), *mixed(t, fresh)]]
+    reasons = [reason for t in chosen for reason in [*_not_a_table(t), *mixed(t, fresh)]]
+    reasons += [reason for t in chosen for reason in _missing(t, fresh, partial)]
     reasons += [reason for t in chosen for reason in _processors(t, fresh, before)]
     if reasons:
         raise Refused("\n".join(reasons))
     after = before.only(_kept(folder, before, profile, chosen)).joined(fresh)
-    tables_now = drawn(folder, profile, after)
+    tables_now = drawn(folder, profile, after, {t.name for t in chosen})
     for other in tables_now:
         if mixed(other, after) and not mixed(other, before):
             reasons.append(f"{other.name} shares runs with these tables: publish it together with them.")
@@ -147,17 +153,19 @@ def _shown(targets: Sequence[Target]) -> Shown:
     return {t.name: t for t in targets if not t.tuning}
 
 
-def drawn(folder: Path, profile: str, results: Results) -> list[Target]:
-    """The tables of a committed folder: those that have files, and those with a run for every cell.
+def drawn(folder: Path, profile: str, results: Results, named: Collection[str] = ()) -> list[Target]:
+    """The tables of a committed folder: those `named`, those that have files, and those with a run for every cell.
 
-    A table has as many seeds as its cell with the fewest, because cells may be shared with larger tables.
+    A table has as many seeds as it is to have or, if none of its cells has so many, as the cell with the most. It has
+    more if all cells do; cells may be shared with tables of more seeds.
     """
     ids = set(results.runs["run_id"])
     targets = []
     for t in publishable(profile):
         counts = [_seeds(cell, ids) for cell in t.cells]
-        if any(counts) and (all(counts) or (folder / "tables" / f"{t.name}.csv").exists()):
-            targets.append(replace(t, seeds=min(filter(None, counts))))
+        known = t.name in named or (folder / "tables" / f"{t.name}.csv").exists()
+        if any(counts) and (all(counts) or known):
+            targets.append(replace(t, seeds=max(min(filter(None, counts)), min(max(counts), t.seeds))))
     return targets
 
 
@@ -254,9 +262,9 @@ def missing_line(t: Target, gaps: Sequence[Run]) -> str:
     return f"{t.name} lacks {count}, first {gaps[0].title}: make them with `{t.command}`."
 
 
-def _missing(t: Target, results: Results) -> list[str]:
+def _missing(t: Target, results: Results, partial: bool) -> list[str]:
     gaps = missing(t, results)
-    return [missing_line(t, gaps)] if gaps else []
+    return [missing_line(t, gaps)] if len(gaps) > (len(t.runs) - 1 if partial else 0) else []
 
 
 def _not_a_table(t: Target) -> list[str]:

@@ -114,7 +114,7 @@ def paper_grid(base: Training) -> list[Training]:
 
 
 RUNS = {
-    "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.01, msam_rho=0.01),
+    "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.01, "msam": 0.01}),
     "cpu": [
         cell for base in SETS.values() for cell in four_methods(base, micro_batches=4, sam_rho=1e-4, msam_rho=1e-2)
     ],

@@ -99,7 +99,7 @@ GPU_GRID = {
 }
 
 RUNS = {
-    "smoke": all_arms(SMOKE, micro_batches=4, rhos=dict.fromkeys(CPU_RHOS, 0.1)),
+    "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.1, "shared": 0.1, "msam": 0.1}),
     "cpu": all_arms(CPU, micro_batches=8, rhos=CPU_RHOS),
     "gpu": all_arms(GPU, micro_batches=8, rhos=GPU_RHOS),
     "paper": [

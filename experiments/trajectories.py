@@ -1,6 +1,6 @@
 """The largest Hessian eigenvalue during training, for each method (a figure).
 
-    python -m experiments run trajectories --profile cpu
+    python -m experiments run trajectories --profile paper
 
 The ResNet runs of Table 1 (bit for bit, on the same type of processor), with the eigenvalue measured every few epochs
 on the first 256 training images (or all, if fewer), with BatchNorm in eval mode. The table trajectories shows its value
@@ -13,7 +13,7 @@ from experiments import resnet_cifar
 
 TABLE = "trajectories"
 
-EVERY = {"smoke": 2, "cpu": 4, "paper": 20}
+EVERY = {"smoke": 2, "paper": 20}
 """Epochs between measurements."""
 
 RUNS = {

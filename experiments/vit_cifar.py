@@ -87,7 +87,7 @@ GPU_GRID = {
 }
 
 RUNS = {
-    "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.1, msam_rho=0.1),
+    "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.1, "msam": 0.1}),
     "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.0025, msam_rho=0.000625),
     "gpu": all_arms(GPU, micro_batches=8, rhos=GPU_RHOS),
     "paper": [

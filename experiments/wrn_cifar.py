@@ -68,7 +68,7 @@ PAPER_RHOS = {
 GPU = replace(resnet_cifar.GPU, model="wrn-16-4")
 
 RUNS = {
-    "smoke": four_methods(SMOKE, micro_batches=4, sam_rho=0.1, msam_rho=0.1),
+    "smoke": all_arms(SMOKE, micro_batches=4, rhos={"sam": 0.1, "shared": 0.1, "msam": 0.1}),
     "cpu": four_methods(CPU, micro_batches=8, sam_rho=0.2, msam_rho=0.1),
     "gpu": all_arms(GPU, micro_batches=8, rhos=resnet_cifar.GPU_RHOS),
     "paper": [

@@ -67,7 +67,9 @@ class Runs(selection.Runs):
         words = ["python -m slurm", name, self.target, "--profile", self.profile]
         words += ["--seeds", str(self.seeds)] * (self.seeds is not None)
         words += ["--gpus", str(self.gpus)] * (self.gpus > 1)
-        words += [word for change in self.set for word in ("--set", shlex.quote(change))]
+        for option, texts in (("--set", self.set), ("--where", self.where)):
+            words += [word for text in texts for word in (option, shlex.quote(text))]
+        words += ["--unpublished"] * self.unpublished
         words += ["--results", shlex.quote(str(self.root))] * (self.root != DEFAULT_ROOT)
         return " ".join(words)
 

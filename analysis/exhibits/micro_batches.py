@@ -88,7 +88,8 @@ def compared_cells(rows: Sequence[Run], target: Target) -> Compared:
         rows: The training cells of the network.
         target: The cells of the study.
     """
-    msam = chosen(cell for cell in rows if target.arms[cell].name in ("sam", "msam"))
+    lines = (cell for cell in rows if target.arms[cell].name in ("sam", "msam"))
+    msam = {cell.micro_batches: cell for cell in sorted(lines, key=lambda cell: cell.micro_batches)}
     without = all(target.arms[cell].name != "control" for cell in rows)
     others: dict[str, dict[Run, Run]] = {name: {} for name in OVER}
     for m, cell in msam.items():
@@ -98,18 +99,6 @@ def compared_cells(rows: Sequence[Run], target: Target) -> Compared:
             if other is not None:
                 others[name][cell] = other
     return Compared(msam, others)
-
-
-def chosen(cells: Iterable[Run]) -> dict[int, Run]:
-    """By m, the cell at the rho that was chosen for this m.
-
-    Where there are several, those at a rho that every m has are left out: they show one rho at all m.
-    """
-    by_m: dict[int, list[Run]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.micro_batches):
-        by_m.setdefault(cell.micro_batches, []).append(cell)
-    common = set.intersection(*({cell.rho for cell in group} for group in by_m.values())) if by_m else set()
-    return {m: next((cell for cell in group if cell.rho not in common), group[0]) for m, group in by_m.items()}
 
 
 def _draw_both_readings(axes: Axes, cells: Iterable[Run]) -> None:

@@ -173,6 +173,27 @@ def test_missing_run_is_rejected_with_the_command_that_makes_it(tmp_path):
         published(tmp_path, "table1", seeds=4)
 
 
+def test_a_table_can_be_published_block_by_block_and_seed_by_seed(tmp_path, known, monkeypatch, capsys):
+    """The seeds of each row are counted in it, up to those that the table is to have."""
+    known["one"] = experiment("one", "table1", [SGD, SAM, MSAM, OTHER])
+    monkeypatch.setattr(catalogue, "PUBLISHED_SEEDS", {"smoke": {"table1": 4}})
+    fill(tmp_path, [SGD], seeds=5)
+    fill(tmp_path, [SAM], seeds=3)
+    where = ("--results", tmp_path, "--profile", "smoke", "table1", "--publish")
+    status, _, error = command(monkeypatch, capsys, *where)
+    assert (status, "table1 lacks 9 of its 16 runs" in error) == (2, True)
+    status, out, _ = command(monkeypatch, capsys, *where, "--partial")
+    assert (status, "table1 lacks 9 of its 16 runs" in out) == (0, True)
+    table = pd.read_csv(tmp_path / "smoke/tables/table1.csv")
+    rows = {row.method: row for row in table[table.model == SGD.model].itertuples()}
+    assert [rows[name].n for name in ("base", "sam", "msam")] == [4, 3, 0]
+    assert rows["sam"].over_base_n == 3
+    assert (tmp_path / "smoke/tables/table1.md").read_text().count("not run") >= 2
+    before = files(tmp_path / "smoke")
+    redraw(tmp_path / "smoke", "smoke")
+    assert files(tmp_path / "smoke") == before
+
+
 def test_run_without_a_score_is_missing(tmp_path):
     fill(tmp_path, [SGD, SAM, MSAM])
     write_run(tmp_path, MSAM, 0.5).finish({"test_accuracy": float("nan")})
@@ -415,6 +436,9 @@ def test_damaged_committed_table_is_reported(tmp_path, monkeypatch, capsys):
         (["table1", "--seeds", "0"], "must be 1 or more"),
         (["table1:x"], "'x' is not a number of seeds"),
         (["table1", "--from-committed"], "leave out targets"),
+        (["--from-committed", "--partial"], "leave out targets"),
+        (["table1", "--partial"], "--partial is for --publish"),
+        (["table1", "--publish", "--partial", "--profile", "smoke"], "table1 lacks 6 of its 6 runs"),
         (["--seeds", "two"], "two"),
         (["--no-such-flag"], "no-such-flag"),
     ],

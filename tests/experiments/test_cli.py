@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.harness.runs import catalogue
 from experiments.harness.runs.provenance import code_hash
 from experiments.harness.runs.selection import Runs
 from tests.commands import command
@@ -42,6 +43,9 @@ def results(trained):
         (["run", "table1", "--profile", "huge"], "Unknown profile 'huge'"),
         (["run", "table1", "--set", "colour=red"], "Unknown field 'colour'"),
         (["run", "table1", "--set", "epochs"], "FIELD=VALUE"),
+        (["run", "table1", "--where", "colour=red"], "Unknown field 'colour'"),
+        (["run", "table1", "--where", "model"], "FIELD=VALUE"),
+        (["plan", "table1", "--where", "model=resnet"], "resnet8, vit-micro, wrn-10-1"),
         (["run", "table1", "--set", "micro_batches=0"], "micro_batches is 0"),
         (["run", "table1", "--set", "micro_batches=-2"], "micro_batches is -2"),
         (["run", "table1", "--set", "micro_batches=4096"], "at most the batch size"),
@@ -256,3 +260,12 @@ def test_what_is_published_can_be_left_out_and_seeds_be_those_of_the_committed_t
     lines = ["run_id,code", *map(",".join, rows)]
     (tmp_path / "cpu" / "runs.csv").write_text("\n".join(lines))
     assert Runs("linear_cifar", "cpu", seeds="published", unpublished=True).specs == every[1:]
+
+
+def test_the_runs_of_one_network_can_be_selected_with_the_networks_that_they_measure():
+    both = Runs("table3", "cpu", seeds=2, where=("model=vit-micro", "rho=0.0")).specs
+    measured = [spec for spec in both if spec.kind == "curvature"]
+    assert both == [spec for one in measured for spec in (one.network, one)]
+    assert measured == [
+        spec for spec in catalogue.runs("table3", "cpu", 2) if spec.model == "vit-micro" and not spec.flat["rho"]
+    ]

@@ -15,6 +15,7 @@ from experiments.harness.runs.provenance import ROOT, code_hash
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import SpecError
 from slurm import scheduler, site
+from slurm.__main__ import Runs
 from slurm.resources import ENCODER, SIGNAL_SECONDS, WIDE_RESNET, resources
 from slurm.scheduler import SlurmError
 from slurm.standings import standings
@@ -343,3 +344,10 @@ def test_submissions_exclude_each_other_and_an_unwritable_folder_is_an_error(tmp
         with pytest.raises(subprocess.TimeoutExpired):
             other.wait(1)
     assert other.communicate(timeout=120)[0] == "in\n"
+
+
+def test_the_command_that_is_shown_selects_the_same_runs(tmp_path):
+    chosen = {"set": ("epochs=2",), "where": ("model=resnet8", "method='a b'"), "unpublished": True}
+    words = Runs("table1", "smoke", seeds=1, results=tmp_path, **chosen).command("status")
+    shown = "--set epochs=2 --where model=resnet8 --where 'method='\"'\"'a b'\"'\"'' --unpublished"
+    assert words == f"python -m slurm status table1 --profile smoke --seeds 1 {shown} --results {tmp_path}"

@@ -28,7 +28,7 @@ from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.run import Run, from_dict, names
 
-SEEDS = {"smoke": 2, "cpu": 3, "gpu": 8, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 2, "gpu": 8, "paper": 5}
 """Default number of paired seeds (0, 1, ...) of each profile."""
 
 PUBLISHED = "published"
@@ -135,7 +135,7 @@ def runs(target: str, profile: str, seeds: int | str | None = None, changes: Seq
         raise SpecError(f"{target} has no runs in the profile {profile!r}: choose another profile with --profile.")
     if not changes:
         return specs
-    fields = dict(_change(text) for text in changes)
+    fields = dict(field_and_value(text) for text in changes)
     return list(dict.fromkeys(from_dict({**spec.to_dict(), **fields}) for spec in specs))
 
 
@@ -145,7 +145,9 @@ def usual_seeds(target: str, profile: str) -> int:
 
 
 def published_seeds(table: str, profile: str) -> int:
-    """The number of seeds that a committed table is to have."""
+    """The number of seeds that a committed table or grid is to have."""
+    if table.endswith("-tuning"):
+        return TUNING_SEEDS
     usual = 8 if profile == "cpu" else SEEDS.get(profile, 1)
     return PUBLISHED_SEEDS.get(profile, {}).get(table, usual)
 
@@ -197,10 +199,15 @@ def _varies(module: ModuleType) -> tuple[str, ...]:
     return fields
 
 
-def _change(text: str) -> tuple[str, Any]:
+def field_and_value(text: str) -> tuple[str, Any]:
+    """The field and the value of "FIELD=VALUE"; a value that is not JSON is text.
+
+    Raises:
+        SpecError: if the text has another form or names no field.
+    """
     name, equals, value = text.partition("=")
     if not equals:
-        raise SpecError(f"--set takes FIELD=VALUE, as in --set epochs=3, but got {text!r}.")
+        raise SpecError(f"--set and --where take FIELD=VALUE, as in --set epochs=3, but got {text!r}.")
     if name not in names():
         raise unknown("field", name, list(names()))
     try:

@@ -11,7 +11,7 @@ from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_networks
 from experiments.harness.runs.provenance import code_hash
 from experiments.harness.runs.record import DEFAULT_ROOT
-from experiments.harness.runs.spec import Run
+from experiments.harness.runs.spec import Run, SpecError
 
 
 def published(folder: Path) -> set[str]:
@@ -39,6 +39,10 @@ class Runs:
         UseAppendAction[tuple[str, ...]],
         arg(metavar="FIELD=VALUE", help="Change a field of every spec; tables leave such runs out."),
     ] = ()
+    where: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="FIELD=VALUE", help="Only the specs with this value of a field, as in --where model=resnet8."),
+    ] = ()
     results: Annotated[Path, arg(metavar="DIR", help="The results root.")] = DEFAULT_ROOT
     unpublished: Annotated[
         bool, arg(help="Leave out the runs that the committed results have, made by this training code.")
@@ -49,9 +53,14 @@ class Runs:
         """The runs; a run that measures a network is preceded by the run that trains it.
 
         Raises:
-            SpecError: if the target is unknown or its specs cannot be run.
+            SpecError: if the target is unknown, its specs cannot be run, or `where` leaves none of them.
         """
         specs = catalogue.runs(self.target, self.profile, self.seeds, self.set)
+        for field, value in map(catalogue.field_and_value, self.where):
+            known = sorted({str(spec.flat.get(field)) for spec in specs})
+            specs = [spec for spec in specs if spec.flat.get(field) == value]
+            if not specs:
+                raise SpecError(f"No run of {self} has {field}={value}; its values are: {', '.join(known)}.")
         if self.unpublished:
             committed = published(DEFAULT_ROOT / self.profile)
             specs = [spec for spec in specs if spec.run_id not in committed]

@@ -9,19 +9,20 @@ from matplotlib.image import imread
 
 from analysis.exhibit import Target
 from analysis.exhibits import exhibit_of
-from analysis.exhibits.micro_batches import against_m, chosen
+from analysis.exhibits.micro_batches import against_m
 from analysis.exhibits.rho import against_rho
 from analysis.exhibits.studies import against
 from analysis.frames import Results
 from analysis.publish import target
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.grids import perturbed, with_seeds
+from experiments.harness.runs.grids import curvature_of, perturbed, with_seeds
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import SpecError
 from tests.analysis.invented import document, pictures, published_twice, results_of, study_run
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 M = catalogue.cells("micro_batches", "smoke")
+MEASURED = [*M, *curvature_of(M, examples=16, rho=0.05)]
 COMMITTED = Path(__file__).parents[3] / "results" / "cpu"
 
 
@@ -41,9 +42,8 @@ def test_msam_is_compared_with_sam_at_the_same_rho_if_there_is_one():
 
 
 def test_a_curvature_run_adds_columns_to_its_networks_row():
-    shown = document("micro_batches", results("micro_batches").runs, M, 2)
-    networks = [cell for cell in M if cell.kind == "train"]
-    assert len(shown.cells) == len(networks) < len(M)
+    shown = document("micro_batches", results_of(MEASURED, 2, study_run).runs, MEASURED, 2)
+    assert len(shown.cells) == len(M)
     row = shown.numbers[(shown.numbers["method"] == "msam") & (shown.numbers["micro_batches"] == 4)].iloc[0]
     assert (row["lambda_1"], row["reestimated"]) == (60.5, 61.0)
     assert row["lambda_1_half_width"] == pytest.approx(12.706205 / 2)
@@ -94,7 +94,7 @@ def test_a_collapse_at_one_rho_is_named_and_does_not_flatten_the_others():
     low, high = axes.get_ylim()
     assert -5 < low < 0
     assert 8 < high < 10
-    assert [text.get_text() for text in axes.texts] == ["-40.0\n-38.0\n↓"]
+    assert [text.get_text() for text in axes.texts] == ["-40.0\n-39.0\n-38.0\n↓"]
     (axes,) = against_rho(results_of(cells, 2, study_run), Target("", tuple(cells), 2)).axes
     assert not axes.texts
 
@@ -168,15 +168,6 @@ def test_the_axis_of_m_has_both_readings_and_the_band_is_the_margin():
     ]
 
 
-def test_each_m_is_drawn_at_the_rho_that_was_chosen_for_it():
-    """Cells of the same m at a rho that every m has are left out, if there is another."""
-    cells = networks_by_m(rhos=(0.1, 0.3))
-    also = replace(next(c for c in cells if c.method == "msam" and c.micro_batches == 4), rho=0.1)
-    assert {m: cell.rho for m, cell in chosen([also, *(c for c in cells if c.method in ("sam", "msam"))]).items()} == {
-        **{1: 0.1, 2: 0.1, 4: 0.3}
-    }
-
-
 def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():
     cells = catalogue.cells("label_noise", "smoke")
     runs = [study_run(spec, -spec.label_noise / 2 if spec.method != "msam" else 0) for spec in with_seeds(cells, 2)]
@@ -190,13 +181,13 @@ def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():
 
 @pytest.mark.parametrize(("shift", "retrained"), [(0.0, False), (0.01, True)])
 def test_networks_retrained_for_the_measurement_are_reported(shift, retrained):
-    t, runs = target("micro_batches", "smoke"), catalogue.runs("micro_batches", "smoke", 2)
+    runs = with_seeds(MEASURED, 2)
     trained = [study_run(spec) for spec in runs if spec.kind == "train"]
     measured = [study_run(spec) for spec in runs if spec.kind == "curvature"]
     accuracy = {run.spec: run.summary["test_accuracy"] for run in trained}
     for run in measured:
         run.summary["test_accuracy"] = accuracy[run.spec.network] + shift
-    notes = " ".join(document(t.name, Results.of([*trained, *measured]).runs, t.cells, 2).notes)
+    notes = " ".join(document("micro_batches", Results.of([*trained, *measured]).runs, MEASURED, 2).notes)
     assert ("retrained" in notes) == (f"{len(trained)} of {len(trained)} networks were retrained" in notes) == retrained
 
 
@@ -264,22 +255,26 @@ def test_a_table_with_a_run_of_another_kind_is_rejected(monkeypatch):
 
 def test_studies_share_runs_with_table_1():
     table1 = set(catalogue.runs("table1", "cpu"))
-    for name in ("rho", "batch_size", "label_noise", "micro_batches"):
+    for name in ("rho", "micro_batches"):
         shared = table1 & set(catalogue.runs(name, "cpu"))
-        assert {spec.method for spec in shared} >= {"base", "control", "sam", "msam"}, name
-    assert set(catalogue.runs("table3", "cpu")) & set(catalogue.runs("micro_batches", "cpu"))
+        assert {spec.method for spec in shared} == {"base", "control", "sam", "shared", "msam"}, name
+    table1 = set(catalogue.runs("table1", "paper"))
+    for name in ("batch_size", "label_noise"):
+        assert {spec.method for spec in table1 & set(catalogue.runs(name, "paper"))} >= {"base", "control", "msam"}
 
 
 def test_micro_batches_keep_their_size_when_the_batch_grows():
-    cells = catalogue.cells("batch_size", "cpu")
-    assert {c.batch_size // c.micro_batches for c in cells if c.micro_batches > 1} == {16}
-    assert {c.learning_rate / c.batch_size for c in cells} == {0.4 / 128}
+    cells = catalogue.cells("batch_size", "paper")
+    assert {c.batch_size // c.micro_batches for c in cells if c.micro_batches > 1} == {32}
+    assert {c.learning_rate / c.batch_size for c in cells} == {0.1 / 256}
 
 
-def test_each_m_has_the_control_and_msam_at_sams_rho():
-    networks = [c for c in catalogue.cells("micro_batches", "cpu") if (c.kind, c.model) == ("train", "resnet8")]
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "paper"])
+def test_each_m_has_msam_the_control_and_sam_over_the_same_micro_batches(profile):
+    networks = [c for c in catalogue.cells("micro_batches", profile) if not c.model.endswith("groupnorm")]
     by_m = {}
     for cell in networks:
-        by_m.setdefault(cell.micro_batches, set()).add(cell.rho)
-    assert list(by_m) == [1, 2, 4, 8, 16, 32]
-    assert all(rhos >= {0.0, 0.05} for rhos in by_m.values())
+        by_m.setdefault(cell.micro_batches, []).append(cell.method)
+    assert sorted(by_m.pop(1)) == ["base", "sam"]
+    assert set(by_m) >= {2, 4} or set(by_m) == {2, 8, 32}
+    assert all(sorted(methods) == ["control", "msam", "shared"] for methods in by_m.values())
