@@ -94,7 +94,9 @@ def test_grids_are_scored_on_held_out_images_and_share_no_run_with_the_table(pro
 def test_the_table_uses_what_the_committed_grid_chose(name):
     """Learning rate of the base, then rho of each perturbed arm: best mean held-out score, inside the grid."""
     scores = _held_out(f"{name}-tuning")
-    cells = [cell for cell, arm in arms_of(catalogue.cells(name, "cpu")).items() if arm.name not in ("control", "twice")]
+    cells = [
+        cell for cell, arm in arms_of(catalogue.cells(name, "cpu")).items() if arm.name not in ("control", "twice")
+    ]
     assert {_block(cell) for cell in cells} == {_block(cell) for cell in scores}
     rates = {_place(cell): cell.learning_rate for cell in cells if cell.method == "base"}
     for cell in cells:
