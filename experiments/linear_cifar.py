@@ -36,7 +36,7 @@ SMALL = replace(
     batch_size=128,
     learning_rate=3e-4,
 )
-LARGE = replace(SMALL, train_examples=4096, epochs=20, learning_rate=1e-4)
+LARGE = replace(SMALL, train_examples=4096)
 
 RUNS = {"smoke": [SMOKE], "cpu": [SMALL, LARGE]}
 
