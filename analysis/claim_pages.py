@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.cells import machines
-from analysis.claims import in_digits, sentence_of_verdicts
+from analysis.claims import in_digits, interim, sentence_of_verdicts
 from analysis.contrasts import ALPHA, Contrast
 from analysis.document import markdown_table, markdown_text, three_digits
 from analysis.evidence import VERDICTS
@@ -133,6 +133,8 @@ def _page(
 def _row(
     contrast: Contrast, row: Any, runs: pd.DataFrame, sizes: Mapping[str, Scale], families: Mapping[str, int]
 ) -> ClaimRow:
+    profiles = runs.loc[_ids(row, runs)[:1], "profile"]
+    early = "".join(interim(row.table, int(row.n), profile) for profile in profiles)
     return ClaimRow(
         where=row.where,
         what=row.what,
@@ -141,7 +143,7 @@ def _row(
         adjusted_p=in_digits(row.adjusted_p),
         family=f"{row.family} ({families.get(row.family, 0)})",
         margin="" if math.isnan(row.margin) else f"{row.margin:g}",
-        verdict=f"{row.verdict}{', primary comparison' if row.primary else ''}",
+        verdict=f"{row.verdict}{', primary comparison' if row.primary else ''}{early}",
         scale=_scale(row, runs, sizes),
         change=_change(contrast, row),
     )

@@ -108,7 +108,7 @@ def document_claims(profile: str, results: Results, shown: Shown) -> Document:
         origin=f"From the runs of {', '.join(claiming) or 'no table'} in this profile only.{remark}",
         cells=text,
         claims=_sentences(evidence),
-        notes=(*_families(evidence, profile), *NOTES),
+        notes=(*_families(evidence, profile), *_planned(evidence, profile), *NOTES),
         numbers=numbers,
     )
 
@@ -158,13 +158,32 @@ def _families(evidence: Sequence[Comparison], profile: str) -> tuple[str, ...]:
         first = "No primary comparison is declared for this profile."
     else:
         about = f"{' over '.join(named.arms)}, {named.model} on {named.dataset}"
-        verdict = ", ".join(c.verdict for c in primary) or "not run"
+        verdict = ", ".join(c.verdict + interim(c.table, c.difference.n, profile) for c in primary) or "not run"
         first = f"The primary comparison, declared before its runs and in a family of its own: {about}: {verdict}."
     counts = Counter(c.family for c in evidence if c.difference.n > 1)
     parts = [f"{name} ({FAMILIES[name]}): {counts[name]}" for name in FAMILIES if counts[name] and name != "primary"]
     if not parts:
         return (first,)
     return first, f"Families of Holm's adjustment, with their comparisons that have run: {'; '.join(parts)}."
+
+
+def interim(table: str, n: int, profile: str) -> str:
+    """What follows the verdict of a comparison with fewer seeds than its table is to have; otherwise nothing."""
+    planned = catalogue.published_seeds(table, profile)
+    return f" (interim: {n} of {planned} seeds)" if 1 < n < planned else ""
+
+
+def _planned(evidence: Sequence[Comparison], profile: str) -> tuple[str, ...]:
+    """A sentence on the tables with comparisons that have fewer seeds than were planned."""
+    early = [c.table for c in evidence if interim(c.table, c.difference.n, profile)]
+    parts = [f"{table} {catalogue.published_seeds(table, profile)}" for table in dict.fromkeys(early)]
+    if not parts:
+        return ()
+    return (
+        f"Interim: {len(early)} comparisons have fewer seeds than were planned ({', '.join(parts)}). Their verdicts "
+        "are those of a look before the end, which finds an effect by chance more often than p says; they count when "
+        "all seeds have run.",
+    )
 
 
 def _sentences(comparisons: Sequence[Comparison]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.claims import in_digits
+from analysis.claims import in_digits, interim
 from analysis.contrasts import LOGARITHM, Contrast
 from analysis.document import three_digits
 from analysis.exhibits import declared
@@ -100,7 +100,8 @@ def opening(numbers: pd.DataFrame, runs: pd.DataFrame, profile: str) -> list[str
         lines.append(f"Scale of the trainings: {parts}. The verdicts hold at this scale only.")
     if named := catalogue.primary(profile):
         about = f"{' over '.join(ARMS[arm].legend for arm in named.arms)}, {named.model} on {named.dataset}"
-        words = "; ".join(_in_words(row) for row in rows if row.primary) or "not run"
+        words = "; ".join(_in_words(row) + interim(row.table, int(row.n), profile) for row in rows if row.primary)
+        words = words or "not run"
         lines.append(f"Primary comparison, declared before its runs: {about}: {words}.")
     return lines
 

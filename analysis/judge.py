@@ -45,7 +45,8 @@ class Arguments:
     results: Annotated[Path, arg(metavar="DIR")] = DEFAULT_ROOT
     """The results root, whose PROFILE/runs.csv is read; or a folder with a runs.csv, such as results/local/cpu."""
     seeds: Annotated[int | None, arg(metavar="N")] = None
-    """Use the seeds 0, ..., N - 1 of each cell. Default: as many as every cell of a table has."""
+    """Use the seeds 0, ..., N - 1 of each cell. Default: as many as its table is to have, as far as they have
+    run."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,14 @@ def verdicts(rows: Rows, profile: str, seeds: int | None = None) -> list[Verdict
     Args:
         rows: The rows of runs.csv.
         profile: Size of the runs.
-        seeds: The number of seeds of each cell; None takes those that every cell of a table has.
+        seeds: The number of seeds of each cell; None takes those that the table is to have, as far as they have run.
     """
     found = []
     for table in dict.fromkeys(name for contrast in ALL for name in contrast.tables):
         cells = _cells(table, profile)
-        used = seeds or min(filter(None, (_count(cell, rows) for cell in cells)), default=0)
+        counts = [count for cell in cells if (count := _count(cell, rows))]
+        planned = catalogue.published_seeds(table, profile)
+        used = seeds or max(min(counts, default=0), min(max(counts, default=0), planned))
         for contrast in ALL:
             if used and table in contrast.tables:
                 found += [replace(one, table=table) for one in _compared(contrast, cells, rows, used)]
@@ -264,12 +267,13 @@ def _word(one: Verdict) -> str:
     return "equivalent" if within else "inconclusive"
 
 
-def text(name: str, found: Sequence[Verdict]) -> str:
+def text(name: str, found: Sequence[Verdict], profile: str) -> str:
     """The verdicts on a claim in words: a line for each comparison.
 
     Args:
         name: The short name of the claim.
         found: The verdicts on all claims of the profile.
+        profile: The profile, which says how many seeds each table is to have.
     """
     contrast = next(one for one in ALL if one.name == name)
     mine = [one for one in found if one.contrast is contrast]
@@ -283,7 +287,9 @@ def text(name: str, found: Sequence[Verdict]) -> str:
             continue
         half = stats.t.ppf(0.975, n - 1) * np.std(one.differences, ddof=1) / math.sqrt(n)
         size = f"{one.mean:+.4g} ± {half:.3g} (n={n}), p {one.p:.2g}, adjusted {one.adjusted_p:.2g}{margin}"
-        lines.append(f"  {one.where} ({one.table}): {one.word}. {size}")
+        planned = catalogue.published_seeds(one.table, profile)
+        early = f", interim: {n} of {planned} seeds" if n < planned else ""
+        lines.append(f"  {one.where} ({one.table}): {one.word}{early}. {size}")
     families = {one.family: sum(other.family == one.family and other.p >= 0 for other in found) for one in mine}
     counted = ", ".join(f"{family} ({count})" for family, count in families.items())
     effect = f"Effects in {contrast.unit}, with unadjusted 95 % intervals"
@@ -313,7 +319,9 @@ def run(arguments: Arguments) -> str:
     except ValueError as error:
         raise RecordError(f"{path} cannot be read ({error}): restore it with git.") from error
     names = known if arguments.claim == "all" else [arguments.claim]
-    return "\n\n".join([*(text(name, found) for name in names), f"From {path} alone, profile {arguments.profile}."])
+    return "\n\n".join(
+        [*(text(name, found, arguments.profile) for name in names), f"From {path} alone, profile {arguments.profile}."]
+    )
 
 
 def main() -> None:

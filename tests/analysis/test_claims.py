@@ -20,10 +20,12 @@ from analysis.publish import documents_of, output_files, target
 from analysis.statistics import Interval, bootstrap_interval, mean_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.methods import arms_of
 from experiments.harness.runs.record import DEFAULT_ROOT
 from tests.analysis.invented import SESSION, any_run, cost_run, curvature_run, results_of
 
-CELLS = [cell for cell in catalogue.cells("table1", "smoke") if cell.model == "resnet8"]
+FOUR = ("base", "control", "sam", "msam")
+CELLS = [c for c, arm in arms_of(catalogue.cells("resnet_cifar", "smoke")).items() if arm.name in FOUR]
 TEXT = {contrast.name: contrast.text for contrast in ALL}
 OVER_SAM, OVER_BASE, OVER_CONTROL = (TEXT[f"msam-over-{name}"] for name in ("sam", "base", "control"))
 SAM_OVER_BASE, NET, COST = TEXT["sam-over-base"], TEXT["net-of-batchnorm"], TEXT["cost"]
@@ -241,6 +243,22 @@ def test_a_page_for_each_claim_says_what_the_verdict_rests_on():
         *row.run_ids.split(),
     ):
         assert words in page, words
+
+
+def test_a_look_before_all_planned_seeds_have_run_is_called_interim(monkeypatch):
+    """In the notes of the claims, on the page, and where the primary comparison is named; not with all seeds."""
+    monkeypatch.setattr(
+        "analysis.contrasts.catalogue.primary",
+        lambda profile: catalogue.Primary("table1", "resnet8", "cifar10", ("msam", "sam")),
+    )
+    runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(CELLS, 3)])
+    chosen = replace(target("table1", "smoke"), cells=tuple(CELLS), seeds=3)
+    for planned, early in ((3, False), (4, True)):
+        monkeypatch.setattr(catalogue, "PUBLISHED_SEEDS", {"smoke": {"table1": planned}})
+        files = output_files("smoke", [chosen], runs)
+        for path in ("tables/claims.md", "claims/msam-over-sam.md", "report.html"):
+            assert ("(interim: 3 of 4 seeds)" in files[path]) == early, path
+        assert ("have fewer seeds than were planned (table1 4)" in files["tables/claims.md"]) == early
 
 
 # The report
