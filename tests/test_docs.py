@@ -129,6 +129,8 @@ def test_commands_exist(page):
 
 EFFECT = r"[+-]?\d+(?:\.\d+)? ± \d+(?:\.\d+)?"
 CLAIMS = {
+    "primary: mSAM over SAM on the same micro-batches": "(ours) ... and than that of SAM over the same micro-batches, "
+    "which share one perturbation",
     "mSAM more accurate than SAM": "mSAM's test accuracy is better than SAM's",
     "the same, net of BatchNorm": "(ours) Net of micro-batch BatchNorm, mSAM gains more than SAM: (mSAM - control) - "
     "(SAM - plain training)",
