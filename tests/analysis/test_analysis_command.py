@@ -130,9 +130,9 @@ def test_data_parallel_runs_fill_the_table_they_were_submitted_for(tmp_path):
     for spec in with_ranks(specs, 2):
         write_run(tmp_path, spec, 0.25)
     arguments = ("resnet_cifar", "--results", tmp_path, "--profile", PROFILE)
-    assert command("analysis", *arguments, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == 4
+    assert command("analysis", *arguments, "--gpus", "2").stdout.count("25.00 ± 0.00 (2)") == len(specs) / 2 == 6
     alone = command("analysis", *arguments).stdout
-    assert alone.count("25.00 ± 0.00 (2)") == 2, "the control and mSAM on two ranks are different runs"
+    assert alone.count("25.00 ± 0.00 (2)") == 3, "arms over micro-batches on two ranks are different runs"
     refused = command("analysis", *arguments, "--gpus", "2", "--publish")
     assert refused.returncode == 2
     assert "--gpus" in refused.stderr

@@ -13,10 +13,12 @@ from analysis.frames import Results
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
+from experiments.harness.runs.methods import arms_of
 from tests.analysis.invented import curvature_run, document, pictures, results_of, stability_run
 
 CELLS = catalogue.cells("hessian", "smoke")
-RESNET = [cell for cell in CELLS if cell.model == "resnet8"]
+FOUR = ("base", "control", "sam", "msam")
+RESNET = [cell for cell, arm in arms_of(CELLS).items() if cell.model == "resnet8" and arm.name in FOUR]
 THEORY = catalogue.cells("theory", "smoke")
 
 
