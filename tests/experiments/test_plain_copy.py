@@ -56,7 +56,7 @@ def test_it_trains_and_exports_records_that_name_their_code(tmp_path):
     planned = command("plan", "table1", "--profile", "gpu")
     assert planned.returncode == 0, planned.stderr
     done = command("export", "resnet_cifar", "--profile", "smoke", "--seeds", "1", "--to", tmp_path / "records.tar.gz")
-    assert done.stdout.startswith("4 of the 4 runs"), done.stderr
+    assert done.stdout.startswith("6 of the 6 runs"), done.stderr
     sessions = json.loads(next((copy / "results/runs").glob("*/env.json")).read_text())["sessions"]
     assert sessions[-1]["commit"] is None, "the copy is no repository, whatever it lies in"
     assert sessions[-1]["code"] == provenance.code_hash()
