@@ -137,3 +137,14 @@ def test_all_lists_every_claim_by_its_short_name(tmp_path):
     assert set(claims()) == {contrast.text for contrast in ALL}, "and the tables have no other claim"
     assert {name for contrast in ALL for name in contrast.tables} == set(TABLES)
     assert set(TABLES) <= {experiment.table for experiment in catalogue.catalogue().values()}
+
+
+def test_it_says_how_many_of_the_planned_seeds_have_run(monkeypatch):
+    def line(planned):
+        monkeypatch.setattr(catalogue, "PUBLISHED_SEEDS", {"cpu": {"table1": planned}})
+        text = judge.run(judge.Arguments("msam-over-sam"))
+        return next(line for line in text.splitlines() if "resnet8, cifar10" in line)
+
+    assert "interim" not in line(8)
+    assert "interim: " in line(99)
+    assert " of 99 seeds. +" in line(99)
