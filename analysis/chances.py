@@ -56,9 +56,8 @@ def tries(view: View) -> list[str]:
 
 def _blocks(view: View) -> Iterable[tuple[str, list[Run]]]:
     """The blocks of training runs that have results, each with its name."""
-    trainings = [cell for cell in view.target.cells if not cell.network]
     names = of_blocks(view.numbers)
-    for number, block in enumerate(blocks(trainings, view.target.varies)):
+    for number, block in enumerate(blocks(view.target.cells, view.target.varies)):
         if view.numbers.loc[view.numbers["block"] == number, "n"].any():
             yield f"{block[0].model}, {block[0].dataset}{names[number]}", block
 

@@ -19,7 +19,6 @@ from analysis.cells import (
     mean_columns,
     references,
     rounded,
-    run_ids,
     unmatched,
     values,
 )
@@ -54,13 +53,9 @@ class Column:
     of the table's numbers."""
     text: Callable[[pd.DataFrame], Sequence[str]]
     """Takes the table's numbers; returns the text of the column."""
-    measured: bool = False
-    """Whether it comes from the curvature runs of the rows' networks; it is shown only if there are some."""
 
 
-def mean_column(
-    title: str, name: str, source: str = "", *, factor: float = 1, measured: bool = False, digits: str = "significant"
-) -> Column:
+def mean_column(title: str, name: str, source: str = "", *, factor: float = 1, digits: str = "significant") -> Column:
     """A column with the mean of a number in the runs' summaries and its 95 % interval.
 
     Args:
@@ -68,7 +63,6 @@ def mean_column(
         name: The name of the column in the table's CSV.
         source: The name of the number in the summaries; by default `name`.
         factor: The factor applied to the numbers.
-        measured: As in `Column`.
         digits: `significant` for three significant digits, or `score` for two decimals.
     """
 
@@ -76,7 +70,7 @@ def mean_column(
         return mean_columns(name, averages(runs, cells, seeds, source or name, factor), counted=True)
 
     written = percent if digits == "score" else measure
-    return Column(title, numbers, lambda table: written(table, name), measured)
+    return Column(title, numbers, lambda table: written(table, name))
 
 
 def compared_column(title: str, name: str, source: str, *, factor: float = 1, digits: str = "significant") -> Column:
@@ -122,15 +116,6 @@ COLUMNS = (
         _train_accuracy,
         lambda table: [formatted(value, ".2f") for value in table["train_accuracy"]],
     ),
-    mean_column("lambda 1", "lambda_1", "train_lambda_1", measured=True),
-    mean_column(
-        "BatchNorm re-estimated %",
-        "reestimated",
-        "test_reestimated_accuracy",
-        factor=100,
-        measured=True,
-        digits="score",
-    ),
 )
 """The further columns of every table of scores."""
 
@@ -148,18 +133,13 @@ NOTE_SHARED = (
     "Over shared: over SAM over the same micro-batches with one perturbation for all of them. The two differ only in "
     "who shares a perturbation, which is the paper's idea."
 )
-NOTE_MEASURED = (
-    "Lambda 1 is the largest Hessian eigenvalue of the training loss, measured as in Table 3. Re-estimated: the test "
-    "accuracy after BatchNorm's statistics are averaged over one more epoch of mini-batches at the final weights."
-)
-
 
 CLAIMS = tuple(claim(contrast) for contrast in ACCURACY)
 
 
 def shows(cell: Run) -> bool:
-    """Whether a cell is a training run, or a curvature run of a trained network."""
-    return cell.kind == "train" or cell.network is not None
+    """Whether a cell is a training run."""
+    return cell.kind == "train"
 
 
 def numbers(
@@ -174,7 +154,6 @@ def numbers(
     Args:
         frame: one row for each finished run, as made by `frames.frame`.
         cells: specs at seed 0, one for each row, grouped in blocks that differ only in the fields that define an arm.
-            Curvature runs among them add columns to the rows of the networks that they measure.
         seeds: the seeds 0, ..., seeds - 1 are expected and used.
         varies: the fields that the table's experiments declare to vary.
         columns: the further columns.
@@ -182,20 +161,16 @@ def numbers(
     Returns:
         One row for each cell, with its differences to the cells of `cells.references`.
     """
-    networks, measured = _networks(cells, varies), _measured(cells, varies)
-    table, runs = compared(frame, networks, seeds, varies), frame.set_index("run_id")
-    for column in [c for c in columns if not c.measured] + [c for c in columns if c.measured and any(measured)]:
-        added = column.numbers(runs, measured if column.measured else networks, seeds, varies)
-        table = table.join(rounded(pd.DataFrame(added)))
-    more = [" ".join(run_ids(cell, runs, seeds)) if cell else "" for cell in measured]
-    table["run_ids"] = [" ".join(filter(None, both)) for both in zip(table["run_ids"], more, strict=True)]
+    ordered = cells_in_order(cells, varies)
+    table, runs = compared(frame, ordered, seeds, varies), frame.set_index("run_id")
+    for column in columns:
+        table = table.join(rounded(pd.DataFrame(column.numbers(runs, ordered, seeds, varies))))
     return table
 
 
 def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
-    """The score of each row, its differences, and the further columns; curvature columns only if measured."""
+    """The score of each row, its differences, and the further columns."""
     table, rows = view.numbers, view.rows
-    measured = any(_measured(view.target.cells))
     return pd.DataFrame(
         {
             "dataset": table["dataset"],
@@ -207,7 +182,7 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
             "over base": [signed(interval(row, "over_base")) for row in rows],
             "over SAM": [signed(interval(row, "over_sam")) for row in rows],
             **({"over shared": [signed(interval(row, "over_shared")) for row in rows]} if _shared(table) else {}),
-            **{column.title: column.text(table) for column in columns if measured or not column.measured},
+            **{column.title: column.text(table) for column in columns},
         }
     )
 
@@ -215,9 +190,8 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
 def sentences(view: View, expected: int = 1) -> list[str]:
     """The differences of each block, and the missing comparisons; `expected` is the sign that the paper claims."""
     cells = view.target.cells
-    trainings = [cell for cell in cells if not cell.network] or cells
-    margin = MARGINS[cells[0].profile] if in_percent(trainings[0].score) else math.nan
-    return [*block_sentences(view.numbers, expected, margin), *unmatched(trainings, view.target.varies)]
+    margin = MARGINS[cells[0].profile] if in_percent(cells[0].score) else math.nan
+    return [*block_sentences(view.numbers, expected, margin), *unmatched(cells, view.target.varies)]
 
 
 def measure_sentences(numbers: pd.DataFrame, measure: str, words: str, expected: int) -> list[str]:
@@ -248,21 +222,8 @@ def notes(view: View) -> Iterable[str]:
         yield NOTE_SAME_RHO
     if _shared(view.numbers):
         yield NOTE_SHARED
-    if any(_measured(view.target.cells)):
-        yield NOTE_MEASURED
 
 
 def _shared(table: pd.DataFrame) -> bool:
     """Whether a row is compared with SAM over micro-batches."""
     return "over_shared" in table and bool(table["over_shared_n"].any())
-
-
-def _networks(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run]:
-    """The training runs among the cells, in the order of the rows."""
-    return cells_in_order([cell for cell in cells if not cell.network], varies)
-
-
-def _measured(cells: Sequence[Run], varies: Sequence[str] = ()) -> list[Run | None]:
-    """The curvature run of each row's network; None if it is not among the cells."""
-    by_network: dict[Run, Run] = {cell.network: cell for cell in cells if cell.network}
-    return [by_network.get(cell) for cell in _networks(cells, varies)]

@@ -59,7 +59,7 @@ def against_m(results: Results, target: Target) -> Figure:
     One panel for each network. Every cell is at the rho that was chosen for it. The axis has numbers of micro-batches
     below and their sizes above. The band is the margin of equivalence. Points at the same m are drawn side by side.
     """
-    panels, frame = panels_of(cell for cell in target.cells if not cell.network), results.runs.set_index("run_id")
+    panels, frame = panels_of(target.cells), results.runs.set_index("run_id")
     figure, row = row_of_panels(len(panels), 4.8, 3.8)
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
         compared = compared_cells(rows, target)

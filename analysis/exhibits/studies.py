@@ -5,7 +5,6 @@ EXHIBIT = study(name, title, caption) gives it a title and a caption.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from matplotlib.figure import Figure
 
@@ -100,10 +99,9 @@ def _label(line: Sequence[Run], target: Target) -> str:
 
 def against_varied(results: Results, target: Target) -> Figure:
     """The accuracy against the numeric field that the study declares to vary or, without one, that its cells vary."""
-    networks = [cell for cell in target.cells if not cell.network]
-    numbers = [name for name in target.varies if all(isinstance(cell.flat[name], int | float) for cell in networks)]
-    field = numbers[0] if numbers else _varied(networks)
-    return against(field, in_words(field))(results, replace(target, cells=tuple(networks)))
+    numbers = [name for name in target.varies if all(isinstance(cell.flat[name], int | float) for cell in target.cells)]
+    field = numbers[0] if numbers else _varied(target.cells)
+    return against(field, in_words(field))(results, target)
 
 
 def _varied(cells: Sequence[Run]) -> str:

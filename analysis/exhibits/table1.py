@@ -45,10 +45,9 @@ NOTE_TWO_WAY = (
 
 def with_two_way(numbers: pd.DataFrame, target: Target, frame: pd.DataFrame, predictions: Predictions) -> pd.DataFrame:
     """Add the two-way interval of each difference whose runs all have predictions: `over_sam_two_way_low`, `_high`."""
-    trainings = [cell for cell in target.cells if not cell.network]
     columns: dict[str, list[float]] = {}
     runs = frame.set_index("run_id")
-    for row, (cell, others) in enumerate(references(trainings, target.varies).items()):
+    for row, (cell, others) in enumerate(references(target.cells, target.varies).items()):
         for over, other in others.items():
             ends = _two_way(cell, other, runs, target.seeds, predictions) if other else (float("nan"),) * 2
             for end, value in zip(("low", "high"), ends, strict=True):

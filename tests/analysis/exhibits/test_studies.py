@@ -15,14 +15,13 @@ from analysis.exhibits.studies import against
 from analysis.frames import Results
 from analysis.publish import target
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.grids import curvature_of, perturbed, with_seeds
+from experiments.harness.runs.grids import perturbed, with_seeds
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import SpecError
 from tests.analysis.invented import document, pictures, published_twice, results_of, study_run
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
 M = catalogue.cells("micro_batches", "smoke")
-MEASURED = [*M, *curvature_of(M, examples=16, rho=0.05)]
 COMMITTED = Path(__file__).parents[3] / "results" / "cpu"
 
 
@@ -39,16 +38,6 @@ def test_msam_is_compared_with_sam_at_the_same_rho_if_there_is_one():
     assert rows["sam", 0.2].over_sam_n == 0
     other = [c for c in cells if (c.method, c.rho) != ("sam", 0.2)]
     assert document("rho", results("rho").runs, other, 2).numbers["over_sam"].iloc[-1] != pytest.approx(2.0)
-
-
-def test_a_curvature_run_adds_columns_to_its_networks_row():
-    shown = document("micro_batches", results_of(MEASURED, 2, study_run).runs, MEASURED, 2)
-    assert len(shown.cells) == len(M)
-    row = shown.numbers[(shown.numbers["method"] == "msam") & (shown.numbers["micro_batches"] == 4)].iloc[0]
-    assert (row["lambda_1"], row["reestimated"]) == (60.5, 61.0)
-    assert row["lambda_1_half_width"] == pytest.approx(12.706205 / 2)
-    assert shown.cells["lambda 1"].iloc[-1] == "60.5 ± 6.4"
-    assert any("Re-estimated" in note for note in shown.notes)
 
 
 def test_claims_distinguish_rows_of_equal_name_by_rho():
@@ -177,18 +166,6 @@ def test_the_figure_of_wrong_labels_has_a_line_for_each_method_over_the_base():
     assert drawn["SAM"].get_xydata() == pytest.approx(np.array([[0, 3.0], [0.4, 3.0]]))
     assert drawn["mSAM, m=4"].get_ydata() == pytest.approx([5.0, 25.0])
     assert axes.get_title() == "resnet8, cifar10\nn = 2 seeds"
-
-
-@pytest.mark.parametrize(("shift", "retrained"), [(0.0, False), (0.01, True)])
-def test_networks_retrained_for_the_measurement_are_reported(shift, retrained):
-    runs = with_seeds(MEASURED, 2)
-    trained = [study_run(spec) for spec in runs if spec.kind == "train"]
-    measured = [study_run(spec) for spec in runs if spec.kind == "curvature"]
-    accuracy = {run.spec: run.summary["test_accuracy"] for run in trained}
-    for run in measured:
-        run.summary["test_accuracy"] = accuracy[run.spec.network] + shift
-    notes = " ".join(document("micro_batches", Results.of([*trained, *measured]).runs, MEASURED, 2).notes)
-    assert ("retrained" in notes) == (f"{len(trained)} of {len(trained)} networks were retrained" in notes) == retrained
 
 
 def test_trajectories_are_compared_by_their_last_eigenvalue():

@@ -14,7 +14,7 @@ from analysis.statistics import Interval, mean_interval
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import arms_of
-from tests.analysis.invented import curvature_run, document, pictures, results_of, stability_run
+from tests.analysis.invented import curvature_run, document, pictures, results_of, stability_run, study_run
 
 CELLS = catalogue.cells("hessian", "smoke")
 FOUR = ("base", "control", "sam", "msam")
@@ -42,6 +42,36 @@ def test_lambda_1_is_compared_by_its_logarithm_within_each_seed():
     assert numbers.loc["sam", "test_lambda_1"] == 121
     assert numbers.loc["sam", "train_sharpness_m4"] == pytest.approx(0.2)
     assert numbers.loc["sam", "residual"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(("shift", "retrained"), [(0.0, False), (0.01, True)])
+def test_networks_retrained_for_the_measurement_are_reported(shift, retrained):
+    trained = {cell.network: study_run(cell.network) for cell in RESNET}
+    measured = [curvature_run(cell) for cell in RESNET]
+    for run in measured:
+        run.summary["test_accuracy"] = trained[run.spec.network].summary["test_accuracy"] + shift
+    notes = " ".join(document("hessian", Results.of([*trained.values(), *measured]).runs, RESNET, 1).notes)
+    assert ("retrained" in notes) == ("4 of 4 networks were retrained" in notes) == retrained
+
+
+def test_accuracy_with_reestimated_batchnorm_is_compared_where_there_is_batchnorm():
+    cells = catalogue.cells("hessian", "smoke")
+    runs = [curvature_run(cell) for cell in with_seeds(cells, 2)]
+    for run in runs:
+        if run.spec.model == "resnet8":
+            gain = {"sam": 0.01, "msam": 0.03}.get(run.spec.method, 0.0)
+            run.summary["test_reestimated_accuracy"] = 0.5 + gain + run.spec.seed / 100
+    shown = document("hessian", Results.of(runs).runs, cells, 2)
+    rows = shown.numbers.set_index(["model", "method"])
+    assert rows.loc[("resnet8", "msam"), "reestimated"] == pytest.approx(53.5)
+    assert rows.loc[("resnet8", "msam"), "reestimated_over_sam"] == pytest.approx(2.0)
+    assert rows.loc[("vit-micro", "msam"), "reestimated_n"] == 0
+    (sentence,) = [claim for claim in shown.claims if "re-estimated" in claim]
+    assert sentence.startswith("resnet8, cifar10, test accuracy re-estimated: ")
+    assert "mSAM, m=4 over SAM: +2.00 ± 0.00 (n=2)" in sentence
+    assert any(note.startswith("Re-estimated: ") for note in shown.notes)
+    without = document("hessian", all_results().runs, cells, 2)
+    assert not any("e-estimated" in text for text in (*without.claims, *without.notes))
 
 
 def test_a_ratio_is_printed_with_the_ends_of_its_interval():
