@@ -1,11 +1,12 @@
 """The chances that a table's arms had: the scale of their training, and the values that each perturbed arm tried."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import pandas as pd
 from scipy import stats
 
 from analysis.cells import TUNED, blocks, of_blocks, scores, values
+from analysis.document import listed
 from analysis.exhibit import View
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.facts import DATASETS, is_images
@@ -84,8 +85,8 @@ def _equal(view: View, rivals: dict[Run, list[Run]]) -> str:
         by_values.setdefault((key[0], key[1] if len(key[1]) > 1 else ()), []).append(arms[cell].called(cell))
     parts = []
     for (rhos, counts), names in by_values.items():
-        of_m = f" at each m of {_listed(counts)}" if counts else ""
-        parts.append(f"{_listed(names)} tried rho {_listed(f'{rho:g}' for rho in rhos) or 'never'}{of_m}")
+        of_m = f" at each m of {listed(counts)}" if counts else ""
+        parts.append(f"{listed(names)} tried rho {listed(f'{rho:g}' for rho in rhos) or 'never'}{of_m}")
     numbers = {len(tried) for tried in rivals.values()}
     if len(numbers) == 1:
         begin = f"each perturbed arm tried {numbers.pop()} settings" if len(rivals) > 1 else "tries"
@@ -117,9 +118,3 @@ def _neighbours(view: View, runs: pd.DataFrame, rivals: dict[Run, list[Run]]) ->
     if not parts:
         return "The runs of the grid are not among these results."
     return f"Held-out score of the chosen rho over its neighbours, in points: {'; '.join(parts)}."
-
-
-def _listed(items: Iterable[object]) -> str:
-    """Items as `a, b and c`."""
-    words: Sequence[str] = [str(item) for item in items]
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.cells import machines
 from analysis.claims import in_digits, interim, sentence_of_verdicts
 from analysis.contrasts import ALPHA, Contrast
-from analysis.document import markdown_table, markdown_text, three_digits
+from analysis.document import listed, markdown_table, markdown_text, three_digits
 from analysis.evidence import VERDICTS
 from analysis.exhibit import Target
 from analysis.exhibits import declared
@@ -19,6 +19,9 @@ from analysis.statistics import LARGEST, Interval
 
 LONG = 12
 """With more comparisons, only a sentence for all says what would change the verdict."""
+
+SETTINGS = {"rho": "rho", "micro_batches": "m", "epochs": "epochs", "learning_rate": "learning rate"}
+"""Settings that may differ between arms besides the method itself, in words."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def _page(
     about.append(f"Effects are in {contrast.unit}; intervals are unadjusted, verdicts go by p after Holm's adjustment.")
     if contrast.line:
         about.append(f"The p values are those of a difference from {contrast.line:g} instead of zero.")
+    trained = [row for row in rows if used.loc[_ids(row, runs), "kind"].isin(("train", "curvature")).any()]
+    about += dict.fromkeys(f"{row.where}: {_settings(used.loc[_ids(row, runs)])}." for row in trained)
     text = {
         "What is compared": tuple(about),
         "Hardware and cost": (*machines(used), _cost(used)),
@@ -155,6 +160,19 @@ def _interval(row: Any) -> Interval:
 
 def _ids(row: Any, runs: pd.DataFrame) -> list[str]:
     return [run_id for run_id in ("" if pd.isna(row.run_ids) else str(row.run_ids)).split() if run_id in runs.index]
+
+
+def _settings(runs: pd.DataFrame) -> str:
+    """Which settings the arms of a comparison differ in, besides their method: `rho 0.1 and 0.05; m 8 and 1`."""
+    arms = runs.drop_duplicates(["method", "shared", *SETTINGS])
+    different = {name: words for name, words in SETTINGS.items() if arms[name].nunique() > 1}
+    if not different:
+        return f"the arms have the same {listed(SETTINGS.values())}"
+    return f"the arms differ in {listed(f'{words} ({_values(arms[name])})' for name, words in different.items())}"
+
+
+def _values(numbers: pd.Series) -> str:
+    return listed(f"{number:g}" for number in numbers)
 
 
 def _scale(row: Any, runs: pd.DataFrame, sizes: Mapping[str, Scale]) -> str:

@@ -238,3 +238,9 @@ def _committed(numbers: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     """The committed score of each row's cell; empty if none is committed."""
     known = {tuple(getattr(row, key) for key in _CELL): score_text(row) for row in committed.itertuples()}
     return [known.get(tuple(getattr(row, key) for key in _CELL), "") for row in numbers.itertuples()]
+
+
+def listed(items: Iterable[object]) -> str:
+    """Items as `a, b and c`."""
+    words = [str(item) for item in items]
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

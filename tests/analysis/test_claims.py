@@ -240,9 +240,11 @@ def test_a_page_for_each_claim_says_what_the_verdict_rests_on():
         "`python -m experiments run table1 --profile smoke --seeds 3`",
         "`python -m analysis judge msam-over-sam --profile smoke`",
         "an adjusted p of 0.05 or more on further seeds",
+        "resnet8, cifar10: the arms differ in m (4 and 1).",
         *row.run_ids.split(),
     ):
         assert words in page, words
+    assert "the arms differ in rho (0.1 and 0)." in files["claims/msam-over-control.md"]
 
 
 def test_a_look_before_all_planned_seeds_have_run_is_called_interim(monkeypatch):
