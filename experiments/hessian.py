@@ -8,8 +8,9 @@ retrained. Encoders have 22 million weights or more, so only the paper profile m
 was fixed in advance and is the same for all methods of a data set: 0.05 as for SAM on CIFAR-10 in Foret et al. 2021,
 and for texts 0.001, the middle of the published range for encoders.
 
-Expected for ResNet-8 (n=3, +- 95 %): lambda 1 of 134 +- 79 with SGD, 144 +- 42 over micro-batches, 129 +- 22 with SAM,
-85 +- 10 with mSAM; a minute per run on one core of an AMD EPYC with AVX512, half a minute more at seed 0 for figures.
+Expected for ResNet-8 (n=8, +- 95 %): lambda 1 of 84 +- 19 with SGD, 3.2 +- 0.2 for twice the epochs, 114 +- 21 over
+micro-batches, 116 +- 20 with SAM, 112 +- 13 over micro-batches, 87 +- 6 with mSAM; two minutes per run on one core of an
+AMD EPYC with AVX2, four to five at seed 0 for figures.
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar
