@@ -122,8 +122,10 @@ def _page(
     about.append(f"Effects are in {contrast.unit}; intervals are unadjusted, verdicts go by p after Holm's adjustment.")
     if contrast.line:
         about.append(f"The p values are those of a difference from {contrast.line:g} instead of zero.")
-    trained = [row for row in rows if used.loc[_ids(row, runs), "kind"].isin(("train", "curvature")).any()]
-    about += dict.fromkeys(f"{row.where}: {_settings(used.loc[_ids(row, runs)])}." for row in trained)
+    arms = used.loc[used["kind"].isin(("train", "curvature")), ["method", "shared", *SETTINGS]]
+    for where, row in {row.where: row for row in rows}.items():
+        if ids_of_arms := [run_id for run_id in _ids(row, runs) if run_id in arms.index]:
+            about.append(f"{where}: {_settings(arms.loc[ids_of_arms])}.")
     text = {
         "What is compared": tuple(about),
         "Hardware and cost": (*machines(used), _cost(used)),
@@ -163,8 +165,8 @@ def _ids(row: Any, runs: pd.DataFrame) -> list[str]:
 
 
 def _settings(runs: pd.DataFrame) -> str:
-    """Which settings the arms of a comparison differ in, besides their method: `rho 0.1 and 0.05; m 8 and 1`."""
-    arms = runs.drop_duplicates(["method", "shared", *SETTINGS])
+    """In which settings the arms of a comparison differ, besides their method, with their values in the arms' order."""
+    arms = runs.drop_duplicates()
     different = {name: words for name, words in SETTINGS.items() if arms[name].nunique() > 1}
     if not different:
         return f"the arms have the same {listed(SETTINGS.values())}"

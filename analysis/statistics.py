@@ -104,7 +104,7 @@ def mean_interval(values: Iterable[float]) -> Interval:
     n = len(array)
     if n < 2:
         return Interval(float(array[0]) if n else float("nan"), float("nan"), n)
-    return Interval(float(array.mean()), float(_quantile(n - 1) * stats.sem(array)), n)
+    return Interval(float(array.mean()), float(_quantile(n - 1) * (array.std(ddof=1) / math.sqrt(n))), n)
 
 
 @lru_cache(maxsize=10_000)

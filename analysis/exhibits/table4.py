@@ -53,13 +53,14 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     """
     runs, rows = frame.set_index("run_id"), []
     for number, cell in enumerate(cells):
+        about = identity(cell, runs, seeds)
         for workers in dict.fromkeys((1, cell.flat["workers"])):
             for step in timed_steps(cell, workers) if isinstance(cell, Timing) else ():
                 name = f"{step.method}_m{step.micro_batches}_w{workers}"
                 times = {key: mean_interval(values(runs, cell, seeds, f"{name}_{key}")) for key in TIMED}
                 label = f"{method_name(step)}, batch {cell.batch_size}" + (f", {workers} workers" * (workers > 1))
                 label += _after_comma(_way(cell))
-                row = {"block": number, "label": label, **identity(cell, runs, seeds), "method": step.method}
+                row = {"block": number, "label": label, **about, "method": step.method}
                 row |= {"micro_batches": step.micro_batches, "rho": step.rho, "workers": workers}
                 row |= {"way": _way(cell)} if any(map(_way, cells)) else {}
                 row |= {"batch_size": cell.batch_size, "mean": times["ratio"].mean, "n": times["ratio"].n}
