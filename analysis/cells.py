@@ -219,17 +219,15 @@ def compared(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequ
     return rounded(pd.DataFrame(rows))
 
 
-def averages(
-    runs: pd.DataFrame, cells: Iterable[Run | None], seeds: int, column: str, factor: float = 1
-) -> list[Interval | None]:
-    """The mean of a column over each cell's runs, times the factor; None for a row without a cell."""
-    return [None if cell is None else mean_interval(factor * values(runs, cell, seeds, column)) for cell in cells]
+def averages(runs: pd.DataFrame, cells: Iterable[Run], seeds: int, column: str, factor: float = 1) -> list[Interval]:
+    """The mean of a column over each cell's runs, times the factor."""
+    return [mean_interval(factor * values(runs, cell, seeds, column)) for cell in cells]
 
 
-def mean_columns(name: str, means: Sequence[Interval | None], counted: bool = False) -> dict[str, list[float | None]]:
+def mean_columns(name: str, means: Sequence[Interval], counted: bool = False) -> dict[str, list[float]]:
     """Means as a column `name`, half-widths as `<name>_half_width`, and, if `counted`, counts as `<name>_n`."""
     parts = {name: "mean", f"{name}_half_width": "half_width", **({f"{name}_n": "n"} if counted else {})}
-    return {column: [None if mean is None else getattr(mean, part) for mean in means] for column, part in parts.items()}
+    return {column: [getattr(mean, part) for mean in means] for column, part in parts.items()}
 
 
 def rounded(table: pd.DataFrame) -> pd.DataFrame:

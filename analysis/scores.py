@@ -39,16 +39,13 @@ from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run, in_percent
 
-Cells = Sequence[Run | None]
-"""One cell for each row of a table; None for a row without one."""
-
 
 @dataclass(frozen=True)
 class Column:
     """A further column of a table of scores, after the score and its differences."""
 
     title: str
-    numbers: Callable[[pd.DataFrame, Cells, int, Sequence[str]], Mapping[str, Sequence[Any]]]
+    numbers: Callable[[pd.DataFrame, Sequence[Run], int, Sequence[str]], Mapping[str, Sequence[Any]]]
     """Takes the runs by id, the cell of each row, the number of seeds and the fields declared to vary; returns columns
     of the table's numbers."""
     text: Callable[[pd.DataFrame], Sequence[str]]
@@ -66,7 +63,9 @@ def mean_column(title: str, name: str, source: str = "", *, factor: float = 1, d
         digits: `significant` for three significant digits, or `score` for two decimals.
     """
 
-    def numbers(runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]) -> Mapping[str, Sequence[Any]]:
+    def numbers(
+        runs: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str]
+    ) -> Mapping[str, Sequence[Any]]:
         return mean_columns(name, averages(runs, cells, seeds, source or name, factor), counted=True)
 
     written = percent if digits == "score" else measure
@@ -85,29 +84,25 @@ def compared_column(title: str, name: str, source: str, *, factor: float = 1, di
     """
     means = mean_column(title, name, source, factor=factor, digits=digits)
 
-    def numbers(runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]) -> Mapping[str, Sequence[Any]]:
-        networks = [cell for cell in cells if cell]
-        return {**means.numbers(runs, cells, seeds, varies), **differences(runs, networks, seeds, varies)}
-
-    def differences(
-        runs: pd.DataFrame, networks: Sequence[Run], seeds: int, varies: Sequence[str]
+    def numbers(
+        runs: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str]
     ) -> Mapping[str, Sequence[Any]]:
-        columns: dict[str, list[Interval | None]] = {}
-        for cell, others in references(networks, varies).items():
+        columns: dict[str, list[Interval]] = {}
+        for cell, others in references(cells, varies).items():
             for over, other in others.items():
                 one = difference(cell, other, lambda c: factor * values(runs, c, seeds, source))
                 columns.setdefault(over, []).append(one)
         by_name = (mean_columns(f"{name}_{over}", ones, counted=True) for over, ones in columns.items())
-        return {key: column for each in by_name for key, column in each.items()}
+        paired = {key: column for each in by_name for key, column in each.items()}
+        return {**means.numbers(runs, cells, seeds, varies), **paired}
 
     return Column(title, numbers, means.text)
 
 
 def _train_accuracy(
-    runs: pd.DataFrame, cells: Cells, seeds: int, varies: Sequence[str]
+    runs: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str]
 ) -> Mapping[str, Sequence[float]]:
-    means = averages(runs, cells, seeds, "train_accuracy", 100)
-    return {"train_accuracy": [mean.mean for mean in means if mean]}
+    return {"train_accuracy": [mean.mean for mean in averages(runs, cells, seeds, "train_accuracy", 100)]}
 
 
 COLUMNS = (

@@ -35,7 +35,7 @@ from analysis.flatness import (
 )
 from analysis.frames import Results
 from analysis.plots import add_common_legend, line_of, panels_of, row_of_panels, six_digits
-from analysis.scores import compared_column, measure_sentences
+from analysis.scores import measure_sentences
 from analysis.statistics import mean_interval
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
@@ -62,8 +62,6 @@ NOTES = (
     "1703.04933). They can be compared between methods on one network and training setup, but not between networks.",
 )
 
-REESTIMATED = compared_column("", "reestimated", "test_reestimated_accuracy", factor=100)
-"""The test accuracy with other BatchNorm statistics, and its paired differences, in the table's CSV."""
 NOTE_REESTIMATED = (
     "Re-estimated: test accuracy, in points, after BatchNorm's statistics are averaged over one more epoch of "
     "mini-batches at the final weights. The running statistics of arms with micro-batches come from smaller batches."
@@ -96,19 +94,20 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     Returns:
         One row for each cell. `mean` is the largest Hessian eigenvalue on training data; `log_over_base` and the like
         are the paired differences of its logarithm, and `loss_over_base` and the like those of the training loss. Every
-        other measure has its mean under its name and its interval under `<name>_half_width`. `reestimated` has
-        differences as well, `reestimated_over_base` and the like.
+        other measure has its mean under its name and its interval under `<name>_half_width`. `reestimated` is the test
+        accuracy with re-estimated BatchNorm statistics, `reestimated_over_base` and the like its differences.
     """
     runs, rows = frame.set_index("run_id"), cells_in_order(cells, varies)
     table = eigenvalue_numbers(frame, cells, seeds, varies)
-    loss = difference_columns("loss_", "train_loss", runs, references(cells, varies), seeds)
-    columns: dict[str, Sequence[Any]] = {}
+    others = references(cells, varies)
+    loss = difference_columns("loss_", "train_loss", runs, others, seeds)
+    reestimated = difference_columns("reestimated_", "test_reestimated_accuracy", runs, others, seeds)
+    columns = mean_columns("reestimated", averages(runs, rows, seeds, "test_reestimated_accuracy", 100))
     for name in (*FLATNESS, *micro_batch_measures(list(runs))):
         columns |= mean_columns(name, averages(runs, rows, seeds, name))
     residuals = [values(runs, cell, seeds, "train_residual") for cell in rows]
     columns["residual"] = [by_seed.max() if len(by_seed) else float("nan") for by_seed in residuals]
-    columns.update(REESTIMATED.numbers(runs, rows, seeds, varies))
-    return rounded_relative(table.join(loss).join(pd.DataFrame(columns)))
+    return rounded_relative(table.join([loss, reestimated, pd.DataFrame(columns)]))
 
 
 def text(view: View) -> pd.DataFrame:
@@ -159,7 +158,7 @@ def sentences(view: View) -> Iterator[str]:
                 f"{where}: the training losses differ, so a network may be flatter because it is farther from its "
                 f"minimum: {'; '.join(differing)}."
             )
-    yield from measure_sentences(view.numbers, "reestimated", "test accuracy re-estimated", 1)
+    yield from measure_sentences(view.numbers, "reestimated", "test accuracy with re-estimated BatchNorm", 1)
     yield from unmatched(view.target.cells, view.target.varies)
 
 
@@ -181,7 +180,7 @@ def notes(view: View) -> list[str]:
         "rho": ", ".join(dict.fromkeys(f"{c.flat['measured_rho']:g}" for c in view.target.cells)),
         "residual": view.numbers["residual"].max(),
     }
-    more = [NOTE_REESTIMATED] if view.numbers["reestimated_n"].any() else []
+    more = [NOTE_REESTIMATED] if view.numbers["reestimated"].notna().any() else []
     more += [NOTE_SHARED] if "log_over_shared" in view.numbers else []
     return [*(note.format(**words) for note in NOTES), *more, PUBLISHED]
 

@@ -247,6 +247,14 @@ def test_a_page_for_each_claim_says_what_the_verdict_rests_on():
     assert "the arms differ in rho (0.1 and 0)." in files["claims/msam-over-control.md"]
 
 
+def test_a_page_says_that_arms_differ_in_no_further_setting():
+    every = catalogue.cells("resnet_cifar", "smoke")
+    chosen = replace(target("table1", "smoke"), cells=tuple(every), seeds=2)
+    runs = Results.of([accuracies(spec, {"msam": 0.02}) for spec in with_seeds(every, 2)])
+    page = output_files("smoke", [chosen], runs)["claims/msam-over-shared.md"]
+    assert "resnet8, cifar10: the arms have the same rho, m, epochs and learning rate." in page
+
+
 def test_a_look_before_all_planned_seeds_have_run_is_called_interim(monkeypatch):
     """In the notes of the claims, on the page, and where the primary comparison is named; not with all seeds."""
     monkeypatch.setattr(

@@ -21,7 +21,6 @@ from experiments.harness.runs.spec import SpecError
 from tests.analysis.invented import document, pictures, published_twice, results_of, study_run
 
 STUDIES = ("micro_batches", "rho", "batch_size", "label_noise", "trajectories")
-M = catalogue.cells("micro_batches", "smoke")
 COMMITTED = Path(__file__).parents[3] / "results" / "cpu"
 
 
@@ -90,7 +89,7 @@ def test_a_collapse_at_one_rho_is_named_and_does_not_flatten_the_others():
 
 def networks_by_m(rhos=(0.1, 0.3)):
     """A network with base, control, shared SAM and mSAM at m = 2 and 4, and one without BatchNorm; rho differs by m."""
-    base = next(c for c in M if c.method == "base" and c.model == "resnet8" and c.kind == "train")
+    base = next(c for c in catalogue.cells("micro_batches", "smoke") if c.method == "base" and c.model == "resnet8")
     cells = []
     for model in ("resnet8", "resnet8-groupnorm"):
         plain = replace(base, model=model)
