@@ -6,7 +6,7 @@
 cpu: ResNet-8 of width 16 on 1,024 images of CIFAR-10, scored on all 10,000 test images. paper: ResNet-50 on CIFAR-10
 and CIFAR-100; no GPU has run it yet.
 
-Expected (n=16, +- 95 %): SGD 43.9 +- 0.5, for twice the epochs 44.3 +- 0.4, over micro-batches 44.7 +- 0.4, SAM 44.4 +-
+Expected (n=16, +- 95 %): SGD 43.9 +- 0.5, for twice the epochs 44.3 +- 0.4, over micro-batches 44.7 +- 0.4, SAM 44.3 +-
 0.4, over micro-batches 45.5 +- 0.4, mSAM 46.8 +- 0.5; 70, 139, 82, 136, 158 and 154 seconds per run on one core of an
 AMD EPYC with AVX2.
 """
