@@ -28,7 +28,7 @@ from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.run import Run, from_dict, names
 
-SEEDS = {"smoke": 2, "cpu": 2, "gpu": 8, "paper": 5}
+SEEDS = {"smoke": 2, "cpu": 1, "gpu": 8, "paper": 5}
 """Default number of paired seeds (0, 1, ...) of each profile."""
 
 PUBLISHED = "published"
