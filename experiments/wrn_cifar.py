@@ -37,7 +37,7 @@ CPU = replace(
     profile="cpu",
     train_examples=1024,
     test_examples=None,
-    learning_rate=0.4,
+    learning_rate=0.8,
     epochs=36,
     batch_size=128,
 )
@@ -83,7 +83,7 @@ RUNS = {
 }
 
 TUNING = {
-    "cpu": grid_of_arms(CPU, micro_batches=8, learning_rates=(0.2, 0.4, 0.8), rhos=CPU_GRID, pairs=4),
+    "cpu": grid_of_arms(CPU, micro_batches=8, learning_rates=(0.4, 0.8, 1.6), rhos=CPU_GRID, pairs=4),
     "gpu": grid_of_arms(GPU, micro_batches=8, learning_rates=(0.2, 0.4, 0.8), rhos=resnet_cifar.GPU_GRID),
     "paper": [
         cell
