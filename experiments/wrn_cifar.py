@@ -45,7 +45,7 @@ CPU = replace(
 # Chosen by the grid, which tries a learning rate with eight seeds and a rho with two.
 CPU_RHOS = {"sam": 0.2, "shared": 0.1, "msam": 0.1}
 CPU_RATES = (0.1, 0.2, 0.4, 0.8, 1.6)
-CPU_GRID = dict.fromkeys(CPU_RHOS, (0.0125, 0.025, 0.05, 0.1, 0.2))
+CPU_GRID = dict.fromkeys(CPU_RHOS, (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4))
 
 # Foret et al. 2021 (SAM, Table 1, WRN-28-10 with basic augmentation): 200 epochs, batch 256, learning rate 0.1,
 # weight decay 5e-4, rho 0.05 on CIFAR-10 and 0.1 on CIFAR-100.
