@@ -37,7 +37,7 @@ SMOKE = Training(
 CPU = replace(SMOKE, profile="cpu", train_examples=4096, test_examples=None, epochs=22, batch_size=128)
 
 # Chosen by the grid, which tries a learning rate with eight seeds and a rho with two.
-CPU_RHOS = {"sam": 0.0025, "msam": 0.000625}
+CPU_RHOS = {"sam": 0.000625, "msam": 0.000625}
 CPU_RATES = (5e-4, 1e-3, 2e-3)
 CPU_GRID = dict.fromkeys(CPU_RHOS, (0.0003, 0.000625, 0.00125, 0.0025, 0.005))
 
