@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from analysis.cells import claimed_by_block, compared, interval, references
+from analysis.cells import claimed_by_block, compared, interval, references, values
+from analysis.contrasts import FLATTER
 from analysis.document import three_digits
 from analysis.evidence import differences
+from analysis.plots import panels_of
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.runs.spec import Run
 
@@ -128,6 +131,47 @@ def _digits(log_ratio: float) -> str:
     """A ratio with two decimals, or two significant digits if it is below 0.1 or above 10."""
     ratio = float(np.exp(min(log_ratio, 700.0)))
     return f"{ratio:.2f}" if 0.1 <= ratio < 10 else f"{ratio:.2g}"
+
+
+def ranks_within_seeds(runs: pd.DataFrame, cells: Sequence[Run], seeds: int, column: str) -> Interval:
+    """Spearman's rank correlation of a measure with the test accuracy of the measured networks, over the cells.
+
+    It is computed within each seed that three or more cells have, and averaged over these seeds. Below 0, the flatter
+    network is the more accurate one.
+
+    Args:
+        runs: The finished runs by id.
+        cells: Curvature runs on one network and data set.
+        seeds: The number of seeds.
+        column: The measure's name in the records.
+    """
+    points: dict[int, list[tuple[float, float]]] = {}
+    for cell in cells:
+        assert cell.network is not None
+        flat, scores = (values(runs, cell, seeds, name) for name in (column, cell.network.score))
+        for seed in flat.index.intersection(scores.index):
+            points.setdefault(seed, []).append((flat[seed], scores[seed]))
+    ordered = (points[seed] for seed in sorted(points))
+    return mean_interval(
+        stats.spearmanr(pairs).statistic
+        for pairs in ordered
+        if len(pairs) > 2 and all(len(set(column)) > 1 for column in zip(*pairs, strict=True))
+    )
+
+
+def rank_sentences(runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> list[str]:
+    """For each network, whether the flatter minima are the more accurate ones, by each measure that claims use."""
+    lines = []
+    for where, block in panels_of(cells).items():
+        measures = FLATTER[0].by_measure(block[0].flat["model"], block[0].profile)
+        ranks = {m.words: ranks_within_seeds(runs, block, seeds, m.column) for m in measures}
+        parts = [f"{words} {rank.mean:+.2f} ± {rank.half_width:.2f}" for words, rank in ranks.items() if rank.n > 1]
+        if parts:
+            lines.append(
+                f"{where}: rank correlation of test accuracy with flatness within a seed, over the arms (below 0: the "
+                f"flatter, the more accurate; n={max(rank.n for rank in ranks.values())}): {'; '.join(parts)}."
+            )
+    return lines
 
 
 def micro_batch_measures(names: Sequence[str]) -> list[str]:

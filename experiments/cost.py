@@ -20,13 +20,8 @@ LARGEST_M = {"smoke": 4, "cpu": 16, "gpu": 16, "paper": 16}
 ROUNDS = {"smoke": 3, "cpu": 20, "gpu": 50, "paper": 50}
 
 
-TIMED_AT = {"wrn-10-1": 0.2}
-"""Learning rates of committed timings that Table 1 no longer uses: a step takes as long at any learning rate."""
-
-
 def timed(cell: Training) -> Timing:
     """The timing run of all methods on a cell's network."""
-    cell = replace(cell, learning_rate=TIMED_AT.get(cell.model, cell.learning_rate))
     m, rounds = LARGEST_M[cell.profile], ROUNDS[cell.profile]
     return timing_of(cell, rho=0.05, micro_batches=m, rounds=rounds, workers=2 if cell.device == "cpu" else 1)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from scipy import stats
 
 from analysis.cells import (
     averages,
@@ -31,12 +30,13 @@ from analysis.flatness import (
     eigenvalue_numbers,
     eigenvalue_sentences,
     micro_batch_measures,
+    rank_sentences,
+    ranks_within_seeds,
     shown_references,
 )
 from analysis.frames import Results
 from analysis.plots import add_common_legend, line_of, panels_of, row_of_panels, six_digits
 from analysis.scores import measure_sentences
-from analysis.statistics import mean_interval
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
@@ -158,6 +158,7 @@ def sentences(view: View) -> Iterator[str]:
                 f"{where}: the training losses differ, so a network may be flatter because it is farther from its "
                 f"minimum: {'; '.join(differing)}."
             )
+    yield from rank_sentences(view.frame.set_index("run_id"), view.target.cells, view.target.seeds)
     yield from measure_sentences(view.numbers, "reestimated", "test accuracy with re-estimated BatchNorm", 1)
     yield from unmatched(view.target.cells, view.target.varies)
 
@@ -194,19 +195,16 @@ def flatness(results: Results, target: Target) -> Figure:
     panels = panels_of(target.cells)
     figure, row = row_of_panels(len(panels), 3.9, 3.4)
     for axes, (title, rows) in zip(row, panels.items(), strict=True):
-        points: dict[int, list[tuple[float, float]]] = {seed: [] for seed in range(target.seeds)}
         for cell in rows:
             assert cell.network is not None
             eigenvalues = values(frame, cell, target.seeds, "train_lambda_1")
             scores = 100 * values(frame, cell, target.seeds, cell.network.score)
             common = sorted(set(eigenvalues.index) & set(scores.index))
-            for seed in common:
-                points[seed].append((eigenvalues[seed], scores[seed]))
             if common:
                 arm = target.arms[cell]
                 style: dict[str, Any] = {"ms": 4, "color": arm.colour, "label": arm.called(cell)}
                 axes.plot(eigenvalues[common], scores[common], arm.mark, **style)
-        ranks = mean_interval(stats.spearmanr(pairs).statistic for pairs in points.values() if len(pairs) > 2)
+        ranks = ranks_within_seeds(frame, rows, target.seeds, "train_lambda_1")
         correlation = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
         axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data (log)", ylabel="test accuracy %")
         if axes.lines:

@@ -86,10 +86,10 @@ def test_a_ratio_is_printed_with_the_ends_of_its_interval():
 
 def test_a_flatter_minimum_has_the_expected_sign():
     frame = results_of(RESNET, 2, curvature_run).runs
-    (line,) = document("table3", frame, RESNET, 2).claims
+    line, _ranks = document("table3", frame, RESNET, 2).claims
     assert "mSAM, m=4 over SAM: x0.67 (0.64 to 0.71), n=2, significantly flatter;" in line
     sharper = [curvature_run(spec, shift=100 if spec.method == "msam" else 0) for spec in with_seeds(RESNET, 2)]
-    (line,) = document("table3", Results.of(sharper).runs, RESNET, 2).claims
+    line, _ranks = document("table3", Results.of(sharper).runs, RESNET, 2).claims
     assert "mSAM, m=4 over SAM: x2.32 (2.19 to 2.47), n=2, significantly sharper" in line
 
 
@@ -112,6 +112,25 @@ def test_different_training_losses_are_shown_beside_flatness_and_named():
         "minimum: mSAM, m=4 over SGD +0.400 ± 0.000 (2); mSAM, m=4 over SAM +0.400 ± 0.000 (2); "
         "mSAM, m=4 over SGD, m=4 micro-batches +0.400 ± 0.000 (2)."
     )
+
+
+def test_flatness_is_ranked_against_accuracy_within_a_seed_by_each_measure():
+    """By Spearman's formula for four arms: 1 - 6 (sum of squared rank differences) / (4 * 15)."""
+    order = {"base": 1, "control": 2, "sam": 3, "msam": 4}
+
+    def run(spec):
+        made = curvature_run(spec)
+        rank = order[spec.method]
+        swapped = {3: 4, 4: 3}.get(rank, rank) if spec.seed else rank
+        measures = {"train_lambda_1": 5 - rank, "test_lambda_1": swapped, "train_average_sharpness": 0}
+        made.summary.update(measures, test_accuracy=rank / 10 + spec.seed / 100)
+        return made
+
+    shown = document("table3", results_of(RESNET, 2, run).runs, RESNET, 2)
+    (line,) = [claim for claim in shown.claims if "rank correlation" in claim]
+    assert line.startswith("resnet8, cifar10: rank correlation of test accuracy with flatness within a seed")
+    assert "n=2): lambda 1 -1.00 ± 0.00; lambda 1 on test data +0.90 ± 1.27;" in line  # 1 and 1 - 6 * 2 / 60
+    assert "average sharpness" not in line
 
 
 def claim_on_sam(run):
