@@ -1,4 +1,4 @@
-"""The spec that tests start from, to be changed with `replace`, and an arm of their own."""
+"""The spec that tests start from, to be changed with `replace`, its four shortest arms, and an arm of their own."""
 
 from dataclasses import replace
 
@@ -16,6 +16,12 @@ BASE = Training(
     epochs=2,
     batch_size=32,
 )
+
+
+def four_arms(base: Training, *, sam_rho: float, msam_rho: float) -> list[Training]:
+    """The base optimizer, the control over four micro-batches, SAM and mSAM."""
+    control = replace(base, micro_batches=4)
+    return [base, control, replace(base, rho=sam_rho), replace(control, rho=msam_rho)]
 
 
 @pytest.fixture

@@ -19,11 +19,6 @@ from experiments.harness.runs.spec import PROFILES
 from experiments.harness.tasks.image_models import build
 
 FAMILIES = ("resnet_cifar", "wrn_cifar", "vit_cifar")
-OLD_DESIGN = ("bert_glue",)
-"""Experiments whose cpu lists still have four arms and a grid at seeds 0 and 1, as their committed rows do. They change
-with these rows."""
-AT_THE_EDGE = [cell for cell in catalogue.cells("bert_glue", "cpu") if cell.method == "sam"]
-"""On texts, SAM's best rho is the smallest of the grid; bert_glue.py, docs/results.md and the grid's table say so."""
 COMMITTED = Path(__file__).parents[2] / "results" / "cpu" / "runs.csv"
 
 
@@ -48,8 +43,7 @@ def test_cells_are_of_their_profile_and_at_their_first_seed(profile):
         runs, grid = experiment.runs.get(profile, ()), experiment.tuning.get(profile, ())
         assert {cell.profile for cell in (*runs, *grid)} <= {profile}
         assert {cell.seed for cell in runs} <= {16 if name == "placebo" else 0}
-        if profile != "cpu" or name not in OLD_DESIGN:
-            assert all(cell.seed >= 100 for cell in grid)
+        assert all(cell.seed >= 100 for cell in grid)
 
 
 def test_all_is_every_table_without_the_grids():
@@ -67,7 +61,7 @@ def test_docstrings_name_the_table_and_the_command():
         assert experiment.summary.endswith(".")
 
 
-@pytest.mark.parametrize("profile", ["gpu", "paper"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "paper"])
 def test_no_seed_that_chooses_is_reported_and_every_perturbed_arm_has_as_many_tries(profile):
     for table in ("table1", "table2"):
         grid = catalogue.runs(f"{table}-tuning", profile)
@@ -103,7 +97,7 @@ def test_the_table_uses_what_the_committed_grid_chose(name):
         rivals = [c for c in scores if _block(c) == _block(cell)]
         best = max(rivals, key=scores.__getitem__)
         assert getattr(cell, field) == getattr(best, field), f"{cell.title}: the grid chose {best.title}"
-        assert _inside(best, rivals, field) != (cell in AT_THE_EDGE), best.title
+        assert _inside(best, rivals, field), best.title
 
 
 def test_each_m_tries_as_many_rhos_and_uses_one_of_them():

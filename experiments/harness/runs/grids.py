@@ -14,16 +14,6 @@ GRID_SEED = 100
 """The first seed of a grid; tables report the seeds from 0 on."""
 
 
-def four_methods(base: Training, *, micro_batches: int, sam_rho: float, msam_rho: float) -> list[Training]:
-    """A block of Table 1: base optimizer, the control over the same micro-batches, SAM and mSAM."""
-    return [
-        base,
-        replace(base, micro_batches=micro_batches),
-        replace(base, rho=sam_rho),
-        replace(base, micro_batches=micro_batches, rho=msam_rho),
-    ]
-
-
 def all_arms(base: Training, *, micro_batches: int, rhos: Mapping[str, float]) -> list[Training]:
     """A block with the base optimizer, twice its epochs, the control, and every perturbed arm.
 
@@ -105,26 +95,6 @@ def _fields(run: Run, cls: type[Run]) -> dict[str, Any]:
 def with_networks(specs: Iterable[Run]) -> list[Run]:
     """The specs, each preceded by the training run whose network it measures."""
     return list(dict.fromkeys(s for spec in specs for s in (spec.network, spec) if s is not None))
-
-
-def tuning_grid(
-    base: Training,
-    *,
-    micro_batches: Sequence[int],
-    rhos: Sequence[float],
-    learning_rates: Sequence[float] = (),
-    holdout_examples: int = 5000,
-) -> list[Training]:
-    """The grid that chooses a block's hyper-parameters, the same for every method.
-
-    Runs are scored on held-out training examples. First comes the base optimizer's learning rate (unless a published
-    one is used); then, at the learning rate of `base`, rho for SAM, and rho and m for mSAM.
-    """
-    base = replace(base, holdout_examples=holdout_examples)
-    return [
-        *(replace(base, learning_rate=learning_rate) for learning_rate in learning_rates),
-        *(replace(base, micro_batches=m, rho=rho) for m in (1, *micro_batches) for rho in rhos),
-    ]
 
 
 def with_seeds(cells: Iterable[R], seeds: int) -> list[R]:

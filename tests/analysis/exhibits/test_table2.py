@@ -11,11 +11,11 @@ from analysis.exhibit import Target
 from analysis.exhibits.table2 import EXHIBIT, WideDocument, wide
 from analysis.frames import Results
 from experiments.harness.runs import catalogue
-from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training
 from tests.analysis.invented import document
 from tests.fixtures.make_runs import SESSION, write_run
+from tests.specs import four_arms
 
 SST2 = Training(
     profile="smoke",
@@ -29,8 +29,8 @@ SST2 = Training(
 )
 COLA = replace(SST2, dataset="cola")
 CELLS = [
-    *four_methods(SST2, micro_batches=4, sam_rho=0.01, msam_rho=0.02),
-    *four_methods(COLA, micro_batches=4, sam_rho=0.001, msam_rho=0.01),
+    *four_arms(SST2, sam_rho=0.01, msam_rho=0.02),
+    *four_arms(COLA, sam_rho=0.001, msam_rho=0.01),
 ]
 SCORES = {  # by seed; on CoLA, SAM has one run and mSAM none
     CELLS[0]: (0.80, 0.82),

@@ -7,11 +7,11 @@ import pytest
 from experiments.harness.machine.forecast import Forecast
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import Estimate, load_estimate, work
-from experiments.harness.runs.grids import four_methods, with_seeds
+from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.record import record_of
-from tests.specs import BASE
+from tests.specs import BASE, four_arms
 
-BLOCK = four_methods(replace(BASE, epochs=40, train_examples=1024), micro_batches=4, sam_rho=0.1, msam_rho=0.1)
+BLOCK = four_arms(replace(BASE, epochs=40, train_examples=1024), sam_rho=0.1, msam_rho=0.1)
 CELLS = [*BLOCK, *(replace(cell, model="vit-micro", base_optimizer="adamw") for cell in BLOCK)]
 
 

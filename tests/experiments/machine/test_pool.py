@@ -16,17 +16,17 @@ import pytest
 from experiments.harness.machine import pool
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.estimate import load_estimate, work
-from experiments.harness.runs.grids import four_methods, with_seeds
+from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training, from_dict
 from experiments.harness.work.session import Session
 from tests.commands import command
-from tests.specs import BASE
+from tests.specs import BASE, four_arms
 
 ROOT = Path(__file__).parents[3]
 
 SMALL = replace(BASE, train_examples=64, test_examples=50)
-FOUR = four_methods(SMALL, micro_batches=4, sam_rho=0.1, msam_rho=0.1)
+FOUR = four_arms(SMALL, sam_rho=0.1, msam_rho=0.1)
 LONG = replace(SMALL, epochs=2000)
 
 TIMES = {"wall_seconds", "step_seconds"}

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.methods import ARMS, arm_of, arms_of, differing, reference
-from tests.specs import BASE
+from tests.specs import BASE, four_arms
 
-SGD, CONTROL, SAM, MSAM = FOUR = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
+SGD, CONTROL, SAM, MSAM = FOUR = four_arms(BASE, sam_rho=0.1, msam_rho=0.2)
 ASAM, MASAM = replace(SAM, rho=0.5, adaptive=True), replace(MSAM, rho=0.5, adaptive=True)
 SHARED = replace(MSAM, rho=0.1, shared=True)
 

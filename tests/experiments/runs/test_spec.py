@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.harness.runs.facts import models_of
-from experiments.harness.runs.grids import curvature_of, four_methods, timing_of, tuning_grid, with_seeds
+from experiments.harness.runs.grids import GRID_SEED, all_arms, curvature_of, grid_of_arms, timing_of, with_seeds
+from experiments.harness.runs.methods import arms_of
 from experiments.harness.runs.spec import Curvature, SpecError, Stability, Timing, from_dict, from_text
 from tests.specs import BASE
 
@@ -226,17 +227,27 @@ def test_unknown_and_missing_fields_are_rejected():
         from_dict(fields)
 
 
-def test_the_four_methods():
-    cells = four_methods(BASE, micro_batches=4, sam_rho=0.1, msam_rho=0.2)
-    assert [cell.method for cell in cells] == ["base", "control", "sam", "msam"]
-    assert [(c.rho, c.micro_batches) for c in cells] == [(0, 1), (0, 4), (0.1, 1), (0.2, 4)]
+def test_a_block_has_each_arm_once():
+    rhos = {"sam": 0.1, "shared": 0.1, "msam": 0.2, "asam": 0.5, "masam": 1.0}
+    cells = all_arms(BASE, micro_batches=4, rhos=rhos)
+    arms = arms_of(cells)
+    assert [arms[cell].name for cell in cells] == ["base", "twice", "control", *rhos]
+    assert {arms[cell].name: cell.rho for cell in cells if cell.rho} == rhos
+    assert [cell.micro_batches for cell in cells] == [1, 1, 4, 1, 4, 4, 1, 4]
+    assert [cell.epochs for cell in cells] == [BASE.epochs, 2 * BASE.epochs] + [BASE.epochs] * 6
 
 
-def test_a_grid_tries_the_same_values_for_all_methods():
-    grid = tuning_grid(BASE, micro_batches=[4], learning_rates=(0.1, 0.2), rhos=(0.1, 0.2))
-    assert [cell.rho for cell in grid if cell.method == "sam"] == [0.1, 0.2]
-    assert [cell.rho for cell in grid if cell.method == "msam"] == [0.1, 0.2]
-    assert [cell.learning_rate for cell in grid if cell.method == "base"] == [0.1, 0.2]
+def test_a_grid_tries_the_same_values_for_every_arm_at_seeds_that_no_table_reports():
+    rhos = dict.fromkeys(("sam", "shared", "msam"), (0.1, 0.2))
+    grid = grid_of_arms(BASE, micro_batches=4, learning_rates=(0.1, 0.2), rhos=rhos, pairs=2, holdout_examples=50)
+    for arm in rhos:
+        assert [cell.rho for cell in grid if cell.method == arm] == [0.1, 0.2]
+    runs = with_seeds(grid, 2)
+    assert {(r.learning_rate, r.seed) for r in runs if r.method == "base"} == {
+        (rate, seed) for rate in (0.1, 0.2) for seed in range(GRID_SEED, GRID_SEED + 4)
+    }
+    assert {r.seed for r in runs if r.rho} == {GRID_SEED, GRID_SEED + 1}
+    assert {r.holdout_examples for r in runs} == {50}
 
 
 def test_seeds_repeat_the_cells_and_duplicates_are_dropped():

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from experiments.harness.machine.verify import verify
-from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
 from experiments.harness.tasks.build import build_task
 from experiments.harness.work import accuracy
 from experiments.harness.work import train as loop
 from experiments.harness.work.session import Session
 from experiments.harness.work.train import train
-from tests.specs import BASE
+from tests.specs import BASE, four_arms
 
 SPEC = replace(BASE, epochs=4, batch_size=16, train_examples=64, test_examples=14, rho=0.1, micro_batches=2)
 
@@ -91,7 +90,7 @@ def test_the_score_is_on_the_first_thousand_examples():
 @pytest.mark.parametrize("epochs", [1, 4, 36, 200])
 def test_scoring_takes_at_most_its_share_and_is_alike_for_all_arms(examples, epochs):
     base = replace(BASE, train_examples=examples, epochs=epochs)
-    arms = four_methods(base, micro_batches=4, sam_rho=0.1, msam_rho=0.1)
+    arms = four_arms(base, sam_rho=0.1, msam_rho=0.1)
     assert len({accuracy.interval(spec) for spec in arms}) == 1
     task = SimpleNamespace(score=lambda model, count: {"count": count})
     scores = [accuracy.score_if_due(base, task, nn.Linear(1, 1), epoch) for epoch in range(1, epochs + 1)]

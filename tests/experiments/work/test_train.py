@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 import msam
 from experiments.harness.runs.files import RecordError
-from experiments.harness.runs.grids import four_methods
 from experiments.harness.runs.record import record_of
 from experiments.harness.runs.spec import Training
 from experiments.harness.tasks.build import build_task
@@ -33,7 +32,7 @@ from msam import graph
 from tests.commands import WARM, warm
 from tests.msam.small import Waits
 from tests.msam.stand_in import StandIn
-from tests.specs import BASE
+from tests.specs import BASE, four_arms
 
 RESNET = replace(
     BASE,
@@ -188,7 +187,7 @@ def test_methods_are_paired_by_seed():
         return first + batches
 
     base = replace(RESNET, rho=0.0, micro_batches=1)
-    runs = [beginning(spec) for spec in four_methods(base, micro_batches=4, sam_rho=0.1, msam_rho=0.2)]
+    runs = [beginning(spec) for spec in four_arms(base, sam_rho=0.1, msam_rho=0.2)]
     other = beginning(replace(base, seed=1))
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
