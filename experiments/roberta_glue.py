@@ -1,4 +1,4 @@
-"""RoBERTa on GLUE: AdamW, AdamW over micro-batches, SAM and mSAM (the RoBERTa block of Table 2).
+"""RoBERTa on GLUE: AdamW, SAM and mSAM with their controls (the RoBERTa block of Table 2).
 
     python -m experiments run roberta_glue --profile paper
 
