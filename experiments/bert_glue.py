@@ -44,7 +44,7 @@ SMOKE = Training(
 CPU = replace(SMOKE, profile="cpu", train_examples=640, test_examples=None, epochs=2, max_length=48)
 SETS = {
     "snippets": replace(CPU, test_examples=1000, learning_rate=2e-4),
-    "sst2": replace(CPU, dataset="sst2", train_examples=800),
+    "sst2": replace(CPU, dataset="sst2", train_examples=800, learning_rate=5e-5),
 }
 
 # Chosen by the grid, which tries a learning rate with four seeds and a rho with two. The network has no BatchNorm, so
@@ -55,7 +55,7 @@ CPU_RHOS = {
 }
 CPU_RATES = {
     "snippets": (1e-4, 2e-4, 4e-4),
-    "sst2": (5e-5, 1e-4, 2e-4),
+    "sst2": (2.5e-5, 5e-5, 1e-4, 2e-4),
 }
 CPU_GRID = {
     "snippets": (0.001, 0.003, 0.01, 0.03, 0.06),
