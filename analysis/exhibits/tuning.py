@@ -12,7 +12,8 @@ from analysis.exhibit import Exhibit, View
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.spec import Run, SpecError
 
-NOTE = f"{SCORE_NOTE}, on held-out training examples. The best mean is chosen; the test set is not used."
+NOTE = f"{SCORE_NOTE}, on held-out training examples. The best mean is chosen, of equal means the largest value: as rho \
+goes to 0 a method becomes plain training. The test set is not used."
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
@@ -27,7 +28,7 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
 
     Returns:
         One row for each cell. `chosen` marks the best mean of a method whose runs are complete, `best` the best mean so
-        far. `edge` is the place of a cell in its grid: `interior`, or `low` or `high` and the field.
+        far; of equal means the largest value. `edge` is the place of a cell in its grid: `interior`, or `low` or `high` and the field.
 
     Raises:
         SpecError: for a cell that is scored on the test set.
@@ -40,8 +41,8 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
     for number, group in enumerate(blocks_of([*counts], ("seed", *TUNED), by_method=True)):
         group = sorted(group, key=lambda cell: [cell.flat[name] for name in TUNED])
         identities = [identity(cell, runs, counts[cell]) for cell in group]
-        means = [row["mean"] for row in identities if row["n"]]
-        best = next((i for i, row in enumerate(identities) if row["n"] and row["mean"] == max(means)), None)
+        means = {i: round(row["mean"], 9) for i, row in enumerate(identities) if row["n"]}
+        best = max(means, key=lambda i: (means[i], i), default=None)
         complete = all(row["n"] == row["expected"] for row in identities)
         for i, (cell, row) in enumerate(zip(group, identities, strict=True)):
             marks = {"best": i == best, "chosen": complete and i == best, "edge": _edge(cell, group)}
