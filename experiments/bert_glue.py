@@ -55,7 +55,7 @@ CPU_RATES = {
 }
 CPU_GRID = {
     "snippets": (0.001, 0.003, 0.01, 0.03, 0.06),
-    "sst2": (0.003, 0.01, 0.03, 0.06),
+    "sst2": (0.001, 0.003, 0.01, 0.03, 0.06),
 }
 
 # Na, Mehta and Strubell 2022 (arXiv 2205.12694): rho 0.05, batch 32, 128 tokens, learning rate 2e-5 with linear decay
