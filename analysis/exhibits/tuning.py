@@ -12,8 +12,10 @@ from analysis.exhibit import Exhibit, View
 from experiments.harness.runs.facts import is_images
 from experiments.harness.runs.spec import Run, SpecError
 
-NOTE = f"{SCORE_NOTE}, on held-out training examples. The best mean is chosen, of equal means the largest value: as rho \
-goes to 0 a method becomes plain training. The test set is not used."
+NOTE = (
+    f"{SCORE_NOTE}, on held-out training examples. The best mean is chosen, of equal means the largest value: as rho "
+    "goes to 0 a method becomes plain training. The test set is not used."
+)
 
 
 def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Sequence[str] = ()) -> pd.DataFrame:
@@ -27,8 +29,9 @@ def numbers(frame: pd.DataFrame, cells: Sequence[Run], seeds: int, varies: Seque
         varies: the fields that the table's experiments declare to vary.
 
     Returns:
-        One row for each cell. `chosen` marks the best mean of a method whose runs are complete, `best` the best mean so
-        far; of equal means the largest value. `edge` is the place of a cell in its grid: `interior`, or `low` or `high` and the field.
+        One row for each cell. `chosen` marks the best mean of a method whose runs are complete, of equal means the
+        largest value, and `best` the best mean so far. `edge` is the place of a cell in its grid: `interior`, or `low`
+        or `high` and the field.
 
     Raises:
         SpecError: for a cell that is scored on the test set.
