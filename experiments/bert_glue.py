@@ -7,8 +7,9 @@ cpu: MiniLM on 640 movie snippets, which come from PyPI, and on 800 sentences of
 BERT of 6 layers and width 384 that was tuned as a sentence encoder, so its rows do not compare with BERT-base's. Rows
 whose data is unavailable stay "not run". paper: BERT-base on all tasks, from the hub; no GPU has run it yet.
 
-Expected (n=8, +- 95 %): snippets 78.2 +- 1.0 by AdamW, 78.6 +- 0.7 for twice the epochs, 78.5 +- 0.9 (control), 78.3
-+- 0.7 (SAM), 78.8 +- 0.7 (mSAM); majority 50. One to three minutes a run on one core of an AMD EPYC (AVX2).
+Expected (n=8, +- 95 %), snippets and SST-2: 78.2 +- 1.0 and 78.3 +- 0.9 by AdamW, 78.6 +- 0.7 and 81.0 +- 0.8 for
+twice the epochs, 78.5 +- 0.9 and 78.4 +- 0.6 (control), 78.3 +- 0.7 and 78.3 +- 0.7 (SAM), 78.8 +- 0.7 and 78.4 +- 0.6
+(mSAM); majority 50 and 51. One to three minutes a run on one core of an AMD EPYC (AVX2).
 """
 
 from dataclasses import replace

@@ -188,7 +188,7 @@ def test_the_scoreboard_is_that_of_the_committed_claims():
     shown = (COMMITTED / "tables" / "claims.md").read_text().splitlines()
     runs = {row["run_id"]: row for row in rows("runs.csv")}
     board = list(scoreboard())
-    assert len(board) == 13
+    assert len(board) == 14
     for claim, network, scale, effect, n, adjusted_p, verdict in board:
         model, dataset = NETWORKS[network]
         where = f"{model}, {scale if scale.startswith('batch ') else dataset}"
