@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 import pandas as pd
-from scipy import stats
 
 from analysis.cells import TUNED, blocks, of_blocks, scores, values
 from analysis.document import listed
 from analysis.exhibit import View
+from analysis.statistics import paired_difference
 from experiments.harness.runs import catalogue
 from experiments.harness.runs.facts import DATASETS, is_images
 from experiments.harness.runs.spec import Run
@@ -96,7 +96,7 @@ def _equal(view: View, rivals: dict[Run, list[Run]]) -> str:
 
 
 def _neighbours(view: View, runs: pd.DataFrame, rivals: dict[Run, list[Run]]) -> str:
-    """The held-out score of each arm's chosen rho over that of its neighbours in the grid."""
+    """The held-out score of each arm's chosen rho over that of its neighbours in the grid, paired by seed."""
     parts = []
     for cell, tried in rivals.items():
         line = sorted((one for one in tried if one.micro_batches == cell.micro_batches), key=lambda one: one.rho)
@@ -108,13 +108,13 @@ def _neighbours(view: View, runs: pd.DataFrame, rivals: dict[Run, list[Run]]) ->
         held_out = {one: scores(one, runs, catalogue.TUNING_SEEDS) for one in line}
         chosen, near = line[place], [line[i] for i in (place - 1, place + 1) if 0 <= i < len(line)]
         over = [
-            f"{held_out[chosen].mean() - held_out[one].mean():+.2f} over {one.rho:g}"
+            f"{lead.mean:+.2f} over {one.rho:g} ({lead.error:.2f}, {lead.n} seeds)"
             for one in near
-            if len(held_out[one]) and len(held_out[chosen])
+            if (lead := paired_difference(held_out[chosen], held_out[one])).n > 1
         ]
-        if len(held_out[chosen]) > 1 and over:
-            error = f"standard error {stats.sem(held_out[chosen]):.2f}, {len(held_out[chosen])} seeds"
-            parts.append(f"{name}: {' and '.join(over)} ({error})")
+        if over:
+            parts.append(f"{name}: {' and '.join(over)}")
     if not parts:
         return "The runs of the grid are not among these results."
-    return f"Held-out score of the chosen rho over its neighbours, in points: {'; '.join(parts)}."
+    begin = "Held-out score of the chosen rho over its neighbours, in points, with the standard error of the paired"
+    return f"{begin} difference: {'; '.join(parts)}."

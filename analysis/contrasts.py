@@ -17,11 +17,11 @@ ALPHA = 0.05
 
 FAMILIES = {
     "primary": "the primary comparison of the profile, alone",
-    "accuracy": "all other comparisons of test scores in Tables 1 and 2",
-    "int8": "all comparisons of scores after int8 quantisation in Table 2",
-    "flatness": "all comparisons of flatness in Table 3",
-    "cost": "all comparisons of the time of a step in Table 4",
-    "theory": "all comparisons of simulated boundaries",
+    "accuracy": "all other claims on test scores, in Tables 1 and 2",
+    "int8": "all claims on scores after int8 quantisation, in Table 2",
+    "flatness": "all claims on flatness, in Table 3, by every measure",
+    "cost": "all claims on the time of a step, in Table 4",
+    "theory": "all claims on simulated boundaries",
 }
 """By name, the comparisons over which Holm's adjustment is made."""
 
@@ -100,14 +100,17 @@ def usual_m(model: str, profile: str) -> int:
 
 
 PERTURBATION = "the perturbations: batch, micro-batches and BatchNorm are the same"
-SPLITTING = "both the micro-batches' own perturbations and, with BatchNorm, statistics over B/m examples instead of B"
+OWN_RHO = "rho, where the grid chose another"
+SPLITTING = (
+    "the micro-batches' own perturbations; with BatchNorm, statistics over B/m examples instead of B; and " + OWN_RHO
+)
 EVERYTHING = "the perturbations, the micro-batches and, with BatchNorm, its statistics over B/m examples"
 IDEA = "nothing but who shares a perturbation: the paper's idea itself"
 COMPUTE = "where the same number of gradients goes: into perturbations, or into twice the epochs"
 
 _ISOLATES = {
     ("twice", "base"): "twice the epochs",
-    ("shared", "sam"): "the micro-batches: with BatchNorm its statistics over B/m examples, without it nothing",
+    ("shared", "sam"): f"the micro-batches, with BatchNorm its statistics over B/m examples; and {OWN_RHO}",
     ("shared", "control"): "one perturbation for all micro-batches; BatchNorm is the same",
     ("asam", "base"): "the adaptive perturbation: batch and BatchNorm are the same",
     ("masam", "asam"): SPLITTING,
@@ -153,7 +156,7 @@ ACCURACY = (
         text="(ours) Net of micro-batch BatchNorm, mSAM gains more than SAM: (mSAM - control) - (SAM - plain training)",
         arms=("msam", "control", "sam", "base"),
         isolates="the gain by perturbations over micro-batches from that over the batch, each over plain gradients "
-        "with the same BatchNorm",
+        "with the same BatchNorm and each at the rho that its grid chose",
     ),
     Contrast(
         name="sam-over-base",

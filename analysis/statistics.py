@@ -99,12 +99,16 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Iterable[float]) -> Interval:
-    """The mean of independent values and half the width of its two-sided 95 % Student t interval."""
+    """The mean of independent values and half the width of its two-sided 95 % Student t interval.
+
+    Equal values have a width of exactly zero, although their floating-point mean may not be one of them.
+    """
     array = np.asarray(list(values), dtype=float)
     n = len(array)
     if n < 2:
         return Interval(float(array[0]) if n else float("nan"), float("nan"), n)
-    return Interval(float(array.mean()), float(_quantile(n - 1) * (array.std(ddof=1) / math.sqrt(n))), n)
+    error = array.std(ddof=1) / math.sqrt(n) if np.ptp(array) else 0.0
+    return Interval(float(array.mean()), float(_quantile(n - 1) * error), n)
 
 
 @lru_cache(maxsize=10_000)

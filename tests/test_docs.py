@@ -136,7 +136,7 @@ CLAIMS = {
     "(SAM - plain training)",
     "mSAM flatter than SAM on the same micro-batches": "(ours) mSAM ends in flatter minima than SAM over the same "
     "micro-batches, which share one perturbation",
-    "mSAM flatter than SAM": "mSAM ends in flatter minima than SAM",
+    "mSAM flatter than SAM, at a higher training loss": "mSAM ends in flatter minima than SAM",
     "mSAM at most 10 % slower than SAM": "mSAM costs not significantly more than SAM",
 }
 NETWORKS = {
@@ -188,7 +188,7 @@ def test_the_scoreboard_is_that_of_the_committed_claims():
     shown = (COMMITTED / "tables" / "claims.md").read_text().splitlines()
     runs = {row["run_id"]: row for row in rows("runs.csv")}
     board = list(scoreboard())
-    assert len(board) == 14
+    assert len(board) == 13
     for claim, network, scale, effect, n, adjusted_p, verdict in board:
         model, dataset = NETWORKS[network]
         where = f"{model}, {scale if scale.startswith('batch ') else dataset}"
@@ -210,7 +210,7 @@ def test_the_first_accuracies_of_readme_are_those_of_the_committed_table():
     found = re.search(r"reaches ([\d.]+) % test accuracy by SGD, ([\d.]+) % by SAM and ([\d.]+) % by mSAM", text)
     shown = {row["method"]: row for row in rows("tables/table1.csv") if row["model"] == "resnet8"}
     by_method = [shown[method]["mean"] for method in ("base", "sam", "msam")]
-    assert [f"{float(mean):.1f}" for mean in by_method] == list(found.groups())
+    assert [f"{float(mean):.2f}" for mean in by_method] == list(found.groups())
 
 
 def test_the_settings_of_the_cost_are_counted_right():

@@ -137,7 +137,8 @@ def sentences(view: View) -> list[str]:
         f"{model}, {label}: rho " + ", ".join(f"{row.rho:g} on {row.dataset}" for row in rows.itertuples()) + "."
         for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
-    quantised = scores.measure_sentences(table, "int8", "after int8 quantisation", 1)
+    margin = scores.margin_of(view.target.cells[0])
+    quantised = scores.measure_sentences(table, "int8", "after int8 quantisation", 1, margin)
     return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view), *quantised]
 
 

@@ -1,6 +1,7 @@
 """Table 3: flatness of the trained networks, with three figures."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ from analysis.flatness import (
 )
 from analysis.frames import Results
 from analysis.plots import add_common_legend, line_of, panels_of, row_of_panels, six_digits
-from analysis.scores import measure_sentences
+from analysis.scores import margin_of, measure_sentences
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
@@ -159,7 +160,9 @@ def sentences(view: View) -> Iterator[str]:
                 f"minimum: {'; '.join(differing)}."
             )
     yield from rank_sentences(view.frame.set_index("run_id"), view.target.cells, view.target.seeds)
-    yield from measure_sentences(view.numbers, "reestimated", "test accuracy with re-estimated BatchNorm", 1)
+    network = view.target.cells[0].network
+    margin = margin_of(network) if network else math.nan
+    yield from measure_sentences(view.numbers, "reestimated", "test accuracy with re-estimated BatchNorm", 1, margin)
     yield from unmatched(view.target.cells, view.target.varies)
 
 

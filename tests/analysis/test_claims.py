@@ -148,7 +148,7 @@ def test_the_summary_has_a_sentence_on_each_claim_and_lists_those_not_run():
     assert summary.claims[0] == f"{OVER_SAM}: supported in 1 comparison."
     assert summary.claims[-1].startswith("Not run")
     assert all(claim in summary.claims[-1] for claim in (FLATTER, THEORY, COST))
-    assert [note for note in summary.notes if "accuracy (all other comparisons" in note]
+    assert [note for note in summary.notes if "accuracy (all other claims" in note]
     assert summary.notes[0].endswith("msam over shared, resnet8 on cifar10: not run.")
     alone = documents_of("smoke", [replace(chosen, seeds=1)], runs)[-1]
     assert alone.claims[0] == f"{OVER_SAM}: one seed, no interval."

@@ -27,6 +27,12 @@ def test_mean_interval_equals_scipys(values):
     assert (mean - half_width, mean + half_width) == pytest.approx((expected.low, expected.high), rel=1e-12)
 
 
+def test_equal_values_have_no_spread_at_all():
+    """Their floating-point mean differs from them: numpy's standard deviation of these is not zero."""
+    assert np.std([0.1] * 3, ddof=1) > 0
+    assert mean_interval([0.1] * 3).half_width == 0.0
+
+
 def test_one_value_has_no_interval_and_none_has_no_mean():
     one, none = mean_interval([7.0]), mean_interval([])
     assert (one.mean, one.n) == (7.0, 1)

@@ -256,15 +256,17 @@ def chances(monkeypatch, root, grid):
 def test_the_values_that_each_arm_tried_are_said_with_the_held_out_scores_of_their_neighbours(tmp_path, monkeypatch):
     for place, cell in enumerate(GRID):
         for seed in range(2):
-            write_run(tmp_path, replace(cell, seed=100 + seed), 0.40 + place % 3 * 0.01 + seed * 0.002)
+            # The larger rho gains more by the second seed.
+            write_run(tmp_path, replace(cell, seed=100 + seed), 0.40 + place % 3 * 0.01 + seed * (0.002 * (place % 3)))
     line = chances(monkeypatch, tmp_path, GRID)
     assert line.startswith(
         "resnet8, cifar10: each perturbed arm tried 3 settings on held-out examples (SAM and mSAM, m=4 tried rho 0.05, "
         "0.1 and 0.2)."
     )
-    # 41 and 41.2: the standard error is their difference by 2.
-    assert "SAM, rho 0.1: +1.00 over 0.05 and -1.00 over 0.2 (standard error 0.10, 2 seeds)" in line
-    assert "mSAM, m=4, rho 0.2: +1.00 over 0.1 (standard error 0.10, 2 seeds)." in line
+    # Paired by seed, the leads are 1 and 1.2, so the standard error is 0.1.
+    assert "with the standard error of the paired difference: " in line
+    assert "SAM, rho 0.1: +1.10 over 0.05 (0.10, 2 seeds) and -1.10 over 0.2 (0.10, 2 seeds)" in line
+    assert "mSAM, m=4, rho 0.2: +1.10 over 0.1 (0.10, 2 seeds)." in line
 
 
 def test_unequal_tries_are_said_and_a_grid_that_has_not_run(tmp_path, monkeypatch):

@@ -143,6 +143,19 @@ def test_scores_after_quantisation_have_rows_and_paired_differences(quantised):
     ]
 
 
+def test_scores_after_quantisation_have_the_margin_of_the_others(root):
+    for cell, of_seeds in {CELLS[2]: (0.80, 0.81, 0.82, 0.83), CELLS[3]: (0.801, 0.81, 0.821, 0.829)}.items():
+        for seed, score in enumerate(of_seeds):
+            record = record_of(replace(cell, seed=seed), root)
+            if not record.folder.exists():
+                record.create(replace(cell, seed=seed))
+                record.add_environment(SESSION)
+            record.finish({"test_score": 0.8, "wall_seconds": 3.0, "test_int8_score": score})
+    shown = document("table2", Results.of(collect(root).finished).runs, CELLS, 4)
+    (line,) = [line for line in shown.claims if "after int8 quantisation: " in line]
+    assert "mSAM, m=4 over SAM: +0.03 ± 0.15 (n=4): equivalent" in line
+
+
 def test_claims_on_quantised_scores_compare_that_column_in_points(quantised, root):
     runs = Results.of(collect(root).finished).runs.set_index("run_id")
     target = Target("table2", tuple(CELLS), 2)

@@ -70,6 +70,7 @@ def test_accuracy_with_reestimated_batchnorm_is_compared_where_there_is_batchnor
     (sentence,) = [claim for claim in shown.claims if "re-estimated" in claim]
     assert sentence.startswith("resnet8, cifar10, test accuracy with re-estimated BatchNorm: ")
     assert "mSAM, m=4 over SAM: +2.00 ± 0.00 (n=2)" in sentence
+    assert "SGD, m=4 micro-batches over SGD: +0.00 ± 0.00 (n=2): equivalent" in sentence
     assert any(note.startswith("Re-estimated: ") for note in shown.notes)
     without = document("hessian", all_results().runs, cells, 2)
     assert not any("e-estimated" in text for text in (*without.claims, *without.notes))
