@@ -108,6 +108,7 @@ def test_each_m_tries_as_many_rhos_and_uses_one_of_them():
         if cell.rho:
             tried[cell.model, cell.method, cell.micro_batches].add(cell.rho)
     assert {len(rhos) for rhos in tried.values()} == {4}
+    assert all(tried[model, "shared", m] == tried[model, "msam", m] for model, arm, m in tried if arm == "shared")
     used = {(c.model, c.method, c.micro_batches): c.rho for c in catalogue.cells("micro_batches", "cpu") if c.rho}
     assert used.keys() == tried.keys()
     assert all(rho in tried[place] for place, rho in used.items())
