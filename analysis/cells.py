@@ -260,8 +260,8 @@ def difference_in_words(difference: Interval, expected: int = 1, margin: float =
     if not difference.n:
         return "not run"
     if difference.n == 1:
-        return f"{difference.mean:+.2f} (n=1): one seed, no interval"
-    size = f"{difference.mean:+.2f} ± {difference.half_width:.2f} (n={difference.n})"
+        return f"{difference.mean:+z.2f} (n=1): one seed, no interval"
+    size = f"{difference.mean:+z.2f} ± {difference.half_width:.2f} (n={difference.n})"
     if difference.significant:
         sign = "" if difference.mean * expected > 0 else ", with the opposite sign"
         return f"{size}: significant (unadjusted){sign}"

@@ -108,7 +108,7 @@ def _neighbours(view: View, runs: pd.DataFrame, rivals: dict[Run, list[Run]]) ->
         held_out = {one: scores(one, runs, catalogue.TUNING_SEEDS) for one in line}
         chosen, near = line[place], [line[i] for i in (place - 1, place + 1) if 0 <= i < len(line)]
         over = [
-            f"{lead.mean:+.2f} over {one.rho:g} ({lead.error:.2f}, {lead.n} seeds)"
+            f"{lead.mean:+z.2f} over {one.rho:g} ({lead.error:.2f}, {lead.n} seeds)"
             for one in near
             if (lead := paired_difference(held_out[chosen], held_out[one])).n > 1
         ]

@@ -147,8 +147,8 @@ def three_digits(interval: Interval, *, signed: bool = False) -> str:
     size = size if size > 1e-12 else 1.0  # a difference of exactly zero
     digits = max(0, 2 - math.floor(math.log10(size)))
     if interval.n == 1:
-        return f"{interval.mean:{sign}.{digits}f} (1)"
-    return f"{interval.mean:{sign}.{digits}f} ± {interval.half_width:.{digits}f} ({interval.n})"
+        return f"{interval.mean:{sign}z.{digits}f} (1)"
+    return f"{interval.mean:{sign}z.{digits}f} ± {interval.half_width:.{digits}f} ({interval.n})"
 
 
 def score_text(row: Any) -> str:
@@ -161,9 +161,9 @@ def signed(difference: Interval) -> str:
     if not difference.n:
         return ""
     return (
-        f"{difference.mean:+.2f} (1)"
+        f"{difference.mean:+z.2f} (1)"
         if difference.n == 1
-        else f"{difference.mean:+.2f} ± {difference.half_width:.2f} ({difference.n})"
+        else f"{difference.mean:+z.2f} ± {difference.half_width:.2f} ({difference.n})"
     )
 
 

@@ -84,7 +84,7 @@ def sentences(view: View) -> list[str]:
         if difference.n < 2:
             lines.append(f"{where}: not run, because it needs both sets ({mine.n} and {theirs.n} runs are here).")
             continue
-        size = f"{difference.mean:+.2f} ± {difference.half_width:.2f} (n={mine.n} and {theirs.n}), p {mine.p:.2g}"
+        size = f"{difference.mean:+z.2f} ± {difference.half_width:.2f} (n={mine.n} and {theirs.n}), p {mine.p:.2g}"
         chance = "" if difference.significant else "not "
         lines.append(f"{where}: {size}: {chance}significant, where every significant difference is one by chance.")
     return lines

@@ -2,8 +2,9 @@
 
 import pytest
 
+from analysis.cells import difference_in_words
 from analysis.collect import collect
-from analysis.document import latex_text, markdown_text, three_digits
+from analysis.document import latex_text, markdown_text, signed, three_digits
 from analysis.frames import frame
 from analysis.statistics import Interval
 from tests.analysis.invented import document
@@ -23,6 +24,14 @@ from tests.fixtures.make_runs import CELLS, SAM, SGD, write_run
 )
 def test_three_significant_digits(interval, text):
     assert three_digits(interval) == text
+
+
+def test_a_difference_of_zero_has_no_minus():
+    """The mean of differences that cancel may be -2e-17."""
+    zero = Interval(-2e-17, 0.5, 8)
+    assert three_digits(zero, signed=True) == "+0.000 ± 0.500 (8)"
+    assert signed(zero) == "+0.00 ± 0.50 (8)"
+    assert difference_in_words(zero, margin=1) == "+0.00 ± 0.50 (n=8): equivalent"
 
 
 HOSTILE = r"| *a* _b_ `c` <script>&amp; [x](y) \input{z} $1 ~ # ^ % {q}"
