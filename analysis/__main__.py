@@ -31,7 +31,7 @@ class Arguments:
     """Write and print the tables of the runs in a results folder, next to the committed and the published numbers.
 
     The files go to RESULTS/local/PROFILE/; with --publish to RESULTS/PROFILE/, which is committed. `python -m analysis
-    judge CLAIM` works the verdict on a claim out of runs.csv alone, by code of its own.
+    judge CLAIM` recomputes the verdict on a claim from runs.csv alone, by code of its own.
     """
 
     targets: Positional[Annotated[tuple[str, ...], arg(metavar="[TARGET ...]")]] = ()

@@ -263,7 +263,7 @@ def difference_in_words(difference: Interval, expected: int = 1, margin: float =
         return f"{difference.mean:+z.2f} (n=1): one seed, no interval"
     size = f"{difference.mean:+z.2f} ± {difference.half_width:.2f} (n={difference.n})"
     if difference.significant:
-        sign = "" if difference.mean * expected > 0 else ", with the opposite sign"
+        sign = "" if difference.mean * expected > 0 else ", and worse"
         return f"{size}: significant (unadjusted){sign}"
     return f"{size}: {'equivalent' if difference.equivalent(margin) else 'inconclusive'}"
 
@@ -296,7 +296,7 @@ def block_sentences(numbers: pd.DataFrame, expected: int = 1, margin: float = ma
         parts, differences = [], []
         for row, other, label in pairs:
             name = f"{row.label}, rho {row.rho:g}" if rows[row.label] > 1 else row.label
-            what = "over the control" if other == "control" else f"{name} over {label}"
+            what = f"{name} over {label}"
             differences.append(interval(row, f"over_{other}"))
             parts.append(f"{what}: {difference_in_words(differences[-1], expected, margin)}")
         if parts:
@@ -351,7 +351,9 @@ def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
     commits = rows["commit"].str.split("+").explode().value_counts(sort=False)
     if len(commits) > 1:
         counts = ", ".join(f"{name[:12]} ({n} runs)" for name, n in sorted(commits.items()))
-        lines.append(f"Warning: these runs come from several commits: {counts}.")
+        one = rows["code"].nunique() == 1
+        begin = "These runs have the same training code, at" if one else "Warning: these runs come from"
+        lines.append(f"{begin} several commits: {counts}.")
     if unclean := int((rows["dirty"].fillna(True).astype(bool)).sum()):
         lines.append(f"Warning: {unclean} runs come from a tree with uncommitted changes, or outside git.")
     for (dataset, model), block in rows.groupby(["dataset", "model"], sort=True):

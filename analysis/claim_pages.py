@@ -15,13 +15,24 @@ from analysis.evidence import VERDICTS
 from analysis.exhibit import Target
 from analysis.exhibits import declared
 from analysis.scale import Scale, in_words, scales
-from analysis.statistics import LARGEST, Interval
+from analysis.statistics import LARGEST, Interval, paired_difference
 
 LONG = 12
 """With more comparisons, only a sentence for all says what would change the verdict."""
 
 SETTINGS = {"rho": "rho", "micro_batches": "m", "epochs": "epochs", "learning_rate": "learning rate"}
 """Settings that may differ between arms besides the method itself, in words."""
+
+
+ARM = ("method", "shared", *SETTINGS)
+"""What tells the runs of two arms apart."""
+
+MEASURES_OF_FLATNESS = (
+    "Lambda 1 is the largest eigenvalue of the loss's Hessian, the trace that of the Hessian. Sharpness is the rise of "
+    "the loss at a fixed distance from the weights: the largest that ascent finds, the average over random directions, "
+    "or the mean over micro-batches, each in its own direction. All but lambda 1 on test data are of training data. A "
+    "network at a higher training loss may be flatter for that reason alone."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ class ClaimPage:
     text: Mapping[str, tuple[str, ...]]
     """Sentences by heading, in order."""
     commands: tuple[str, ...]
-    """What runs it again; the last works the verdict out of runs.csv alone."""
+    """What runs it again; the last recomputes the verdict from runs.csv alone."""
     run_ids: tuple[str, ...]
 
     def markdown(self) -> str:
@@ -78,7 +89,7 @@ class ClaimPage:
             lines = list(map(markdown_text, sentences))
             parts += [f"## {heading}", "\n".join(f"- {line}" for line in lines) if len(lines) > 1 else lines[0]]
         parts += ["## Run it again", "\n".join(f"- `{command}`" for command in self.commands)]
-        parts.append("The last command works the verdict out of runs.csv alone.")
+        parts.append("The last command recomputes the verdict from runs.csv alone.")
         ids = ", ".join(self.run_ids)
         parts += ["## Runs", f"{len(self.run_ids)} rows of [runs.csv](../runs.csv): {ids}."]
         return "\n\n".join(parts) + "\n"
@@ -122,10 +133,13 @@ def _page(
     about.append(f"Effects are in {contrast.unit}; intervals are unadjusted, verdicts go by p after Holm's adjustment.")
     if contrast.line:
         about.append(f"The p values are those of a difference from {contrast.line:g} instead of zero.")
-    arms = used.loc[used["kind"].isin(("train", "curvature")), ["method", "shared", *SETTINGS]]
+    arms = used.loc[used["kind"].isin(("train", "curvature")), list(ARM)]
+    if contrast.family == "flatness":
+        about.append(MEASURES_OF_FLATNESS)
     for where, row in {row.where: row for row in rows}.items():
         if ids_of_arms := [run_id for run_id in _ids(row, runs) if run_id in arms.index]:
-            about.append(f"{where}: {_settings(arms.loc[ids_of_arms])}.")
+            loss = _training_loss(used.loc[ids_of_arms]) if contrast.family == "flatness" else ""
+            about.append(f"{where}: {_settings(arms.loc[ids_of_arms])}{loss}.")
     text = {
         "What is compared": tuple(about),
         "Hardware and cost": (*machines(used), _cost(used)),
@@ -173,6 +187,15 @@ def _settings(runs: pd.DataFrame) -> str:
     return f"the arms differ in {listed(f'{words} ({_values(arms[name])})' for name, words in different.items())}"
 
 
+def _training_loss(runs: pd.DataFrame) -> str:
+    """The paired difference in training loss of the two arms that these runs are of, first minus second."""
+    arms = [of_arm.set_index("seed") for _, of_arm in runs.groupby(list(ARM), sort=False, dropna=False)]
+    if len(arms) != 2 or "train_loss" not in runs:
+        return ""
+    difference = three_digits(paired_difference(arms[0]["train_loss"], arms[1]["train_loss"]), signed=True)
+    return f"; difference of training loss {difference}"
+
+
 def _values(numbers: pd.Series) -> str:
     return listed(f"{number:g}" for number in numbers)
 
@@ -209,14 +232,13 @@ def _changes(contrast: Contrast, rows: Sequence[Any]) -> list[str]:
         return [f"{row.where}{_measure(row)}: {_change(contrast, row)}" for row in rows]
     return [
         f"A supported or contradicted comparison: an adjusted p of {ALPHA} or more on further seeds. An inconclusive "
-        "one: more seeds; their number is that for the effect and the spread seen, and other effects would change it."
+        "one: more seeds."
     ]
 
 
 def _measure(row: Any) -> str:
     """The measure of a comparison that says which."""
-    _, comma, measure = str(row.what).rpartition(" over ")[2].partition(", ")
-    return f" ({measure})" if comma and row.table == "table3" else ""
+    return f" ({', '.join(str(row.what).split(', ')[-2:])})" if row.table == "table3" else ""
 
 
 def _change(contrast: Contrast, row: Any) -> str:

@@ -206,7 +206,8 @@ def sentence_of_verdicts(verdicts: Sequence[str]) -> str:
         if count == len(ran):
             return f"{verdict} in {'all ' * (count > 1)}{count} comparison{'s' * (count > 1)}."
     parts = ", ".join(f"{verdict} in {count}" for verdict, count in counts.items() if count)
-    return f"mixed, {parts} of {len(ran)} comparisons."
+    missing = f"; {len(verdicts) - len(ran)} not run" if len(ran) < len(verdicts) else ""
+    return f"mixed, {parts} of {len(ran)} comparisons{missing}."
 
 
 def in_digits(p: float) -> str:

@@ -166,7 +166,7 @@ ACCURACY = (
     ),
     Contrast(
         name="msam-over-shared",
-        text="(ours) ... and than that of SAM over the same micro-batches, which share one perturbation",
+        text="(ours) ... and than that of SAM on the same micro-batches, which share one perturbation",
         arms=("msam", "shared"),
         isolates=IDEA,
         further=True,
@@ -229,8 +229,8 @@ QUANTISED = (
 """The claims on the scores of Table 2 after dynamic int8 quantisation."""
 
 _MEASURED: dict[str, Any] = {
-    **{"tables": ("table3",), "family": "flatness", "unit": "each measure by the natural log of its ratio"},
-    **{"expected": -1, "margin": math.nan, "measures": FLATNESS},
+    **{"tables": ("table3",), "family": "flatness", "expected": -1, "margin": math.nan, "measures": FLATNESS},
+    **{"unit": "natural logarithms of ratios (average sharpness: differences)"},
 }
 
 FLATTER = (
@@ -264,7 +264,7 @@ FLATTER = (
     ),
     Contrast(
         name="flatness-msam-over-shared",
-        text="(ours) mSAM ends in flatter minima than SAM over the same micro-batches, which share one perturbation",
+        text="(ours) mSAM ends in flatter minima than SAM on the same micro-batches, which share one perturbation",
         arms=("msam", "shared"),
         isolates=IDEA,
         further=True,

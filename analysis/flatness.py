@@ -94,8 +94,10 @@ def eigenvalue_sentences(numbers: pd.DataFrame) -> list[str]:
         parts = [
             f"{row.label} over {label}: {_in_words(interval(row, f'log_over_{other}'))}" for row, other, label in pairs
         ]
-        if parts:
+        if any(interval(row, f"log_over_{other}").n for row, other, _ in pairs):
             lines.append(f"{where}: lambda 1 of {'; '.join(parts)}.")
+        elif pairs:
+            lines.append(f"{where}: not run.")
     return lines
 
 

@@ -125,7 +125,7 @@ NOTES = (
 )
 NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho, if there is one."
 NOTE_SHARED = (
-    "Over shared: over SAM over the same micro-batches with one perturbation for all of them. The two differ only in "
+    "Over shared: over SAM on the same micro-batches with one perturbation for all of them. The two differ only in "
     "who shares a perturbation, which is the paper's idea."
 )
 
@@ -228,5 +228,5 @@ def notes(view: View) -> Iterable[str]:
 
 
 def _shared(table: pd.DataFrame) -> bool:
-    """Whether a row is compared with SAM over micro-batches."""
+    """Whether a row is compared with SAM on micro-batches."""
     return "over_shared" in table and bool(table["over_shared_n"].any())

@@ -45,7 +45,7 @@ SETS = {
 }
 
 # Chosen by the grid, which tries a learning rate with four seeds and a rho with two. The network has no BatchNorm, so
-# SAM over micro-batches is SAM and has no row.
+# SAM on micro-batches is SAM and has no row.
 CPU_RHOS = {
     "snippets": {"sam": 0.01, "msam": 0.003},
     "sst2": {"sam": 0.01, "msam": 0.01},

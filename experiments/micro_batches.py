@@ -4,7 +4,7 @@
     python -m experiments run micro_batches-tuning --profile cpu     # the grid that chooses rho for each m
 
 The ResNet of Table 1 on CIFAR-10 at Table 1's batch size, with m = 1 (SAM), 2, ... (the table micro_batches, drawn as
-differences). At each m the control (plain gradients over the same micro-batches) and SAM over micro-batches (one
+differences). At each m the control (plain gradients over the same micro-batches) and SAM on micro-batches (one
 perturbation for all of them) separate the effect of micro-batch BatchNorm from that of mSAM. The same network with
 GroupNorm depends on m by its perturbations alone: the base optimizer is its control, and SAM is its SAM over
 micro-batches.
@@ -70,7 +70,7 @@ RUNS: dict[str, list[Run]] = {
 }
 
 TRIED = {2: (0.05, 0.1, 0.2, 0.4), 32: (0.0125, 0.025, 0.05, 0.1)}
-"""The rhos of ResNet-8's grid by m, for SAM over micro-batches and mSAM."""
+"""The rhos of ResNet-8's grid by m, for SAM on micro-batches and mSAM."""
 LOWEST = (0.0015625, 0.003125, 0.00625, 0.0125)
 
 TUNING = {

@@ -1,11 +1,11 @@
-"""Accuracy against rho, for SAM, SAM over micro-batches and mSAM.
+"""Accuracy against rho, for SAM, SAM on micro-batches and mSAM.
 
     python -m experiments run rho --profile cpu
 
 The ResNet of Table 1 on CIFAR-10 at several rhos (the table rho, drawn as a curve). These runs do not choose anything:
 Table 1's rho comes from its grid, on held-out images.
 
-Expected: not trained yet in this design. An earlier one (three seeds, no SAM over micro-batches) had mSAM above SAM at
+Expected: not trained yet in this design. An earlier one (three seeds, no SAM on micro-batches) had mSAM above SAM at
 each rho up to 0.2, by 0.8 to 2.0 points.
 """
 

@@ -70,7 +70,7 @@ PAPER_GRID = {
 }
 DATA_SETS = ("cifar10", "cifar100")
 
-# All of CIFAR-10 in minutes a run. The network has no BatchNorm, so SAM over micro-batches is SAM and has no row. All
+# All of CIFAR-10 in minutes a run. The network has no BatchNorm, so SAM on micro-batches is SAM and has no row. All
 # micro-batches take one pass, which is faster than the loop for a network of many small kernels (docs/gpu.md).
 GPU = replace(
     CPU,

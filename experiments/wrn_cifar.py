@@ -7,7 +7,7 @@ cpu: WRN-10-1, the family's smallest member, on 1,024 images of CIFAR-10, scored
 WRN-28-10 on CIFAR-10 and CIFAR-100; no GPU has run it yet.
 
 Expected (n=16, +- 95 %): SGD 44.3 +- 0.5, twice the epochs 44.8 +- 0.6, over micro-batches 44.6 +- 0.5, SAM 44.7 +-
-0.7, SAM over micro-batches 45.6 +- 0.6, mSAM 46.7 +- 0.6; 69, 135, 80, 135, 152 and 157 seconds per run on one core of
+0.7, SAM on micro-batches 45.6 +- 0.6, mSAM 46.7 +- 0.6; 69, 135, 80, 135, 152 and 157 seconds per run on one core of
 an AMD EPYC (AVX2).
 """
 

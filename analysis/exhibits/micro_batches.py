@@ -32,8 +32,8 @@ from experiments.harness.runs.spec import Run
 
 OVER = {
     "sam": "mSAM over SAM",
-    "control": "mSAM over plain gradients of the same micro-batches",
-    "shared": "mSAM over SAM of the same micro-batches",
+    "control": "mSAM over plain gradients on the same micro-batches",
+    "shared": "mSAM over SAM on the same micro-batches",
 }
 """The arms that mSAM is compared with, and the names of these differences in the legend."""
 
@@ -134,7 +134,7 @@ EXHIBIT = replace(
     study(
         "micro_batches",
         "Accuracy against m",
-        "What mSAM gains over SAM and, at the same m, over plain gradients and over SAM of the same micro-batches, by "
+        "What mSAM gains over SAM and, at the same m, over plain gradients and over SAM on the same micro-batches, by "
         "the number of micro-batches m (below) and their size B/m (above). Rho is chosen for each. Bars are 95 % "
         "intervals of differences paired by seed; the band is the margin of equivalence.",
         draw=against_m,

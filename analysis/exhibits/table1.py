@@ -35,7 +35,7 @@ COLUMNS = (
 
 NOTES = (
     "NLL is the mean negative log likelihood of the test images, ECE their expected calibration error (15 bins); lower "
-    "is better. table1.csv has the paired differences of both.",
+    "is better.",
 )
 NOTE_TWO_WAY = (
     "Two-way intervals draw seeds and test images together (95 % bootstrap, 2,000 resamples of the kept predictions); "

@@ -1,4 +1,4 @@
-"""Table 2: scores on GLUE, one column for each task."""
+"""Table 2: scores on text, one column for each task."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from experiments.harness.runs.facts import DATASETS, is_images, text_set
 from experiments.harness.runs.spec import Run
 
 NOTES = (
-    "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the validation split "
-    "after the last epoch: {metrics}. Differences are paired by seed. " + SIGNIFICANCE_NOTE,
+    "Scores are mean ± half-width of the 95 % Student t interval (number of seeds), times 100, on the test texts (of "
+    "GLUE its validation split) after the last epoch: {metrics}. Differences are paired by seed. " + SIGNIFICANCE_NOTE,
     "The majority row always predicts the most frequent label of the training set.",
 )
 NOTE_INT8 = (
@@ -151,8 +151,8 @@ def notes(view: View) -> list[str]:
 
 EXHIBIT = Exhibit(
     name="table2",
-    title="Table 2: GLUE",
-    part="{name}: GLUE",
+    title="Table 2: scores on text",
+    part="{name}: scores on text",
     shows=lambda cell: cell.kind == "train" and not is_images(cell.dataset),
     numbers=numbers,
     text=lambda view: wide(view.numbers, view.marks),

@@ -68,7 +68,7 @@ NOTE_REESTIMATED = (
     "mini-batches at the final weights. The running statistics of arms with micro-batches come from smaller batches."
 )
 
-NOTE_SHARED = "Shared is SAM over the same micro-batches, with one perturbation for all of them."
+NOTE_SHARED = "Shared is SAM on the same micro-batches, with one perturbation for all of them."
 
 PUBLISHED = (
     "Published elsewhere, in other settings: Foret et al. 2021, section 4.2 (read in the source): WRN-40-10 without "

@@ -16,7 +16,7 @@ from tests.fixtures.make_runs import CELLS, SAM, SGD, write_run
     ("difference", "words"),
     [
         (Interval(1.1, 0.6, 8), "+1.10 ± 0.60 (n=8): significant (unadjusted)"),
-        (Interval(-1.1, 0.6, 8), "-1.10 ± 0.60 (n=8): significant (unadjusted), with the opposite sign"),
+        (Interval(-1.1, 0.6, 8), "-1.10 ± 0.60 (n=8): significant (unadjusted), and worse"),
         (Interval(-0.1, 0.6, 8), "-0.10 ± 0.60 (n=8): equivalent"),
         (Interval(-0.6, 0.7, 8), "-0.60 ± 0.70 (n=8): inconclusive"),
         (Interval(0.5, float("nan"), 1), "+0.50 (n=1): one seed, no interval"),
@@ -70,7 +70,7 @@ def test_mixed_commits_dirty_trees_data_and_machines_give_warnings(tmp_path):
     table = frame(collect(tmp_path).finished)
     warnings = cells.warnings(table, table1.EXHIBIT.numbers(table, CELLS, 1))
     assert warnings == [
-        "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
+        "These runs have the same training code, at several commits: 0123456789ab (1 runs), fedcba9 (1 runs).",
         "Warning: 1 runs come from a tree with uncommitted changes, or outside git.",
         "Warning: the runs of resnet8 on cifar10 read data with different checksums.",
         "These runs come from several machines (Invented CPU; Invented CPU (AVX512)): times cannot be compared, and "

@@ -255,6 +255,19 @@ def test_a_page_says_that_arms_differ_in_no_further_setting():
     assert "resnet8, cifar10: the arms have the same rho, m, epochs and learning rate." in page
 
 
+def test_a_page_on_flatness_has_the_difference_of_training_loss_beside_it():
+    flat = [cell for cell in catalogue.cells("hessian", "smoke") if cell.model == "resnet8"]
+    chosen = replace(target("table3", "smoke"), cells=tuple(flat), seeds=3)
+    runs = [curvature_run(spec) for spec in with_seeds(flat, 3)]
+    for run in runs:
+        gain = (0.25, 0.5, 0.75)[run.spec.seed] if run.spec.method == "msam" and not run.spec.shared else 0.0
+        run.summary["train_loss"] = 1 + gain
+    page = output_files("smoke", [chosen], Results.of(runs))["claims/flatness-msam-over-sam.md"]
+    paired = mean_interval([0.25, 0.5, 0.75])
+    assert f"; difference of training loss +{paired.mean:.3f} ± {paired.half_width:.3f} (3)." in page
+    assert "Lambda 1 is the largest eigenvalue" in page
+
+
 def test_a_look_before_all_planned_seeds_have_run_is_called_interim(monkeypatch):
     """In the notes of the claims, on the page, and where the primary comparison is named; not with all seeds."""
     monkeypatch.setattr(

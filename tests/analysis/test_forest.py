@@ -65,7 +65,7 @@ def test_the_primary_comparison_is_first_and_marked_and_the_band_is_the_margin()
     numbers, runs = claims_of()
     (axes,) = draw(numbers, runs, "smoke").axes
     key, heading, isolates, first, *others = texts_at(axes)
-    assert heading == ["mSAM over SAM over micro-batches"]
+    assert heading == ["mSAM over SAM on micro-batches"]
     assert "who shares a perturbation" in isolates[0]
     assert first[0] == f"★ primary: resnet8, cifar10 ({SCALE})"
     assert not any("★" in text for line in others for text in line)
@@ -80,7 +80,7 @@ def test_a_primary_comparison_without_runs_is_said_to_be_not_run():
     numbers, runs = claims_of([cell for cell in CELLS if not cell.shared])
     (axes,) = draw(numbers, runs, "smoke").axes
     _, heading, words, *_ = texts_at(axes)
-    assert heading == ["★ primary comparison: mSAM over SAM over micro-batches, resnet8 on cifar10"]
+    assert heading == ["★ primary comparison: mSAM over SAM on micro-batches, resnet8 on cifar10"]
     assert words == ["not run"]
     assert "not run" in opening(numbers, runs, "smoke")[1]
 

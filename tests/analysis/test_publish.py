@@ -232,10 +232,11 @@ def test_run_resumed_with_other_code_is_rejected(tmp_path):
         published(tmp_path, "table1")
 
 
-def test_table_may_span_clean_commits_of_the_same_training_code_with_a_warning(tmp_path):
+def test_table_may_span_clean_commits_of_the_same_training_code_and_says_so(tmp_path):
     fill(tmp_path, [SGD, SAM])
     fill(tmp_path, [MSAM], commit="fedcba9")
-    assert b"these runs come from several commits" in published(tmp_path, "table1")["tables/table1.md"]
+    table = published(tmp_path, "table1")["tables/table1.md"]
+    assert b"These runs have the same training code, at several commits" in table
 
 
 def test_a_block_of_a_table_can_be_retrained_alone(tmp_path, known):

@@ -30,7 +30,7 @@ def test_each_family_runs_its_arms_in_every_profile(name, profile):
     for cell, arm in arms.items():
         blocks[cell.dataset].append(arm.name)
     assert set(blocks) == ({"cifar10", "cifar100"} if profile == "paper" else {"cifar10"})
-    # Without BatchNorm, SAM over micro-batches is SAM.
+    # Without BatchNorm, SAM on micro-batches is SAM.
     expected = ["base", "twice", "control", "sam", *(["shared"] * (name != "vit_cifar")), "msam"]
     if profile in ("gpu", "paper"):
         expected += ["asam", "masam"]

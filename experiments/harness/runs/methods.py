@@ -114,7 +114,7 @@ ARMS = {
         Arm(
             name="control",
             words="{base}, m={m} micro-batches",
-            legend="{base} over micro-batches",
+            legend="{base} on micro-batches",
             title="{optimizer} over m={m}",
             colour="#b3b3ec",
             line=":",
@@ -137,8 +137,8 @@ ARMS = {
         ),
         Arm(
             name="shared",
-            words="SAM over m={m} micro-batches",
-            legend="SAM over micro-batches",
+            words="SAM, m={m} micro-batches",
+            legend="SAM on micro-batches",
             title="SAM over m={m} rho={rho}",
             colour="#8c6bb1",
             line=(0, (5, 1)),

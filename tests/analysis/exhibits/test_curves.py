@@ -28,7 +28,7 @@ def test_the_curves_of_six_arms_share_one_legend_that_fits(models):
     (legend,) = figure.legends
     labels = [text.get_text() for text in legend.get_texts()]
     assert len(labels) == len(set(labels)) == (6 if models == 1 else 9)
-    assert {"SGD, twice the epochs", "SAM over m=4 micro-batches", "mSAM, m=4"} < set(labels)
+    assert {"SGD, twice the epochs", "SAM, m=4 micro-batches", "mSAM, m=4"} < set(labels)
     assert all(axes.get_legend() is None for axes in figure.axes)
     accuracy = figure.axes[2 * models]
     assert {tuple(line.get_ydata()) for line in accuracy.lines} == {(31.0, 32.0)}

@@ -122,16 +122,16 @@ def test_the_figure_of_m_has_paired_differences_to_sam_the_control_and_shared_sa
     half = pytest.approx(12.706205 * 0.25)
     assert drawn_points(with_batchnorm) == {
         "mSAM over SAM": [(2, pytest.approx(2.25), half), (4, pytest.approx(4.25), half)],
-        "mSAM over plain gradients of the same micro-batches": [
+        "mSAM over plain gradients on the same micro-batches": [
             (1, pytest.approx(3.0), pytest.approx(0.0, abs=1e-9)),
             (2, pytest.approx(4.25), half),
             (4, pytest.approx(6.25), half),
         ],
-        "mSAM over SAM of the same micro-batches": [(2, pytest.approx(1.25), half), (4, pytest.approx(3.25), half)],
+        "mSAM over SAM on the same micro-batches": [(2, pytest.approx(1.25), half), (4, pytest.approx(3.25), half)],
     }
     assert {name: [m for m, *_ in points] for name, points in drawn_points(without).items()} == {
         "mSAM over SAM": [2, 4],
-        "mSAM over plain gradients of the same micro-batches": [1, 2, 4],
+        "mSAM over plain gradients on the same micro-batches": [1, 2, 4],
     }
     colours = {c.get_label(): c.lines[0].get_color() for c in (*with_batchnorm.containers, *without.containers)}
     assert list(colours.values()) == [ARMS[name].colour for name in ("sam", "control", "shared")]

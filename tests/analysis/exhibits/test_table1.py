@@ -78,7 +78,7 @@ def test_claims_and_footnotes(shown):
         "SAM over SGD: +2.50 ± 6.35 (n=2): inconclusive; "
         "mSAM, m=4 over SAM: +3.50 ± 6.35 (n=2): inconclusive; "
         # 5, 6 and 5 over the control: sd 0.5774, half-width 4.3027 * 0.5774 / sqrt(3).
-        "over the control: +5.33 ± 1.43 (n=3): significant (unadjusted)"
+        "mSAM, m=4 over SGD, m=4 micro-batches: +5.33 ± 1.43 (n=3): significant (unadjusted)"
     )
     assert shown.notes[:2] == (
         "[1] 1 of 3 runs missing (seed 2 failed: Diverged: the loss of step 3 is not finite).",
@@ -137,7 +137,7 @@ def test_nothing_run_yet():
     assert shown.origin.endswith("nothing has run yet.")
     assert shown.claims == (
         "resnet8, cifar10: SGD, m=4 micro-batches over SGD: not run; SAM over SGD: not run; "
-        "mSAM, m=4 over SAM: not run; over the control: not run.",
+        "mSAM, m=4 over SAM: not run; mSAM, m=4 over SGD, m=4 micro-batches: not run.",
     )
     assert "not run" in shown.markdown()
 
@@ -223,7 +223,7 @@ def test_nll_and_calibration_error_have_paired_differences(tmp_path):
     sentences = [line for line in shown.claims if "test NLL" in line or "calibration" in line]
     assert len(sentences) == 2
     assert "SAM over SGD: -8.00 ± 7.45 (n=3): significant" in sentences[1]
-    assert "opposite" not in sentences[1]  # lower is better
+    assert "worse" not in sentences[1]  # lower is better
 
 
 def test_the_scale_of_each_block_is_said(shown):

@@ -179,7 +179,7 @@ def test_msam_is_compared_with_sam_over_the_same_micro_batches():
     claim = next(claim for claim in table3.EXHIBIT.claims if "share one perturbation" in claim.text)
     found = claim.evidence(Target("table3", tuple(cells), 2), results.runs.set_index("run_id"), {})
     assert {c.what.partition(" over ")[2].partition(", lambda")[0] for c in found if "lambda" in c.what} == {
-        "SAM over m=4 micro-batches"
+        "SAM, m=4 micro-batches"
     }
 
 

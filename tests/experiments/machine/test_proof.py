@@ -47,7 +47,7 @@ def test_the_tables_of_the_paper_profile_have_cells_of_every_model_and_method():
     cells = [cell.spec for t in ("table1", "table2") for cell in proof.distinct(catalogue.runs(t, "paper", 1))]
     published = {name for name, model in MODELS.items() if model.parameters} - {"resnet18"}  # of the gpu profile
     arms = {"base", "control", "sam", "shared", "msam", "asam", "masam"}  # twice the epochs count as a base
-    without_batchnorm = {"vit-small", "bert-base-uncased", "roberta-base"}  # where SAM over micro-batches is SAM
+    without_batchnorm = {"vit-small", "bert-base-uncased", "roberta-base"}  # where SAM on micro-batches is SAM
     expected = {(m, k) for m in published for k in arms - ({"shared"} if m in without_batchnorm else set())}
     assert {(s.model, s.method) for s in cells} == expected
 

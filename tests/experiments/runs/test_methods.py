@@ -19,7 +19,7 @@ SHARED = replace(MSAM, rho=0.1, shared=True)
         (CONTROL, "control", "SGD, m=4 micro-batches"),
         (SAM, "sam", "SAM"),
         (MSAM, "msam", "mSAM, m=4"),
-        (SHARED, "shared", "SAM over m=4 micro-batches"),
+        (SHARED, "shared", "SAM, m=4 micro-batches"),
         (ASAM, "asam", "ASAM"),
         (MASAM, "masam", "mSAM with ASAM's perturbation, m=4"),
     ],
