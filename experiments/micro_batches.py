@@ -52,8 +52,8 @@ GROUPNORM = {
 
 CPU_RHOS: Rhos = {
     "sam": {1: resnet_cifar.CPU_RHOS["sam"]},
-    "shared": {2: 0.1, 8: resnet_cifar.CPU_RHOS["shared"], 32: 0.1},
-    "msam": {2: 0.2, 8: resnet_cifar.CPU_RHOS["msam"], 32: 0.0125},
+    "shared": {2: 0.1, 8: resnet_cifar.CPU_RHOS["shared"], 32: 0.05},
+    "msam": {2: 0.2, 8: resnet_cifar.CPU_RHOS["msam"], 32: 0.025},
 }
 CPU_GROUPNORM_RHOS: Rhos = {"sam": {1: 0.00625}, "msam": {8: 0.00625, 32: 0.00625}}
 
