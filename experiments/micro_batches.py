@@ -6,7 +6,7 @@
 The ResNet of Table 1 on CIFAR-10 at Table 1's batch size, with m = 1 (SAM), 2, ... (the table micro_batches, drawn as
 differences). At each m the control (plain gradients over the same micro-batches) and SAM on micro-batches (one
 perturbation for all of them) separate the effect of micro-batch BatchNorm from that of mSAM. The same network with
-GroupNorm depends on m by its perturbations alone: the base optimizer is its control, and SAM is its SAM over
+GroupNorm depends on m by its perturbations alone: the base optimizer is its control, and SAM is its SAM on
 micro-batches.
 
 cpu: rho is chosen for each arm and m among four values, the same for all arms at one m. At m = 1 and 8 that is Table
