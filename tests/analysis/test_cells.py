@@ -56,6 +56,14 @@ def test_the_differences_of_a_study_are_counted_as_one_family():
     assert cells.family_sentence(numbers_of({"base": [50.0], "sam": [51.0]})) == []
 
 
+def test_several_versions_of_the_training_code_are_a_warning(tmp_path):
+    write_run(tmp_path, SGD, 0.6)
+    write_run(tmp_path, SAM, 0.6, commit="fedcba9", code="0ther")
+    table = frame(collect(tmp_path).finished)
+    (warning,) = cells.warnings(table, table1.EXHIBIT.numbers(table, CELLS, 1))
+    assert warning == "Warning: these runs come from several commits: 0123456789ab (1 runs), fedcba9 (1 runs)."
+
+
 def test_mixed_commits_dirty_trees_data_and_machines_give_warnings(tmp_path):
     write_run(tmp_path, SGD, 0.6)
     write_run(
