@@ -4,8 +4,8 @@ Accuracies and their differences are in percent; everything else keeps the unit 
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.contrasts import ALPHA
-from analysis.statistics import Interval, holm, mean_interval, paired_difference
+from analysis.statistics import Interval, mean_interval, paired_difference
 from experiments.harness.runs.grids import with_seeds
 from experiments.harness.runs.methods import ARMS, Arm, arms_of, differing, reference
 from experiments.harness.runs.run import hints, names
@@ -247,85 +246,6 @@ def rounded_relative(table: pd.DataFrame) -> pd.DataFrame:
 def interval(row: Any, name: str) -> Interval:
     """The interval in the columns `name` of a table's row."""
     return Interval(getattr(row, name), getattr(row, f"{name}_half_width"), int(getattr(row, f"{name}_n")))
-
-
-def difference_in_words(difference: Interval, expected: int = 1, margin: float = math.nan) -> str:
-    """A paired difference with its unadjusted interval, and how it is read.
-
-    Args:
-        difference: The difference.
-        expected: The sign that the paper claims.
-        margin: The margin of equivalence; NaN if none is declared.
-    """
-    if not difference.n:
-        return "not run"
-    if difference.n == 1:
-        return f"{difference.mean:+z.2f} (n=1): one seed, no interval"
-    size = f"{difference.mean:+z.2f} ± {difference.half_width:.2f} (n={difference.n})"
-    if difference.significant:
-        sign = "" if difference.mean * expected > 0 else ", and worse"
-        return f"{size}: significant (unadjusted){sign}"
-    return f"{size}: {'equivalent' if difference.equivalent(margin) else 'inconclusive'}"
-
-
-def claimed_by_block(numbers: pd.DataFrame) -> Iterator[tuple[str, list[tuple[Any, str, str]]]]:
-    """For each block, its name and the comparisons that are printed under a table: row, other arm, and its label.
-
-    Args:
-        numbers: A table that begins with what `compared` returns.
-    """
-    places = of_blocks(numbers)
-    for number, block in numbers.groupby("block", sort=True):
-        rows = list(block.itertuples())
-        names = {row.method: row.label for row in reversed(rows)}
-        pairs = [(row, other, names[other]) for row in rows for other in ARMS[row.method].claimed if other in names]
-        yield f"{rows[0].model}, {rows[0].dataset}{places[number]}", pairs
-
-
-def block_sentences(numbers: pd.DataFrame, expected: int = 1, margin: float = math.nan) -> list[str]:
-    """One sentence for each block on the differences of its arms, and one on what its seeds can detect.
-
-    Args:
-        numbers: a table that begins with what `compared` returns.
-        expected: the sign of the differences that the paper claims.
-        margin: the margin of equivalence; NaN if none is declared.
-    """
-    lines = []
-    for where, pairs in claimed_by_block(numbers):
-        rows = Counter({row.Index: row.label for row, _, _ in pairs}.values())  # of equal labels
-        parts, differences = [], []
-        for row, other, label in pairs:
-            name = f"{row.label}, rho {row.rho:g}" if rows[row.label] > 1 else row.label
-            what = f"{name} over {label}"
-            differences.append(interval(row, f"over_{other}"))
-            parts.append(f"{what}: {difference_in_words(differences[-1], expected, margin)}")
-        if parts:
-            lines.append(f"{where}: {'; '.join(parts)}.{_detectable(differences)}")
-    return lines
-
-
-def _detectable(differences: Sequence[Interval]) -> str:
-    """A sentence on the smallest differences that a block's seeds detect; empty without intervals."""
-    sizes = sorted(one.detectable for one in differences if one.n > 1)
-    counts = sorted({one.n for one in differences if one.n > 1})
-    if not sizes:
-        return ""
-    seeds = " or ".join(map(str, counts))
-    return f" The smallest difference that {seeds} seeds detect with 80 % power: {sizes[0]:.2f} to {sizes[-1]:.2f}."
-
-
-def family_sentence(numbers: pd.DataFrame) -> list[str]:
-    """How many of the differences printed under a table stay significant if they are taken as one family."""
-    pairs = [pair for _, of_block in claimed_by_block(numbers) for pair in of_block]
-    differences = [one for row, other, _ in pairs if (one := interval(row, f"over_{other}")).n > 1]
-    if not differences:
-        return []
-    before = sum(one.significant for one in differences)
-    after = sum(p < ALPHA for p in holm([one.p_value() for one in differences]))
-    return [
-        f"All differences above as one family ({len(differences)}): {before} significant unadjusted, {after} after "
-        "Holm's adjustment. None counts for a claim."
-    ]
 
 
 def studied(numbers: pd.DataFrame) -> list[str]:

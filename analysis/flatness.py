@@ -12,11 +12,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.cells import claimed_by_block, compared, interval, references, values
+from analysis.cells import compared, interval, references, values
 from analysis.contrasts import FLATTER
 from analysis.document import three_digits
 from analysis.evidence import differences
+from analysis.exhibit import View
 from analysis.plots import panels_of
+from analysis.sentences import claimed_by_block
 from analysis.statistics import Interval, mean_interval
 from experiments.harness.runs.spec import Run
 
@@ -87,10 +89,10 @@ def shown_references(numbers: pd.DataFrame, name: str) -> dict[str, str]:
     return {arm: words[arm] for arm in words if f"{name}over_{arm}" in numbers}
 
 
-def eigenvalue_sentences(numbers: pd.DataFrame) -> list[str]:
+def eigenvalue_sentences(view: View) -> list[str]:
     """One sentence for each block: the ratios of its arms' eigenvalues, and whether they are significant."""
     lines = []
-    for where, pairs in claimed_by_block(numbers):
+    for where, pairs in claimed_by_block(view):
         parts = [
             f"{row.label} over {label}: {_in_words(interval(row, f'log_over_{other}'))}" for row, other, label in pairs
         ]

@@ -9,12 +9,9 @@ import pandas as pd
 
 from analysis.cells import (
     averages,
-    block_sentences,
     cells_in_order,
-    claimed_by_block,
     compared,
     difference,
-    difference_in_words,
     interval,
     mean_columns,
     references,
@@ -35,6 +32,7 @@ from analysis.document import (
 )
 from analysis.evidence import claim
 from analysis.exhibit import View
+from analysis.sentences import block_sentences
 from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run, in_percent
@@ -185,36 +183,12 @@ def text(view: View, columns: Sequence[Column] = COLUMNS) -> pd.DataFrame:
 def sentences(view: View, expected: int = 1) -> list[str]:
     """The differences of each block, and the missing comparisons; `expected` is the sign that the paper claims."""
     cells = view.target.cells
-    return [*block_sentences(view.numbers, expected, margin_of(cells[0])), *unmatched(cells, view.target.varies)]
+    return [*block_sentences(view, expected, margin_of(cells[0])), *unmatched(cells, view.target.varies)]
 
 
 def margin_of(cell: Run) -> float:
     """The margin of equivalence of a cell's scores, in points; NaN if they are not in percent."""
     return MARGINS[cell.profile] if in_percent(cell.score) else math.nan
-
-
-def measure_sentences(
-    numbers: pd.DataFrame, measure: str, words: str, expected: int, margin: float = math.nan
-) -> list[str]:
-    """One sentence for each block with values: the paired differences of a further measure.
-
-    Args:
-        numbers: A table with a column of `compared_column`.
-        measure: The name of that column.
-        words: The measure in words.
-        expected: The sign of the differences that the paper claims.
-        margin: The margin of equivalence of the measure; NaN if none is declared.
-    """
-    lines = []
-    for where, pairs in claimed_by_block(numbers):
-        differences = [(row, label, interval(row, f"{measure}_over_{other}")) for row, other, label in pairs]
-        if any(difference.n for _, _, difference in differences):
-            parts = (
-                f"{row.label} over {label}: {difference_in_words(one, expected, margin)}"
-                for row, label, one in differences
-            )
-            lines.append(f"{where}, {words}: {'; '.join(parts)}.")
-    return lines
 
 
 def notes(view: View) -> Iterable[str]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis import scores
 from analysis.arms import METHOD_WORDS, METHODS, base_name
-from analysis.cells import TUNED, family_sentence, in_words
+from analysis.cells import TUNED, in_words
 from analysis.cells import scores as scores_of
 from analysis.exhibit import LAST, Exhibit, Picture, Target
 from analysis.frames import Results
@@ -26,6 +26,7 @@ from analysis.plots import (
     seeds_of,
     set_ticks,
 )
+from analysis.sentences import family_sentence
 from analysis.statistics import mean_interval
 from experiments.harness.runs.spec import Run
 
@@ -50,7 +51,7 @@ def study(name: str, title: str = "", caption: str = "", *, draw: Draw | None = 
         shows=scores.shows,
         numbers=scores.numbers,
         text=scores.text,
-        sentences=lambda view: [*scores.sentences(view), *family_sentence(view.numbers)],
+        sentences=lambda view: [*scores.sentences(view), *family_sentence(view)],
         notes=scores.notes,
         figures=(Picture(name, caption or f"{title}.", draw or against_varied),),
         place=place,

@@ -9,13 +9,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import scores
-from analysis.cells import claimed_by_block, ids, references, rounded
+from analysis.cells import ids, references, rounded
 from analysis.cells import scores as test_scores
 from analysis.chances import scales, tries
 from analysis.exhibit import Exhibit, Picture, Target, View
 from analysis.frames import Results
 from analysis.plots import add_common_legend, draw_band, draw_under_way, panels_of, seeds_of, set_logarithmic
 from analysis.predictions import Predictions
+from analysis.sentences import claimed_by_block, measure_sentences
 from analysis.statistics import Interval
 from analysis.two_way import two_way_interval
 from experiments.harness.runs.spec import Run, in_percent
@@ -72,14 +73,14 @@ def sentences(view: View) -> list[str]:
     """The differences of the scores, those of the other measures, and the two-way intervals."""
     lines = scores.sentences(view)
     for measure, words in MEASURES.items():
-        lines += scores.measure_sentences(view.numbers, measure, words, -1)
-    return lines + two_way_sentences(view.numbers)
+        lines += measure_sentences(view, measure, words, -1)
+    return lines + two_way_sentences(view)
 
 
-def two_way_sentences(numbers: pd.DataFrame) -> list[str]:
+def two_way_sentences(view: View) -> list[str]:
     """One sentence for each block with two-way intervals: those of the differences that are printed for each arm."""
     lines = []
-    for where, pairs in claimed_by_block(numbers):
+    for where, pairs in claimed_by_block(view):
         ends = [(row.label, label, *_ends(row, other)) for row, other, label in pairs]
         parts = [f"{a} over {b}: {low:+.2f} to {high:+.2f}" for a, b, low, high in ends if not pd.isna(low)]
         if parts:

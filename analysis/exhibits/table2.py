@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from analysis import scores
-from analysis.cells import DIGITS, cells_in_order, difference_in_words, interval, mean_columns, rounded, values
+from analysis.cells import DIGITS, cells_in_order, interval, mean_columns, rounded, values
 from analysis.chances import scales, tries
 from analysis.contrasts import QUANTISED
 from analysis.document import SIGNIFICANCE_NOTE, Document, formatted, plain_table, score_text, signed, spread
 from analysis.evidence import claim
 from analysis.exhibit import Exhibit, View
+from analysis.sentences import difference_in_words, measure_sentences
 from analysis.statistics import Interval, mean_interval, paired_difference
 from experiments.harness.runs.facts import DATASETS, is_images, text_set
 from experiments.harness.runs.spec import Run
@@ -138,7 +139,7 @@ def sentences(view: View) -> list[str]:
         for (model, label), rows in table[table["rho"] > 0].groupby(["model", "label"], sort=False)
     ]
     margin = scores.margin_of(view.target.cells[0])
-    quantised = scores.measure_sentences(table, "int8", "after int8 quantisation", 1, margin)
+    quantised = measure_sentences(view, "int8", "after int8 quantisation", 1, margin)
     return [*radii, *further_metrics(view), *over_majority(table), *scores.sentences(view), *quantised]
 
 

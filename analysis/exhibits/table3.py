@@ -37,7 +37,8 @@ from analysis.flatness import (
 )
 from analysis.frames import Results
 from analysis.plots import add_common_legend, line_of, panels_of, row_of_panels, six_digits
-from analysis.scores import margin_of, measure_sentences
+from analysis.scores import margin_of
+from analysis.sentences import measure_sentences, rows_of_cells
 from experiments.harness.runs.methods import ARMS
 from experiments.harness.runs.spec import Run
 
@@ -150,10 +151,10 @@ def _loss_columns(view: View) -> dict[str, list[str]]:
 
 def sentences(view: View) -> Iterator[str]:
     """The ratios of each block's eigenvalues, and where the training losses differ as well."""
-    yield from eigenvalue_sentences(view.numbers)
+    yield from eigenvalue_sentences(view)
     places = of_blocks(view.numbers)
     for number, block in view.numbers.groupby("block", sort=True):
-        if differing := _differing_losses(block):
+        if differing := _differing_losses(view, number):
             where = f"{block['model'].iloc[0]}, {block['dataset'].iloc[0]}{places[number]}"
             yield (
                 f"{where}: the training losses differ, so a network may be flatter because it is farther from its "
@@ -162,18 +163,19 @@ def sentences(view: View) -> Iterator[str]:
     yield from rank_sentences(view.frame.set_index("run_id"), view.target.cells, view.target.seeds)
     network = view.target.cells[0].network
     margin = margin_of(network) if network else math.nan
-    yield from measure_sentences(view.numbers, "reestimated", "test accuracy with re-estimated BatchNorm", 1, margin)
+    yield from measure_sentences(view, "reestimated", "test accuracy with re-estimated BatchNorm", 1, margin)
     yield from unmatched(view.target.cells, view.target.varies)
 
 
-def _differing_losses(block: pd.DataFrame) -> list[str]:
-    """The significant differences in training loss between the methods that are compared."""
-    names = {row.method: row.label for row in block.itertuples()}
+def _differing_losses(view: View, number: int) -> list[str]:
+    """The significant differences in training loss between the methods of a block that are compared."""
+    rows, others = rows_of_cells(view), view.target.references
     return [
-        f"{row.label} over {names[other]} {three_digits(loss, signed=True)}"
-        for row in block.itertuples()
-        for other in ARMS[row.method].against
-        if other in names and (loss := interval(row, f"loss_over_{other}")).significant
+        f"{row.label} over {rows[other].label} {three_digits(loss, signed=True)}"
+        for cell, row in rows.items()
+        if row.block == number
+        for name in ARMS[row.method].against
+        if (other := others[cell].get(f"over_{name}")) and (loss := interval(row, f"loss_over_{name}")).significant
     ]
 
 

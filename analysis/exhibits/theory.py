@@ -8,13 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.arms import COLOURS, MARKS, method_name
-from analysis.cells import difference_in_words, identity, rounded, scores, values
+from analysis.cells import identity, rounded, scores, values
 from analysis.contrasts import PREDICTED_WITHIN, THEORY, Contrast
 from analysis.document import formatted, score_text
 from analysis.evidence import Evidence, claim, comparison, ids_of
 from analysis.exhibit import Comparison, Exhibit, Picture, Shown, Target, View
 from analysis.frames import Results
 from analysis.plots import add_legend
+from analysis.sentences import difference_in_words
 from analysis.statistics import mean_interval, paired, paired_difference
 from experiments.harness.runs.spec import Run
 

@@ -74,7 +74,7 @@ EXHIBIT = Exhibit(
     shows=lambda cell: cell.flat["curvature_every"] > 0,
     numbers=numbers,
     text=text,
-    sentences=lambda view: eigenvalue_sentences(view.numbers),
+    sentences=eigenvalue_sentences,
     notes=lambda view: (NOTE,),
     figures=(
         Picture(

@@ -2,10 +2,10 @@
 
 import pytest
 
-from analysis.cells import difference_in_words
 from analysis.collect import collect
 from analysis.document import latex_text, markdown_text, signed, three_digits
 from analysis.frames import frame
+from analysis.sentences import difference_in_words
 from analysis.statistics import Interval
 from tests.analysis.invented import document
 from tests.fixtures import make_runs

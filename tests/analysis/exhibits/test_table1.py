@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.cells import block_sentences
 from analysis.collect import collect
 from analysis.columns import csv_text, parse
 from analysis.exhibit import Target
@@ -180,7 +179,7 @@ def test_labels_of_equal_cells_show_their_differing_fields():
 
 
 def test_linear_and_unrun_cells_make_no_claims():
-    assert block_sentences(table1.EXHIBIT.numbers(frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1)) == []
+    assert document("table1", frame(collect(ROOT).finished), [LINEAR, NEVER_RUN], 1).claims == ()
 
 
 def test_pairing_is_by_seed_not_by_position(tmp_path):
