@@ -32,7 +32,7 @@ from analysis.document import (
 )
 from analysis.evidence import claim
 from analysis.exhibit import View
-from analysis.sentences import block_sentences
+from analysis.sentences import block_sentences, rows_of_cells
 from analysis.statistics import Interval
 from experiments.harness.runs.catalogue import MARGINS
 from experiments.harness.runs.spec import Run, in_percent
@@ -124,7 +124,7 @@ NOTES = (
 NOTE_SAME_RHO = "mSAM is compared with SAM at the same rho, if there is one."
 NOTE_SHARED = (
     "Over shared: over SAM on the same micro-batches with one perturbation for all of them. The two differ only in "
-    "who shares a perturbation, which is the paper's idea."
+    "who shares a perturbation, which is the paper's idea{rhos}."
 )
 
 CLAIMS = tuple(claim(contrast) for contrast in ACCURACY)
@@ -198,7 +198,18 @@ def notes(view: View) -> Iterable[str]:
     if sams.groupby("block")["rho"].nunique().gt(1).any():
         yield NOTE_SAME_RHO
     if _shared(view.numbers):
-        yield NOTE_SHARED
+        yield NOTE_SHARED.format(rhos=_differing_rhos(view))
+
+
+def _differing_rhos(view: View) -> str:
+    """Which rows have another rho than SAM on the same micro-batches, each with the rho that was chosen for it."""
+    others = view.target.references
+    differing = [
+        row.label
+        for cell, row in rows_of_cells(view).items()
+        if (other := others[cell].get("over_shared")) and other.flat["rho"] != cell.flat["rho"]
+    ]
+    return f", and in their rho ({'; '.join(differing)})" if differing else ""
 
 
 def _shared(table: pd.DataFrame) -> bool:

@@ -10,7 +10,7 @@ from analysis.exhibits import exhibit_of, table1
 from analysis.frames import frame
 from analysis.statistics import Interval
 from experiments.harness.runs.grids import perturbed, with_seeds
-from tests.analysis.invented import results_of, study_run
+from tests.analysis.invented import document, results_of, study_run
 from tests.fixtures.make_runs import SAM, SGD
 
 
@@ -75,3 +75,11 @@ def test_a_comparison_names_the_very_row_that_it_is_made_with():
     means = {row.label: row.mean for row in view.rows}
     for row, other, label in pairs:
         assert getattr(row, f"over_{other}") == pytest.approx(row.mean - means[label])
+
+
+@pytest.mark.parametrize(("rho", "words"), [(0.1, "idea."), (0.4, "idea, and in their rho (mSAM, m=4).")])
+def test_a_comparison_at_different_rhos_says_so(rho, words):
+    cells = [SGD, SAM, perturbed(SGD, "shared", 4, rho), perturbed(SGD, "msam", 4, 0.1)]
+    notes = document("micro_batches", results_of(cells, 2, study_run).runs, cells, 2).notes
+    (note,) = [note for note in notes if note.startswith("Over shared: ")]
+    assert note.endswith("who shares a perturbation, which is the paper's " + words)
