@@ -273,7 +273,8 @@ def warnings(frame: pd.DataFrame, numbers: pd.DataFrame) -> list[str]:
         counts = ", ".join(f"{name[:12]} ({n} runs)" for name, n in sorted(commits.items()))
         one = rows["code"].nunique() == 1
         begin = "These runs have the same training code, at" if one else "Warning: these runs come from"
-        lines.append(f"{begin} several commits: {counts}.")
+        resumed = "; a resumed run counts at each of its commits" if sum(commits) > len(rows) else ""
+        lines.append(f"{begin} several commits: {counts}{resumed}.")
     if unclean := int((rows["dirty"].fillna(True).astype(bool)).sum()):
         lines.append(f"Warning: {unclean} runs come from a tree with uncommitted changes, or outside git.")
     for (dataset, model), block in rows.groupby(["dataset", "model"], sort=True):

@@ -226,7 +226,9 @@ def _missing(row: Any, states: Mapping[str, str]) -> str:
 def origin(frame: pd.DataFrame, numbers: pd.DataFrame, cells: Sequence[Run], seeds: int) -> str:
     """The profile, seeds, machines and commits of a table's runs."""
     rows = used(frame, numbers)
-    begin = f"Profile {cells[0].profile}, {seeds} seed{'s' if seeds > 1 else ''} per cell"
+    most = max(numbers["expected"].max(), seeds)  # a grid's learning rates have more seeds than the others
+    counts = f"{seeds} to {most}" if most > seeds else f"{seeds}"
+    begin = f"Profile {cells[0].profile}, {counts} seed{'s' if most > 1 else ''} per cell"
     if rows.empty:
         return f"{begin}; nothing has run yet."
     where = "; ".join(machines(rows)) or "an unknown machine"

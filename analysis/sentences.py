@@ -98,8 +98,8 @@ def family_sentence(view: View) -> list[str]:
     before = sum(one.significant for one in differences)
     after = sum(p < ALPHA for p in holm([one.p_value() for one in differences]))
     return [
-        f"All differences above as one family ({len(differences)}): {before} significant unadjusted, {after} after "
-        "Holm's adjustment. None counts for a claim."
+        f"The differences in the lines above as one family ({len(differences)}): {before} significant unadjusted, "
+        f"{after} after Holm's adjustment. None counts for a claim."
     ]
 
 

@@ -10,11 +10,11 @@ GroupNorm depends on m by its perturbations alone: the base optimizer is its con
 micro-batches.
 
 cpu: rho is chosen for each arm and m among four values, the same for all arms at one m. At m = 1 and 8 that is Table
-1's grid; at m = 2 and 32 the values lie where an earlier grid, on other seeds, had done well. smoke and paper: one rho
-for all; no GPU has run the paper profile.
+1's grid; at m = 2 and 32 the values lie where an earlier grid of mSAM alone, on the seeds 0 and 1, had done well. smoke
+and paper: one rho for all; no GPU has run the paper profile.
 
-With BatchNorm mSAM leads SAM at m = 8 and 32 (+2.23 ± 0.86 and +2.07 ± 0.67 points, 8 seeds), at m = 2 not significantly.
-With GroupNorm the grid chose 0.003125 for every arm, next to nothing, and the arms are equivalent.
+With BatchNorm mSAM leads SAM at m = 8 and 32 (+2.23 ± 0.86 and +2.07 ± 0.67 points, 8 seeds), not significantly at
+m = 2. With GroupNorm the grid chose 0.003125 for every arm, and mSAM is equivalent to SAM.
 """
 
 from collections.abc import Mapping, Sequence

@@ -136,7 +136,8 @@ EXHIBIT = replace(
         "Accuracy against m",
         "What mSAM gains over SAM and, at the same m, over plain gradients and over SAM on the same micro-batches, by "
         "the number of micro-batches m (below) and their size B/m (above). Rho is chosen for each. Bars are 95 % "
-        "intervals of differences paired by seed; the band is the margin of equivalence.",
+        "intervals of differences paired by seed; the band is the margin of equivalence. Points at m = 1 are SAM's. "
+        "Without BatchNorm, plain training over the mini-batch stands for plain gradients on the same micro-batches.",
         draw=against_m,
         place=60,
     ),

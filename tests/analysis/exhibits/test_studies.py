@@ -43,7 +43,7 @@ def test_claims_distinguish_rows_of_equal_name_by_rho():
     cells = [replace(c, rho=c.rho * times) for c in catalogue.cells("rho", "smoke") for times in (1, 2)]
     cells = list(dict.fromkeys(cells))
     claim, family = document("rho", results_of(cells, 2, study_run).runs, cells, 2).claims
-    assert family.startswith("All differences above as one family (")
+    assert family.startswith("The differences in the lines above as one family (")
     assert "SAM, rho 0.1 over SGD" in claim
     assert "SAM, rho 0.2 over SGD" in claim
 

@@ -56,6 +56,8 @@ def test_further_pairs_of_seeds_count_in_the_same_row(tmp_path):
     scores = {0.1: (0.60, 0.62, 0.60, 0.62), 0.2: (0.63, 0.63, 0.55, 0.55)}
     for run in with_seeds(grid, 2):
         write_run(tmp_path, run, scores[run.learning_rate][run.seed - GRID_SEED])
+    origin = document("table1-tuning", frame(collect(tmp_path).finished), grid, 2).origin
+    assert origin.startswith("Profile smoke, 2 to 4 seeds per cell; ")
     table = numbers(frame(collect(tmp_path).finished), grid, 2)
     assert table[["learning_rate", "n", "mean", "chosen"]].to_numpy().tolist() == [
         [0.1, 4, pytest.approx(61.0), True],
