@@ -168,7 +168,8 @@ def rank_sentences(runs: pd.DataFrame, cells: Sequence[Run], seeds: int) -> list
     lines = []
     for where, block in panels_of(cells).items():
         measures = FLATTER[0].by_measure(block[0].flat["model"], block[0].profile)
-        ranks = {m.words: ranks_within_seeds(runs, block, seeds, m.column) for m in measures}
+        columns = {m.words: m.column for m in measures} | {"and, which is no flatness, the training loss": "train_loss"}
+        ranks = {words: ranks_within_seeds(runs, block, seeds, column) for words, column in columns.items()}
         parts = [f"{words} {rank.mean:+.2f} ± {rank.half_width:.2f}" for words, rank in ranks.items() if rank.n > 1]
         if parts:
             lines.append(

@@ -9,9 +9,10 @@ was fixed in advance and is the same for all methods of a data set: 0.05 as for 
 and for texts 0.001, the middle of the published range for encoders.
 
 Expected for ResNet-8 (n=8, +- 95 %): lambda 1 of 84 +- 19 with SGD, 3.2 +- 0.2 for twice the epochs, 114 +- 21 over
-micro-batches, 116 +- 20 with SAM, 112 +- 13 over micro-batches, 87 +- 6 with mSAM; for WRN-10-1 in the same order 87,
-3.2, 115, 59, 80 and 65. One and a half to two minutes per run on one core of an AMD EPYC with AVX2, up to five at seed
-0 for figures.
+micro-batches, 116 +- 20 with SAM, 112 +- 13 over micro-batches, 87 +- 6 with mSAM; for WRN-10-1 in the same order
+87 +- 23, 3.2 +- 0.4, 115 +- 17, 59 +- 8, 80 +- 15 and 65 +- 11 (1,024 images, 288 steps, twice: 576). A run takes two
+to three minutes for ResNet-8, less than two for WRN-10-1 and one for the ViT, on one core of an AMD EPYC with AVX2; up
+to five and a half at seed 0 for figures.
 """
 
 from experiments import bert_glue, resnet_cifar, roberta_glue, vit_cifar, wrn_cifar

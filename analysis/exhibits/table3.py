@@ -210,7 +210,8 @@ def flatness(results: Results, target: Target) -> Figure:
                 style: dict[str, Any] = {"ms": 4, "color": arm.colour, "label": arm.called(cell)}
                 axes.plot(eigenvalues[common], scores[common], arm.mark, **style)
         ranks = ranks_within_seeds(frame, rows, target.seeds, "train_lambda_1")
-        correlation = f"\nrank correlation within a seed {ranks.mean:+.2f} (mean of {ranks.n})" if ranks.n else ""
+        spread = f" ± {ranks.half_width:.2f}" if ranks.n > 1 else ""
+        correlation = f"\nrank correlation within a seed {ranks.mean:+.2f}{spread} (n={ranks.n})" if ranks.n else ""
         axes.set(title=f"{title}{correlation}", xlabel="lambda 1, training data (log)", ylabel="test accuracy %")
         if axes.lines:
             axes.set_xscale("log")
